@@ -1,0 +1,56 @@
+"""What an image is made from. A condition is a dict of arrays, batch first.
+
+`null` and `drop` only set `is_null`: the null embedding itself is one of the
+backbone's weights.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from tensorar_jax.interfaces import Cond, Key
+
+
+def null(cond: Cond) -> Cond:
+  """The same condition with every row turned to null."""
+  return {**cond, "is_null": jnp.ones_like(cond["is_null"])}
+
+
+def drop(rng: Key, cond: Cond, rate: float) -> Cond:
+  """The same condition with each row turned to null with probability rate."""
+  is_null = cond["is_null"]
+  dropped: Bool[Array, "B"] = jax.random.bernoulli(rng, rate, is_null.shape)
+  return {**cond, "is_null": is_null | dropped}
+
+
+class ClassConditioning:
+  """Class labels 0 .. num_classes - 1 as {"label": int32[B], "is_null"}."""
+
+  def __init__(self, num_classes: int):
+    if num_classes < 1:
+      raise ValueError(f"num_classes={num_classes}: expected at least 1.")
+    self.num_classes = num_classes
+
+  def encode(self, raw) -> Cond:
+    """The condition of integer labels [B]; out of range is a ValueError."""
+    if not isinstance(raw, jax.core.Tracer):
+      labels = np.asarray(raw)
+      if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+          f"labels of shape {labels.shape} and dtype {labels.dtype}: expected"
+          " a list of integers, one per image."
+        )
+      bad = labels[(labels < 0) | (labels >= self.num_classes)]
+      if bad.size:
+        raise ValueError(
+          f"class id {int(bad[0])} is out of range: this model knows"
+          f" {self.num_classes} classes, 0 to {self.num_classes - 1}."
+        )
+    labels = jnp.asarray(raw, jnp.int32)
+    return {"label": labels, "is_null": jnp.zeros(labels.shape, bool)}
+
+  null = staticmethod(null)
+  drop = staticmethod(drop)

@@ -1,0 +1,179 @@
+"""The seams of the project: what a backbone, a tokenizer and a condition are.
+
+Letters used in every shape annotation:
+
+| letter | meaning                     | letter | meaning                   |
+| ------ | --------------------------- | ------ | ------------------------- |
+| `B`    | batch                       | `D`    | backbone width            |
+| `T`    | image tokens, raster order  | `L`    | layers                    |
+| `P`    | condition prefix            | `N`    | attention heads           |
+| `M`    | inputs so far, `0..T`       | `H`    | width of one head         |
+| `k`    | slots of a window           | `F`    | sub-tokens of one token   |
+| `V_f`  | vocabulary of sub-token `f` | `C`    | image channels            |
+
+Tokens are always `int32[..., F]`, with `F = 1` where a family does not factorise
+its vocabulary, so that nothing has to ask whether it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+# A condition: arrays with a leading batch axis. "is_null" (bool[B]) marks the
+# rows whose condition is replaced by the backbone's null embedding.
+Cond = dict[str, Array]
+# What the data pipeline yields: "image" (uint8 [B, h, w, C]) or "tokens"
+# (int32 [B, T, F]), and "label" (int32 [B]).
+Batch = dict[str, Array]
+Key = Array  # a typed PRNG key, or an array of them
+
+
+class Frozen(nnx.Variable):
+  """An array that is saved and sharded with the weights but never trained."""
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of every layer; only `layers.py` knows their layout.
+
+  `k` and `v` are either one array `[L, B, N, S, H]` or a tuple of L arrays
+  `[B, N, S, H]` (N = key/value heads). `end` is the next row to be written;
+  `context` belongs to the backbone (a padding mask, an embedded class, ...).
+  """
+
+  k: Any
+  v: Any
+  end: Int[Array, ""]
+  context: Any = None
+
+
+@struct.dataclass
+class Samples:
+  """What `generate` returns.
+
+  `drafts[:, n, j]` is the token drawn at step n for position n + j, and
+  `tokens[:, n] == drafts[:, n, 0]`. `logits` holds, for each sub-token, the
+  guided logits `[B, T, k, V_f]` before temperature, if they were asked for.
+  """
+
+  tokens: Int[Array, "B T F"]
+  drafts: Int[Array, "B T k F"]
+  logits: tuple[Float[Array, "B T k V"], ...] | None = None
+
+
+@runtime_checkable
+class Backbone(Protocol):
+  """A pretrained causal image transformer, cut so that it can be wrapped.
+
+  Whatever depends on the position (rotary tables, absolute embeddings, adaptive
+  norms) happens inside `__call__`, `prefill` and `decode`. `embed` and `logits`
+  are position-free and apply to any leading axes. `make_norm` and `kernel_init`
+  are the family's own, for the modules that wrap it.
+  """
+
+  num_tokens: int
+  width: int
+  num_heads: int
+  vocab_sizes: tuple[int, ...]
+  kernel_init: Callable[..., Array]
+
+  def make_norm(self, rngs: nnx.Rngs) -> nnx.Module:
+    """A fresh norm over `width` features, of the family's type."""
+    ...
+
+  def embed(self, tokens: Int[Array, "*n F"]) -> Float[Array, "*n D"]:
+    """The embedding of each token."""
+    ...
+
+  def __call__(
+    self, cond: Cond, x: Float[Array, "B M D"], *, rng: Key | None = None
+  ) -> Float[Array, "B M+1 D"]:
+    """Hidden states; row t predicts token t. `rng` switches dropout on."""
+    ...
+
+  def prefill(self, cond: Cond) -> tuple[Float[Array, "B D"], Cache]:
+    """The hidden state that predicts token 0, and the cache behind it."""
+    ...
+
+  def decode(
+    self, x: Float[Array, "B D"], cache: Cache
+  ) -> tuple[Float[Array, "B D"], Cache]:
+    """One more row; `prefill` and T - 1 decodes equal `__call__`."""
+    ...
+
+  def logits(
+    self, hidden: Float[Array, "*n D"], tokens: Int[Array, "*n F"]
+  ) -> tuple[Float[Array, "*n V_f"], ...]:
+    """F arrays; `logits[f]` reads nothing but `tokens[..., :f]`."""
+    ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+  """A frozen map between images in [-1, 1] and tokens in raster order."""
+
+  grid: tuple[int, int]
+  vocab_sizes: tuple[int, ...]
+
+  def encode(self, images: Float[Array, "B h w C"]) -> Int[Array, "B T F"]:
+    """The tokens of each image."""
+    ...
+
+  def decode(self, tokens: Int[Array, "B T F"]) -> Float[Array, "B h w C"]:
+    """The image of each token sequence, not clipped."""
+    ...
+
+
+@runtime_checkable
+class Conditioning(Protocol):
+  """What an image is made from: class labels, text."""
+
+  def encode(self, raw: Any) -> Cond:
+    """The condition for raw labels or prompts; bad input is a ValueError."""
+    ...
+
+  def null(self, cond: Cond) -> Cond:
+    """The same rows with `is_null` set, for the unguided half."""
+    ...
+
+  def drop(self, rng: Key, cond: Cond, rate: float) -> Cond:
+    """The same rows, each turned to null with probability `rate`."""
+    ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+  """A module that the train loop can train by itself (tokenizer, classifier)."""
+
+  def loss(
+    self, batch: Batch, rng: Key
+  ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of a batch and its metrics."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """One line of an import table: PyTorch names -> one path of our tree.
+
+  `source` is a regular expression over the whole PyTorch name; its group
+  `layer`, if there is one, is the index on the stacked leading axis. `target` is
+  the path with `/`, in which `{name}` stands for a named group of `source`;
+  `None` names a tensor that is known and not needed. `axes` is the transposition
+  from PyTorch's layout to ours, empty for none; it is undone on export.
+  """
+
+  source: str
+  target: str | None
+  axes: tuple[int, ...] = ()
+
+
+# The usual transpositions: y = x W^T -> x W, and OIHW -> HWIO.
+LINEAR = (1, 0)
+CONV = (2, 3, 1, 0)
+

@@ -1,0 +1,300 @@
+"""What the backbones are made of: attention, KV cache, rotary tables, blocks.
+
+Layers of one kind are stored stacked, `[L, ...]`, and run under `lax.scan`.
+Norms, softmax and rotary arithmetic are float32 whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float
+
+from tensorar_jax.interfaces import Cache, Key
+
+normal_init = nnx.initializers.normal(0.02)
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale; statistics in float32, scaled in the input's dtype."""
+
+  def __init__(self, width: int, eps: float = 1e-5):
+    self.eps = eps
+    self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+
+  def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def dropout(x: Array, rate: float | Array, rng: Key | None) -> Array:
+  """x with entries zeroed at `rate` and the rest rescaled; rng=None: x."""
+  if rng is None or (isinstance(rate, float) and rate == 0.0):
+    return x
+  keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def drop_path(x: Array, rate: float | Array, rng: Key | None) -> Array:
+  """x with whole samples (leading axis) zeroed at `rate`, the rest rescaled."""
+  if rng is None:
+    return x
+  keep = jax.random.bernoulli(rng, 1.0 - rate, (x.shape[0],))
+  keep = keep.reshape((-1,) + (1,) * (x.ndim - 1))
+  return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+# --- rotary position tables ------------------------------------------------
+
+
+def rotary_table_2d(
+  grid: tuple[int, int], head_dim: int, base: float, prefix: int
+) -> Float[np.ndarray, "S p 2"]:
+  """cos and sin of every pair, `prefix` rows of zeros, then the grid's rows.
+
+  The first half of the pairs turns with the row, the second with the column.
+  The prefix is zero, not the identity: LlamaGen and Open-MAGVIT2 erase prefix
+  queries and keys this way.
+  """
+  half = head_dim // 2
+  freqs = base ** (-np.arange(0, half, 2, dtype=np.float64) / half)
+  rows, cols = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+  angles = np.concatenate(
+    [rows[:, None] * freqs, cols[:, None] * freqs], axis=-1
+  )
+  table = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+  zeros = np.zeros((prefix, half, 2))
+  return np.concatenate([zeros, table]).astype(np.float32)
+
+
+def rotate_interleaved(
+  x: Float[Array, "B N M H"], table: Float[Array, "M p 2"]
+) -> Float[Array, "B N M H"]:
+  """Rotates the pairs (2p, 2p + 1) of each head by the table's angles."""
+  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+  a, b = pairs[..., 0], pairs[..., 1]
+  cos, sin = table[..., 0], table[..., 1]
+  out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return out.reshape(x.shape).astype(x.dtype)
+
+
+# --- attention and its cache -----------------------------------------------
+
+
+def attention(
+  q: Float[Array, "B N M H"],
+  k: Float[Array, "B G S H"],
+  v: Float[Array, "B G S H"],
+  mask: Bool[Array, "..."],
+) -> Float[Array, "B N M H"]:
+  """softmax(q k^T / sqrt(H)) v with query heads grouped over G key heads.
+
+  `mask` broadcasts to `[B, M, S]`; True may attend. A row that sees nothing
+  attends uniformly.
+  """
+  b, n, m, h = q.shape
+  groups = k.shape[1]
+  q = q.reshape(b, groups, n // groups, m, h)
+  scores = jnp.einsum("bgrmh,bgsh->bgrms", q, k) * h**-0.5
+  mask = jnp.broadcast_to(mask, (b, m, k.shape[2]))[:, None, None]
+  scores = jnp.where(mask, scores.astype(jnp.float32), jnp.finfo("float32").min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("bgrms,bgsh->bgrmh", weights, v).reshape(b, n, m, h)
+
+
+@struct.dataclass
+class LayerCache:
+  """One layer's view of a Cache. `layer` is None if k and v are its own."""
+
+  k: Array
+  v: Array
+  end: Array
+  layer: Array | None = None
+
+  def append(self, k: Array, v: Array) -> tuple[LayerCache, Array, Array]:
+    """Writes rows `end..`; returns the cache and all its keys and values."""
+    if self.layer is None:
+      start = (0, 0, self.end, 0)
+      write = jax.lax.dynamic_update_slice
+      new = self.replace(k=write(self.k, k, start), v=write(self.v, v, start))
+      return new, new.k, new.v
+    start = (self.layer, 0, 0, self.end, 0)
+    new = self.replace(
+      k=jax.lax.dynamic_update_slice(self.k, k[None], start),
+      v=jax.lax.dynamic_update_slice(self.v, v[None], start),
+    )
+    read = jax.lax.dynamic_index_in_dim
+    return (
+      new,
+      read(new.k, self.layer, keepdims=False),
+      read(new.v, self.layer, keepdims=False),
+    )
+
+
+class Layers(nnx.Module):
+  """`num_layers` equal layers with parameters stacked on a leading axis."""
+
+  def __init__(self, make: Callable, num_layers: int, rngs: nnx.Rngs):
+    self.num_layers = num_layers
+    self.stacked = nnx.vmap(make)(rngs.fork(split=num_layers))
+
+  def __call__(self, apply: Callable, x: Array, xs: Any = None):
+    """Scans `apply(layer, x, xs_l) -> (x, y_l)`; returns (x, stacked y)."""
+    graphdef, params = nnx.split(self.stacked)
+
+    def body(x, scanned):
+      return apply(nnx.merge(graphdef, scanned[0]), x, scanned[1])
+
+    return jax.lax.scan(body, x, (params, xs))
+
+  def cached(self, apply: Callable, x: Array, cache: Cache):
+    """Runs `apply(layer, x, layer_cache)`; returns (x, cache).
+
+    With unrolled layers (see `unroll`) every layer owns its cache arrays;
+    else the stacked cache is the carry of a scan and gets one write a layer.
+    """
+    if isinstance(self.stacked, nnx.List):
+      keys, values = [], []
+      for layer, k, v in zip(self.stacked, cache.k, cache.v, strict=True):
+        x, one = apply(layer, x, LayerCache(k, v, cache.end))
+        keys.append(one.k)
+        values.append(one.v)
+      return x, cache.replace(k=tuple(keys), v=tuple(values))
+    graphdef, params = nnx.split(self.stacked)
+
+    def body(carry, scanned):
+      x, k, v = carry
+      view = LayerCache(k, v, cache.end, scanned[1])
+      x, view = apply(nnx.merge(graphdef, scanned[0]), x, view)
+      return (x, view.k, view.v), None
+
+    numbered = (params, jnp.arange(self.num_layers))
+    (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), numbered)
+    return x, cache.replace(k=k, v=v)
+
+  def init_cache(self, shape: tuple[int, int, int, int], dtype) -> Cache:
+    """An empty cache; shape = [B, N, S, H] of one layer."""
+    end = jnp.zeros((), jnp.int32)
+    if isinstance(self.stacked, nnx.List):
+      empty = tuple(jnp.zeros(shape, dtype) for _ in range(self.num_layers))
+      return Cache(k=empty, v=empty, end=end)
+    empty = jnp.zeros((self.num_layers, *shape), dtype)
+    return Cache(k=empty, v=empty, end=end)
+
+
+def unroll(model: nnx.Module) -> nnx.Module:
+  """A copy of `model` whose stacked layers are lists of single layers.
+
+  On CPU a slice of stacked weights inside the decoding loop would be copied at
+  every step; sliced once before the loop it is not. On GPU and TPU the stacked
+  form avoids a second copy of the weights.
+  """
+  model = nnx.merge(*nnx.split(model))
+  for _, module in list(nnx.iter_modules(model)):
+    if isinstance(module, Layers) and not isinstance(module.stacked, nnx.List):
+      graphdef, params = nnx.split(module.stacked)
+      module.stacked = nnx.List(
+        nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
+        for i in range(module.num_layers)
+      )
+  return model
+
+
+# --- the pre-norm block of the LLaMA family --------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+  """Sizes and rates of one `Block`; widths in features, rates in [0, 1)."""
+
+  width: int
+  num_heads: int
+  num_kv_heads: int
+  mlp_width: int
+  norm_eps: float = 1e-5
+  residual_dropout: float = 0.0
+  mlp_dropout: float = 0.0
+  dtype: str = "float32"
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.num_heads
+
+
+def linear(
+  width_in: int, width_out: int, rngs: nnx.Rngs, dtype=None, kernel_init=None
+) -> nnx.Linear:
+  """A bias-free projection, normal(0, 0.02) unless told otherwise."""
+  return nnx.Linear(
+    width_in,
+    width_out,
+    use_bias=False,
+    kernel_init=kernel_init or normal_init,
+    dtype=dtype,
+    rngs=rngs,
+  )
+
+
+class SelfAttention(nnx.Module):
+  """Causal attention with one fused projection [q | k | v], heads contiguous."""
+
+  def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    c = config
+    fused = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    self.qkv = linear(c.width, fused, rngs, c.dtype)
+    self.out = linear(c.num_heads * c.head_dim, c.width, rngs, c.dtype)
+
+  def __call__(self, x, rotate, mask, cache=None):
+    c = self.config
+    batch, length, _ = x.shape
+    qkv = self.qkv(x).reshape(batch, length, -1, c.head_dim)
+    qkv = qkv.transpose(0, 2, 1, 3)  # [B, N + 2G, M, H]
+    q, k, v = jnp.split(
+      qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
+    )
+    q, k = rotate(q), rotate(k)
+    if cache is not None:
+      cache, k, v = cache.append(k, v)
+    mixed = attention(q, k, v, mask).transpose(0, 2, 1, 3)
+    return self.out(mixed.reshape(batch, length, -1)), cache
+
+
+class GatedMLP(nnx.Module):
+  """down(silu(gate(x)) * up(x)), bias-free."""
+
+  def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype=None):
+    self.gate = linear(width, hidden, rngs, dtype)
+    self.up = linear(width, hidden, rngs, dtype)
+    self.down = linear(hidden, width, rngs, dtype)
+
+  def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+  """x + attn(norm(x)), then x + mlp(norm(x)), with dropout and drop path."""
+
+  def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    c = config
+    self.attention_norm = RMSNorm(c.width, c.norm_eps)
+    self.attention = SelfAttention(c, rngs=rngs)
+    self.mlp_norm = RMSNorm(c.width, c.norm_eps)
+    self.mlp = GatedMLP(c.width, c.mlp_width, rngs=rngs, dtype=c.dtype)
+
+  def __call__(self, x, rotate, mask, *, cache=None, rng=None, path_rate=0.0):
+    """x [B, M, D] -> (x, cache). `rng` switches the dropouts on."""
+    rngs = [None] * 4 if rng is None else list(jax.random.split(rng, 4))
+    y, cache = self.attention(self.attention_norm(x), rotate, mask, cache)
+    y = dropout(y, self.config.residual_dropout, rngs[0])
+    x = x + drop_path(y, path_rate, rngs[1])
+    y = dropout(self.mlp(self.mlp_norm(x)), self.config.mlp_dropout, rngs[2])
+    return x + drop_path(y, path_rate, rngs[3]), cache

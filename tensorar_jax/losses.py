@@ -1,0 +1,88 @@
+"""The training loss: weighted cross-entropy over the slots of each prediction.
+
+L = sum_n sum_j w(j) CE(logits[n, j], x[n + j]) over n + j < T, averaged over
+predictions and batch. Spec: section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+WEIGHTS = ("rdm", "paper", "uniform")
+
+
+def slot_weights(
+  kind: str, beta: Float[np.ndarray, "k+1"]
+) -> Float[np.ndarray, "k"]:
+  """w(0) = 1, w(1), ..., w(k - 1) for `beta` as `noising.beta` gives it.
+
+  * rdm: (beta(j+1) - beta(j)) / beta(j+1), the reparameterised
+    discrete-diffusion weight.
+  * paper: |beta(j-1) - beta(j)| / (1 - beta(j)), P2 appendix B without its
+    sign, 0 where beta(j) = 1.
+  * uniform: 1.
+  """
+  if kind not in WEIGHTS:
+    raise ValueError(f"loss weights={kind!r}: choose one of {WEIGHTS}.")
+  window = len(beta) - 1
+  weights = np.ones(window)
+  for j in range(1, window):
+    if kind == "rdm":
+      weights[j] = (beta[j + 1] - beta[j]) / max(beta[j + 1], 1e-12)
+    elif kind == "paper":
+      gap = 1 - beta[j]
+      weights[j] = abs(beta[j - 1] - beta[j]) / gap if gap > 0 else 0.0
+  if (weights < 0).any():
+    raise ValueError(
+      f"schedule={beta[:-1].tolist()} falls somewhere, which makes an 'rdm'"
+      " weight negative. Use a rising schedule or weights='uniform'."
+    )
+  return weights
+
+
+def cross_entropy(
+  logits: tuple[Float[Array, "*n V_f"], ...], targets: Int[Array, "*n F"]
+) -> tuple[Float[Array, "*n"], Bool[Array, "*n"]]:
+  """(CE summed over sub-tokens in nats, all sub-tokens' argmax correct)."""
+  total, correct = 0.0, True
+  for f, one in enumerate(logits):
+    target = targets[..., f]
+    one = one.astype(jnp.float32)
+    picked = jnp.take_along_axis(one, target[..., None], axis=-1)[..., 0]
+    total += jax.nn.logsumexp(one, axis=-1) - picked
+    correct &= jnp.argmax(one, axis=-1) == target
+  return total, correct
+
+
+def tensor_cross_entropy(
+  logits: Callable,
+  hidden: Float[Array, "B T k D"],
+  targets: Int[Array, "B T k F"],
+  valid: Bool[Array, "T k"],
+  weights: Float[np.ndarray, "k"],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """The loss and, per slot j, "ce/j" and "accuracy/j" over its valid targets.
+
+  `logits(hidden, tokens)` is the head. One slot at a time under checkpoint:
+  the peak of the logits' memory is that of the base model.
+  """
+
+  @jax.checkpoint
+  def slot(hidden, targets, valid):
+    ce, correct = cross_entropy(logits(hidden, targets), targets)
+    return jnp.sum(ce * valid), jnp.sum(correct & valid)
+
+  batch, length, window = targets.shape[:3]
+  loss, metrics = 0.0, {}
+  for j in range(window):
+    ce, correct = slot(hidden[:, :, j], targets[:, :, j], valid[:, j])
+    loss += weights[j] * ce / (batch * length)
+    count = batch * (length - j)
+    metrics[f"ce/{j}"] = ce / count
+    metrics[f"accuracy/{j}"] = correct / count
+  return loss, metrics

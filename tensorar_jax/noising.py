@@ -1,0 +1,160 @@
+"""The noise on input windows in training: schedules and kinds.
+
+Slot j >= 1 of an input window is resampled with probability beta(j); slot 0
+never is. Spec: section 4; papers: P2 eq. 4 (categorical), P1 alg. 2 (codebook).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tensorar_jax.interfaces import Key
+
+SCHEDULES = {
+  "linear": lambda j, k: j / k,
+  "sine": lambda j, k: math.sin(math.pi * j / (2 * k)),
+  "sqrt": lambda j, k: math.sqrt(j / k),
+  "exponential": lambda j, k: j ** (1 / k) / 2,
+  "root": lambda j, k: (j / k) ** (1 / (2 * k)),
+}
+KINDS = ("categorical", "codebook", "gaussian", "none", "drafts")
+GAUSSIAN_VARIANCE = 0.1  # P1, ablation of the noise
+_CHUNK = 1024  # tokens whose similarities to all V codes exist at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig:
+  """Kind and strength of the noise.
+
+  `schedule` is a name or a list of k probabilities with 0 first;
+  `schedule_start=1` lets slot j take beta(j + 1). `draft_fraction` is the share
+  of resampled tokens that come from the model itself (kind "drafts").
+  """
+
+  kind: str = "categorical"
+  schedule: str | tuple[float, ...] = "exponential"
+  schedule_start: int = 0
+  draft_fraction: float = 0.5
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f"noise kind={self.kind!r}: choose one of {KINDS}.")
+    if self.schedule_start not in (0, 1):
+      raise ValueError(f"schedule_start={self.schedule_start}: choose 0 or 1.")
+    if not 0.0 <= self.draft_fraction <= 1.0:
+      raise ValueError(
+        f"draft_fraction={self.draft_fraction}: expected a share in [0, 1]."
+      )
+    if not isinstance(self.schedule, str):
+      object.__setattr__(self, "schedule", tuple(self.schedule))
+    elif self.schedule not in SCHEDULES:
+      raise ValueError(
+        f"schedule={self.schedule!r}: choose one of {sorted(SCHEDULES)} or give"
+        " a list of k probabilities."
+      )
+
+
+def beta(
+  schedule: str | Sequence[float], window: int, start: int = 0
+) -> Float[np.ndarray, "k+1"]:
+  """beta(0) = 0, beta(1), ..., beta(k - 1), and beta(k) = 1 by definition."""
+  if isinstance(schedule, str):
+    values = [SCHEDULES[schedule](j + start, window) for j in range(1, window)]
+    values = [0.0, *values]
+  else:
+    values = [float(v) for v in schedule]
+    if len(values) != window or values[0] != 0.0:
+      raise ValueError(
+        f"schedule={list(schedule)}: a list gives beta for each of the"
+        f" {window} slots, and slot 0 is never noised (beta 0)."
+      )
+  if start and isinstance(schedule, str) and window > 1:
+    values[-1] = 1.0  # beta(k) := 1
+  if not all(0.0 <= v <= 1.0 for v in values):
+    raise ValueError(f"schedule={values}: probabilities lie in [0, 1].")
+  return np.asarray([*values, 1.0])
+
+
+@functools.partial(jax.jit, static_argnames="vocab_sizes")
+def categorical(
+  rng: Key,
+  windows: Int[Array, "B n k F"],
+  rates: Float[Array, "k"],
+  vocab_sizes: tuple[int, ...],
+) -> Int[Array, "B n k F"]:
+  """Windows whose slot j is resampled uniformly with probability rates[j]."""
+  uniform = uniform_tokens(rng, windows.shape, vocab_sizes)
+  return jnp.where(resampled(rng, windows.shape, rates), uniform, windows)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def resampled(rng: Key, shape: tuple[int, ...], rates: Float[Array, "k"]):
+  """bool [B, n, k, 1]: which tokens are resampled, one key per sample."""
+  keys = jax.random.split(jax.random.fold_in(rng, 0), shape[0])
+  draw = jax.vmap(lambda key: jax.random.bernoulli(key, rates, shape[1:3]))
+  return draw(keys)[..., None]
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "vocab_sizes"))
+def uniform_tokens(
+  rng: Key, shape: tuple[int, ...], vocab_sizes: tuple[int, ...]
+) -> Int[Array, "B n k F"]:
+  """Uniform tokens, one key per sample, all sub-tokens drawn afresh."""
+  keys = jax.random.split(jax.random.fold_in(rng, 1), shape[0])
+  sizes = jnp.asarray(vocab_sizes)
+
+  def draw(key):
+    return jax.random.randint(key, shape[1:], 0, sizes, dtype=jnp.int32)
+
+  return jax.vmap(draw)(keys)
+
+
+@jax.jit
+def codebook(
+  rng: Key,
+  windows: Int[Array, "B n k 1"],
+  rates: Float[Array, "k"],
+  codes: Float[Array, "V D"],
+) -> Int[Array, "B n k 1"]:
+  """The code nearest in angle to (1 - beta) W[x] + beta W[uniform code].
+
+  `codes` is W, the embedding of every code. Slots with beta 0 stay as they are.
+  """
+  other = uniform_tokens(rng, windows.shape, (codes.shape[0],))
+  codes = codes.astype(jnp.float32)
+  norm = jnp.linalg.norm(codes, axis=-1, keepdims=True)
+  directions = codes / jnp.maximum(norm, 1e-12)
+  count = windows.size
+  pad = -count % min(_CHUNK, count)
+  flat = [
+    jnp.pad(a.reshape(-1), (0, pad))
+    for a in (windows, other, jnp.broadcast_to(rates[:, None], windows.shape))
+  ]
+
+  def nearest(chunk):
+    x, n, rate = chunk
+    mixed = (1 - rate[:, None]) * codes[x] + rate[:, None] * codes[n]
+    return jnp.argmax(mixed @ directions.T, axis=-1).astype(jnp.int32)
+
+  chunks = [a.reshape(-1, min(_CHUNK, count)) for a in flat]
+  found = jax.lax.map(nearest, tuple(chunks)).reshape(-1)[:count]
+  return jnp.where(rates[:, None] > 0, found.reshape(windows.shape), windows)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def gaussian(
+  rng: Key, shape: tuple[int, ...]
+) -> Float[Array, "B n k D"]:
+  """Noise N(0, 0.1) (variance) for the embeddings of slots >= 1."""
+  keys = jax.random.split(rng, shape[0])
+  draw = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))
+  scale = jnp.where(jnp.arange(shape[2]) > 0, GAUSSIAN_VARIANCE**0.5, 0.0)
+  return draw(keys) * scale[:, None]

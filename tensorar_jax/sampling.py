@@ -1,0 +1,264 @@
+"""Sliding-window sampling: prefill, then one `lax.scan` over the tokens.
+
+Step n turns the window drawn at step n - 1 into one backbone input, decodes one
+position with the KV cache, and draws the next window; its first token is
+committed. Whatever k is, there are T backbone steps. Spec: section 6.
+
+    logits -> guidance -> temperature -> top-k -> top-p -> one uniform number
+
+The random numbers of image i come from (rng, i, step, slot) alone, so an image
+is the same in any batch, on any number of devices, in any process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tensorar_jax import layers
+from tensorar_jax.interfaces import Cond, Key, Samples
+from tensorar_jax.tensorar import TensorAR
+from tensorar_jax.windows import valid_slots
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How tokens are drawn.
+
+  Attributes:
+    temperature: divides the logits; 0 means argmax.
+    draft_temperature: the same for the slots >= 1; None: as the committed one.
+    guidance: scale s of uncond + s (cond - uncond); 1 is no guidance.
+    guidance_interval: (first, end): only tokens first <= n < end are guided,
+      the others see the conditional logits alone. None guides all.
+    top_k: keeps logits not below the k-th largest; 0 keeps all. Ties survive.
+    top_p: keeps the fewest tokens whose probability reaches p; 1 keeps all.
+      Applied to what top-k left, the token that crosses p included.
+    return_logits: whether `Samples.logits` is filled.
+  """
+
+  temperature: float = 1.0
+  draft_temperature: float | None = None
+  guidance: float = 1.0
+  guidance_interval: tuple[int, int] | None = None
+  top_k: int = 0
+  top_p: float = 1.0
+  return_logits: bool = False
+
+  def __post_init__(self):
+    for name in ("temperature", "draft_temperature"):
+      value = getattr(self, name)
+      if value is not None and not value >= 0:
+        raise ValueError(f"{name}={value}: expected 0 (argmax) or more.")
+    if self.top_k < 0:
+      raise ValueError(f"top_k={self.top_k}: expected 0 (keep all) or more.")
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p={self.top_p}: expected 0 < top_p <= 1.")
+    if not np.isfinite(self.guidance):
+      raise ValueError(f"guidance={self.guidance}: expected a finite scale.")
+    if self.guidance_interval is not None:
+      first, end = self.guidance_interval
+      if not 0 <= first <= end:
+        raise ValueError(
+          f"guidance_interval={self.guidance_interval}: expected 0 <= first <="
+          " end, the half-open range of guided tokens."
+        )
+      object.__setattr__(self, "guidance_interval", (int(first), int(end)))
+
+
+def guidance_scales(
+  config: SamplingConfig, num_tokens: int
+) -> Float[np.ndarray, "T"]:
+  """The guidance scale of each token; 1 where the token is unguided."""
+  scales = np.full(num_tokens, config.guidance, np.float32)
+  if config.guidance_interval is not None:
+    first, end = config.guidance_interval
+    token = np.arange(num_tokens)
+    scales[(token < first) | (token >= end)] = 1.0
+  return scales
+
+
+def guide(
+  logits: Float[Array, "2B *n V"], scale: Float[Array, ""]
+) -> Float[Array, "B *n V"]:
+  """uncond + scale (cond - uncond) of a [cond | uncond] batch; cond at 1."""
+  cond, uncond = jnp.split(logits, 2)
+  return jnp.where(scale == 1, cond, uncond + scale * (cond - uncond))
+
+
+def filter_logits(
+  logits: Float[Array, "*n V"], config: SamplingConfig
+) -> Float[Array, "*n V"]:
+  """The logits with what top-k and top-p remove at -inf."""
+  vocab = logits.shape[-1]
+  if 0 < config.top_k < vocab:
+    kth = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+  if config.top_p < 1:
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+    before = jnp.pad(before[..., :-1], [(0, 0)] * (before.ndim - 1) + [(1, 0)])
+    ranked = jnp.where(before > config.top_p, -jnp.inf, ranked)
+    inverse = jnp.argsort(order, axis=-1)
+    logits = jnp.take_along_axis(ranked, inverse, axis=-1)
+  return logits
+
+
+def draw_token(
+  uniform: Float[Array, "*n"],
+  logits: Float[Array, "*n V"],
+  temperature: float,
+  config: SamplingConfig,
+) -> Int[Array, "*n"]:
+  """One token of each distribution by inverting its CDF at `uniform`.
+
+  One uniform number a token: V Gumbel numbers would cost more than the head.
+  """
+  if temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = filter_logits(logits / max(temperature, 1e-5), config)
+  cdf = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
+  # argmax finds the first True, whose probability is never zero.
+  reached = cdf > (uniform[..., None] * cdf[..., -1:])
+  return jnp.argmax(reached, axis=-1).astype(jnp.int32)
+
+
+def _uniforms(
+  keys: Key, step: Int[Array, ""], window: int, factors: int
+) -> Float[Array, "B k F"]:
+  """Uniform numbers of (image, step, slot): slot 0's do not depend on k."""
+
+  def slot(key, j):
+    return jax.random.uniform(jax.random.fold_in(key, j), (factors,))
+
+  keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+  return jax.vmap(lambda key: jax.vmap(lambda j: slot(key, j))(
+    jnp.arange(window)
+  ))(keys)
+
+
+def _draw_window(model, hidden, keys, step, scale, config):
+  """(tokens [B, k, F], guided logits) from hidden states [B or 2B, D]."""
+  u = model.decode_window(hidden)
+  guided = hidden.shape[0] != keys.shape[0]
+  factors = len(model.vocab_sizes)
+  uniform = _uniforms(keys, step, model.window, factors)
+  tokens = jnp.zeros((keys.shape[0], model.window, factors), jnp.int32)
+  draft = config.draft_temperature
+  draft = config.temperature if draft is None else draft
+  kept = []
+  for f in range(factors):
+    both = jnp.concatenate([tokens, tokens]) if guided else tokens
+    logits = model.logits(u, both)[f]
+    logits = guide(logits, scale) if guided else logits
+    kept.append(logits)
+    if draft == config.temperature or model.window == 1:
+      new = draw_token(uniform[..., f], logits, config.temperature, config)
+    else:
+      first = draw_token(
+        uniform[:, :1, f], logits[:, :1], config.temperature, config
+      )
+      rest = draw_token(uniform[:, 1:, f], logits[:, 1:], draft, config)
+      new = jnp.concatenate([first, rest], axis=1)
+    tokens = tokens.at[..., f].set(new)
+  return tokens, tuple(kept)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "unrolled"))
+def _generate(
+  graphdef, state, cond, null, rng, image_index, scales, config, unrolled
+):
+  model = nnx.merge(graphdef, state)
+  model = layers.unroll(model) if unrolled else model
+  keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(image_index)
+  guided = null is not None
+  if guided:
+    cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
+  num_tokens, window = model.num_tokens, model.window
+
+  def draw(hidden, n):
+    return _draw_window(model, hidden, keys, n, scales[n], config)
+
+  def emit(tokens, logits):
+    return (tokens, logits) if config.return_logits else (tokens,)
+
+  # Carry: the KV cache and the last window drawn, tokens [B, k, F].
+  def step(carry, n):
+    cache, tokens = carry
+    h = model.encode_window(tokens, valid_slots(n - 1, window, num_tokens))
+    h = jnp.concatenate([h, h]) if guided else h
+    hidden, cache = model.backbone.decode(h, cache)
+    tokens, logits = draw(hidden, n)
+    return (cache, tokens), emit(tokens, logits)
+
+  hidden, cache = model.backbone.prefill(cond)
+  tokens, logits = draw(hidden, 0)
+  first = emit(tokens, logits)
+  _, rest = jax.lax.scan(step, (cache, tokens), jnp.arange(1, num_tokens))
+  join = lambda a, b: jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1)
+  out = jax.tree.map(join, first, rest)
+  drafts = out[0]  # [B, T, k, F]
+  return Samples(
+    tokens=drafts[:, :, 0],
+    drafts=drafts,
+    logits=out[1] if config.return_logits else None,
+  )
+
+
+def generate(
+  model: TensorAR,
+  cond: Cond,
+  null: Cond | None,
+  rng: Key,
+  config: SamplingConfig = SamplingConfig(),
+  image_index: Int[Array, "B"] | None = None,
+) -> Samples:
+  """Samples one image per row of `cond`.
+
+  Args:
+    model: a `TensorAR`; window=1 samples the base model.
+    cond: from `Conditioning.encode`.
+    null: from `Conditioning.null`; None samples without guidance.
+    rng: the key of the whole run.
+    config: how tokens are drawn.
+    image_index: the index of each image in the run, 0..B-1 by default; with
+      `rng` it alone decides the image's random numbers.
+  """
+  batch = jax.tree.leaves(cond)[0].shape[0]
+  if image_index is None:
+    image_index = jnp.arange(batch)
+  if len(image_index) != batch:
+    raise ValueError(
+      f"image_index has {len(image_index)} entries for {batch} conditions."
+    )
+  scales = guidance_scales(config, model.num_tokens)
+  if null is None and config.guidance != 1:
+    raise ValueError(
+      f"guidance={config.guidance} needs the unconditional half: pass"
+      " null=conditioning.null(cond), or set guidance=1."
+    )
+  if (scales == 1).all():
+    null = None
+  if isinstance(rng, int) or not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+    raise ValueError(
+      f"rng={rng!r}: expected a typed key, such as jax.random.key(0)."
+    )
+  graphdef, state = nnx.split(model)
+  return _generate(
+    graphdef,
+    state,
+    cond,
+    null,
+    rng,
+    jnp.asarray(image_index),
+    jnp.asarray(scales),
+    config,
+    unrolled=jax.default_backend() == "cpu",
+  )
