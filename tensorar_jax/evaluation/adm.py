@@ -7,8 +7,8 @@
 | precision       | share of fake points inside the manifold of the real ones  |
 | recall          | share of real points inside the manifold of the fake ones  |
 
-The manifold of a set is the union of balls around its points; a ball reaches the
-k-th nearest other point of its own set (Kynkaanniemi et al., arXiv 1904.06991).
+The manifold of a set is the union of balls around its points; a ball reaches
+the k-th nearest other point of its set (Kynkaanniemi et al., arXiv 1904.06991).
 Everything is float64 numpy. The suite itself keeps the means in float32 and the
 distances in float16, so its published precision and recall, mostly a little too
 high, differ from these in the third decimal.
@@ -86,7 +86,7 @@ class Moments:
       self._add(other.count, other._mean, other._scatter)
 
   @property
-  def mean(self) -> Float64[np.ndarray, "D"]:
+  def mean(self) -> Float64[np.ndarray, " D"]:
     """The mean of the rows; at least 2 are needed."""
     self._check_count()
     return self._mean.copy()
@@ -162,8 +162,8 @@ def _root(covariance: np.ndarray) -> np.ndarray:
   noise = np.abs(values).max() * len(values) * np.finfo(np.float64).eps
   if values[0] < -1e-6 * np.abs(values).max():
     raise ValueError(
-      f"a covariance has the eigenvalue {values[0]:.3g}; expected none below 0: "
-      "check that the array is a covariance."
+      f"a covariance has the eigenvalue {values[0]:.3g}; expected none below "
+      "0: check that the array is a covariance."
     )
   values = np.where(values > noise, values, 0.0)
   return (vectors * np.sqrt(values)) @ vectors.T
@@ -200,8 +200,8 @@ def precision_recall(
 ) -> tuple[float, float]:
   """Precision and recall of `fake [n, D]` against `real [m, D]`.
 
-  Exact k-nearest-neighbour manifolds. Beyond the inputs, memory grows with n + m
-  only: distances are made in blocks of 2048 x 2048.
+  Exact k-nearest-neighbour manifolds. Beyond the inputs, memory grows with n +
+  m only: distances are made in blocks of 2048 x 2048.
   """
   in_real, in_fake = manifold_members(real, fake, k)
   return float(in_real.mean()), float(in_fake.mean())
@@ -209,7 +209,7 @@ def precision_recall(
 
 def manifold_members(
   real: Matrix, fake: Matrix, k: int = 3
-) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "m"]]:
+) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " m"]]:
   """Which fake points lie in the real manifold, which real ones in the fake."""
   real, fake = _matrix(real, "real"), _matrix(fake, "fake")
   if real.shape[1] != fake.shape[1]:
@@ -226,7 +226,7 @@ def manifold_members(
   return in_real, in_fake
 
 
-def squared_radii(features: Matrix, k: int = 3) -> Float64[np.ndarray, "n"]:
+def squared_radii(features: Matrix, k: int = 3) -> Float64[np.ndarray, " n"]:
   """The squared distance of each row to the k-th nearest other row."""
   features = _matrix(features, "features")
   if not 1 <= k < len(features):

@@ -1,47 +1,52 @@
-"""The VQ tokenizer of LlamaGen and Janus: a convolutional VQGAN, codes of unit norm.
+"""The VQ tokenizer of LlamaGen and Janus: a convolutional VQGAN, unit codes.
 
 An encoder halves the image `len(channel_multipliers) - 1` times, a 1x1
 convolution brings each position down to `code_dim` numbers z, and the token of
 the position is the nearest row of the codebook W once both have unit length:
 
-  token = argmin_k |z/|z| - W_k/|W_k||^2,     latent = W_token / |W_token|
+  token = argmin_k | z/|z| - W_k/|W_k| |^2,     latent = W_token / |W_token|
 
-The decoder mirrors the encoder. Training adds, to the reconstruction error, the
-codebook, commitment and entropy losses of `Quantizer.__call__`.
-
-Source: FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py
-(arXiv:2406.06525); Janus uses the same network and weights layout. The network
-is that of taming-transformers (arXiv:2012.09841).
+The decoder mirrors the encoder. Source: FoundationVision/LlamaGen,
+tokenizer/tokenizer_image/vq_model.py (arXiv:2406.06525), also used by Janus.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tensorar_jax.interfaces import CONV, Batch, Key, Rule
 
-# float32 has to mean float32 on TPUs and on GPUs with TF32 too: tokens computed
-# with rounded products are not the published ones.
-HIGHEST = jax.lax.Precision.HIGHEST
-# Of the softmax over codes in the entropy loss.
+HIGHEST = jax.lax.Precision.HIGHEST  # TF32 products would change tokens.
 ENTROPY_TEMPERATURE = 0.01
+# The fast variance, E[x^2] - E[x]^2, cancels digits where the mean is big.
+GroupNorm = functools.partial(
+  nnx.GroupNorm, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32
+)
+
+Grid = tuple[int, int]  # rows, columns
+Images = Float[Array, "B h w C"]
+Tokens = Int[Array, "B T 1"]
+Codes = Int[Array, "B r c"]  # the same on the grid of r rows and c columns
+Latents = Float[Array, "B r c d"]
+Scalar = Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Sizes of the network; the defaults are LlamaGen's VQ-16.
 
-  The width of level i is `channels * channel_multipliers[i]`, from the highest
-  resolution to the lowest. `image_size` (height, width) only sets `grid`: the
-  weights fit any size that the down-sampling divides. `entropy_weight` (0 in
-  the published models) is the remedy against a codebook that collapses.
+  Level i is `channels * channel_multipliers[i]` wide, highest resolution first.
+  `image_size` (height, width) only sets `grid`; the weights fit other sizes.
+  About 0.01 of `entropy_weight` keeps a small codebook in use.
   """
 
   channels: int = 128
@@ -58,110 +63,69 @@ class Config:
   dtype: str = "float32"
 
   def __post_init__(self):
-    if not self.channel_multipliers:
+    if bad := [w for w in self.widths if w % self.norm_groups]:
       raise ValueError(
-        "channel_multipliers is empty; expected one per resolution, for"
-        " example (1, 2, 2)."
+        f"norm_groups={self.norm_groups} does not divide the level widths {bad}"
+        f"; choose a divisor of all, for example {math.gcd(*self.widths)}."
       )
-    for width in self.widths:
-      if width % self.norm_groups:
-        raise ValueError(
-          f"norm_groups={self.norm_groups} does not divide the level width"
-          f" {width} (channels={self.channels}, channel_multipliers="
-          f"{self.channel_multipliers}); choose a divisor of every width, for"
-          f" example {math.gcd(*self.widths)}."
-        )
-    _grid_of(self.image_size, self.downsampling)
+    self.grid_of(*self.image_size)
 
   @property
   def widths(self) -> tuple[int, ...]:
     """Channels of every level, from the highest resolution to the lowest."""
     return tuple(self.channels * m for m in self.channel_multipliers)
 
-  @property
-  def downsampling(self) -> int:
-    """Side of the square of pixels behind one token."""
-    return 2 ** (len(self.channel_multipliers) - 1)
+  def grid_of(self, height: int, width: int) -> Grid:
+    """Rows and columns of tokens; ValueError where the image does not fit."""
+    side = 2 ** (len(self.channel_multipliers) - 1)
+    if min(height, width) < side or height % side or width % side:
+      raise ValueError(
+        f"image size {height}x{width}: expected multiples of {side}; crop or"
+        " resize the images, or change the number of channel_multipliers."
+      )
+    return height // side, width // side
 
 
-VARIANTS: dict[str, Config] = {
-  "vq16": Config(),
-  "vq8": Config(channel_multipliers=(1, 2, 2, 4)),
-}
-
-# Name of the release -> (published file, variant).
-SOURCES: dict[str, tuple[str, str]] = {
+VARIANTS = {"vq16": Config(), "vq8": Config(channel_multipliers=(1, 2, 2, 4))}
+SOURCES = {  # release -> (published file, variant)
   "vq_ds16_c2i": ("vq_ds16_c2i.pt", "vq16"),
   "vq_ds16_t2i": ("vq_ds16_t2i.pt", "vq16"),
   "vq_ds8_c2i": ("vq_ds8_c2i.pt", "vq8"),
 }
 
 
-def _grid_of(image_size: tuple[int, int], downsampling: int) -> tuple[int, int]:
-  height, width = image_size
-  if height < 1 or width < 1 or height % downsampling or width % downsampling:
-    raise ValueError(
-      f"image size {height}x{width} is not divisible by the down-sampling"
-      f" {downsampling}; crop or resize the images to multiples of"
-      f" {downsampling}, or change the number of channel_multipliers."
-    )
-  return height // downsampling, width // downsampling
-
-
 class Conv(nnx.Conv):
-  """A convolution with PyTorch's default initialisation, U(+-fan_in^-1/2)."""
+  """A convolution with PyTorch's initialisation, U(-b, b), b = fan_in^-1/2.
 
-  def __init__(
-    self, inputs: int, outputs: int, size: int, config: Config, rngs, **kwargs
-  ):
-    bound = (inputs * size * size) ** -0.5
+  `resample` "up" doubles the image first, to the nearest neighbour; "down" has
+  stride 2 and pads at the bottom and the right only, as published.
+  """
 
-    def uniform(key, shape, dtype):
+  def __init__(self, inputs, outputs, size, config, rngs, resample=""):
+    def uniform(key, shape, dtype, bound=(inputs * size * size) ** -0.5):
       return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    super().__init__(
-      inputs,
-      outputs,
-      (size, size),
-      dtype=jnp.dtype(config.dtype),
-      precision=HIGHEST,
-      kernel_init=uniform,
-      bias_init=uniform,
-      rngs=rngs,
-      **kwargs,
-    )
-
-
-class Upsample(Conv):
-  """Nearest-neighbour doubling, then the convolution."""
+    init = {"kernel_init": uniform, "bias_init": uniform, "rngs": rngs}
+    kind = {"dtype": jnp.dtype(config.dtype), "precision": HIGHEST}
+    if resample == "down":
+      kind |= {"strides": 2, "padding": ((0, 1), (0, 1))}
+    self.up = resample == "up"
+    super().__init__(inputs, outputs, (size, size), **init, **kind)
 
   def __call__(self, x: Array) -> Array:
-    return super().__call__(x.repeat(2, axis=1).repeat(2, axis=2))
-
-
-def _norm(width: int, config: Config, rngs: nnx.Rngs) -> nnx.GroupNorm:
-  # The fast variance, E[x^2] - E[x]^2, cancels digits where the mean is large.
-  return nnx.GroupNorm(
-    width,
-    config.norm_groups,
-    epsilon=1e-6,
-    dtype=jnp.float32,
-    use_fast_variance=False,
-    rngs=rngs,
-  )
+    return super().__call__(x.repeat(2, 1).repeat(2, 2) if self.up else x)
 
 
 class ResidualBlock(nnx.Module):
-  """Two (norm, swish, 3x3) around a skip, 1x1 where the width changes."""
+  """Two (norm, swish, 3x3) and a skip, 1x1 where the width changes."""
 
-  def __init__(self, inputs: int, outputs: int, config: Config, rngs):
-    self.norm1 = _norm(inputs, config, rngs)
-    self.conv1 = Conv(inputs, outputs, 3, config, rngs)
-    self.norm2 = _norm(outputs, config, rngs)
-    self.conv2 = Conv(outputs, outputs, 3, config, rngs)
-    self.shortcut = (
-      None if inputs == outputs else Conv(inputs, outputs, 1, config, rngs)
-    )
+  def __init__(self, inputs: int, width: int, config: Config, rngs: nnx.Rngs):
+    self.norm1 = GroupNorm(inputs, config.norm_groups, rngs=rngs)
+    self.conv1 = Conv(inputs, width, 3, config, rngs)
+    self.norm2 = GroupNorm(width, config.norm_groups, rngs=rngs)
+    self.conv2 = Conv(width, width, 3, config, rngs)
+    widens = inputs != width
+    self.shortcut = Conv(inputs, width, 1, config, rngs) if widens else None
 
   def __call__(self, x: Array) -> Array:
     h = self.conv1(nnx.swish(self.norm1(x)))
@@ -170,196 +134,101 @@ class ResidualBlock(nnx.Module):
 
 
 class AttentionBlock(nnx.Module):
-  """Single-head attention among all positions of the grid, with a skip."""
+  """Single-head attention among all positions of the grid, and a skip."""
 
   def __init__(self, width: int, config: Config, rngs: nnx.Rngs):
-    self.norm = _norm(width, config, rngs)
-    self.q = Conv(width, width, 1, config, rngs)
-    self.k = Conv(width, width, 1, config, rngs)
-    self.v = Conv(width, width, 1, config, rngs)
-    self.out = Conv(width, width, 1, config, rngs)
+    self.norm = GroupNorm(width, config.norm_groups, rngs=rngs)
+    for name in ("q", "k", "v", "proj_out"):
+      setattr(self, name, Conv(width, width, 1, config, rngs))
 
   def __call__(self, x: Array) -> Array:
-    batch, rows, cols, width = x.shape
     h = self.norm(x)
-    q, k, v = (
-      f(h).reshape(batch, rows * cols, width) for f in (self.q, self.k, self.v)
-    )
-    scores = jnp.einsum(
-      "bqd,bkd->bqk",
-      q,
-      k,
-      precision=HIGHEST,
-      preferred_element_type=jnp.float32,
-    )
-    weights = jax.nn.softmax(scores * width**-0.5, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bqk,bkd->bqd", weights, v, precision=HIGHEST)
-    return x + self.out(mixed.reshape(x.shape))
-
-
-class Level(nnx.Module):
-  """One resolution: residual blocks, attention after each or none, resample."""
-
-  def __init__(
-    self,
-    widths: list[int],
-    attend: bool,
-    resample: Conv | None,
-    config: Config,
-    rngs: nnx.Rngs,
-  ):
-    """`widths` starts with the input's; one residual block leads to each next."""
-    self.residuals = nnx.List(
-      ResidualBlock(a, b, config, rngs) for a, b in zip(widths, widths[1:])
-    )
-    self.attentions = nnx.List(
-      AttentionBlock(w, config, rngs) for w in widths[1:] if attend
-    )
-    self.resample = resample
-
-  def activations(self, x: Array) -> Iterator[tuple[str, Array]]:
-    for i, residual in enumerate(self.residuals):
-      x = residual(x)
-      yield f"residuals/{i}", x
-      if self.attentions:
-        x = self.attentions[i](x)
-        yield f"attentions/{i}", x
-    if self.resample is not None:
-      yield "resample", self.resample(x)
-
-
-def _mid(width: int, config: Config, rngs: nnx.Rngs) -> nnx.List:
-  return nnx.List(
-    [
-      ResidualBlock(width, width, config, rngs),
-      AttentionBlock(width, config, rngs),
-      ResidualBlock(width, width, config, rngs),
-    ]
-  )
+    q, k, v = self.q(h), self.k(h), self.v(h)
+    einsum = functools.partial(jnp.einsum, precision=HIGHEST)
+    scores = einsum("bijd,bmnd->bijmn", q, k, preferred_element_type="float32")
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=(-2, -1))
+    mixed = einsum("bijmn,bmnd->bijd", weights.astype(v.dtype), v)
+    return x + self.proj_out(mixed)
 
 
 class Stack(nnx.Module):
-  """What encoder and decoder share: a walk through named activations.
+  """The encoder, or its mirror image, the decoder.
 
-  Each name is the path of the module that has just been applied, so that a test
-  or a figure can pick any of them; under jit the unused ones cost nothing.
+  Encoder: levels down, `mid`. Decoder: `mid`, levels up, each with one residual
+  block more. At the lowest resolution attention follows each of these.
   """
 
-  mid_first: bool
+  def __init__(self, config: Config, decoder: bool, rngs: nnx.Rngs):
+    made = {"config": config, "rngs": rngs}
+    ends = config.image_channels, config.latent_channels
+    widths = config.widths[::-1] if decoder else config.widths
+    lowest, depth = config.widths[-1], config.num_res_blocks + decoder
+    width = lowest if decoder else config.channels
+    resample = "up" if decoder else "down"
+    self.decoder = decoder
+    self.conv_in = Conv(ends[decoder], width, 3, **made)
+    self.levels, self.resamples = nnx.List(), nnx.List()
+    for i, level_width in enumerate(widths):
+      path = itertools.pairwise([width] + [level_width] * depth)
+      self.levels.append(nnx.List(ResidualBlock(*ab, **made) for ab in path))
+      width = level_width
+      if i < len(widths) - 1:
+        self.resamples.append(Conv(width, width, 3, **made, resample=resample))
+    block = functools.partial(ResidualBlock, lowest, lowest, **made)
+    attention = functools.partial(AttentionBlock, lowest, **made)
+    self.attentions = nnx.List(attention() for _ in range(depth))
+    self.mid = nnx.List([block(), attention(), block()])
+    self.norm_out = GroupNorm(width, config.norm_groups, rngs=rngs)
+    self.conv_out = Conv(width, ends[not decoder], 3, **made)
 
-  def activations(self, x: Array) -> Iterator[tuple[str, Array]]:
-    """Yields (path, activation) in order; the last one is the output."""
-    x = self.conv_in(x)
-    yield "conv_in", x
-    walks = (self._through_mid, self._through_levels)
-    for walk in walks if self.mid_first else reversed(walks):
-      for name, x in walk(x):
-        yield name, x
-    x = self.norm_out(x)
-    yield "norm_out", x
-    yield "conv_out", self.conv_out(nnx.swish(x))
+  def steps(self) -> Iterator[tuple[str, Callable[[Array], Array]]]:
+    """Every layer in order, named by its path; one by one they give taps."""
+    mid = [(f"mid/{i}", block) for i, block in enumerate(self.mid)]
+    lowest = 0 if self.decoder else len(self.levels) - 1
+    yield "conv_in", self.conv_in
+    yield from mid if self.decoder else ()
+    for i, level in enumerate(self.levels):
+      for j, block in enumerate(level):
+        yield f"levels/{i}/{j}", block
+        if i == lowest:
+          yield f"attentions/{j}", self.attentions[j]
+      if i < len(self.resamples):
+        yield f"resamples/{i}", self.resamples[i]
+    yield from () if self.decoder else mid
+    yield "norm_out", self.norm_out
+    yield "conv_out", lambda x: self.conv_out(nnx.swish(x))
 
   def __call__(self, x: Array) -> Array:
-    for _, x in self.activations(x):
-      pass
+    for _, step in self.steps():
+      x = step(x)
     return x
-
-  def _through_mid(self, x: Array) -> Iterator[tuple[str, Array]]:
-    for i, block in enumerate(self.mid):
-      x = block(x)
-      yield f"mid/{i}", x
-
-  def _through_levels(self, x: Array) -> Iterator[tuple[str, Array]]:
-    for i, level in enumerate(self.levels):
-      for name, x in level.activations(x):
-        yield f"levels/{i}/{name}", x
-
-
-class Encoder(Stack):
-  """Image -> latent channels, from the highest resolution to the lowest."""
-
-  mid_first = False
-
-  def __init__(self, config: Config, rngs: nnx.Rngs):
-    width = config.channels
-    self.conv_in = Conv(config.image_channels, width, 3, config, rngs)
-    self.levels = nnx.List()
-    for i, level_width in enumerate(config.widths):
-      lowest = i == len(config.widths) - 1
-      path = [width] + [level_width] * config.num_res_blocks
-      width = path[-1]
-      # Padding at the bottom and right only, as in the published network.
-      down = dict(strides=2, padding=((0, 1), (0, 1)))
-      resample = None if lowest else Conv(width, width, 3, config, rngs, **down)
-      self.levels.append(Level(path, lowest, resample, config, rngs))
-    self.mid = _mid(width, config, rngs)
-    self.norm_out = _norm(width, config, rngs)
-    self.conv_out = Conv(width, config.latent_channels, 3, config, rngs)
-
-
-class Decoder(Stack):
-  """Latent channels -> image; its level 0 is the lowest resolution.
-
-  Each level has one residual block more than the encoder's.
-  """
-
-  mid_first = True
-
-  def __init__(self, config: Config, rngs: nnx.Rngs):
-    width = config.widths[-1]
-    self.conv_in = Conv(config.latent_channels, width, 3, config, rngs)
-    self.mid = _mid(width, config, rngs)
-    self.levels = nnx.List()
-    for i, level_width in enumerate(reversed(config.widths)):
-      highest = i == len(config.widths) - 1
-      path = [width] + [level_width] * (config.num_res_blocks + 1)
-      width = path[-1]
-      resample = None if highest else Upsample(width, width, 3, config, rngs)
-      self.levels.append(Level(path, i == 0, resample, config, rngs))
-    self.norm_out = _norm(width, config, rngs)
-    self.conv_out = Conv(width, config.image_channels, 3, config, rngs)
 
 
 def _unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-  """Rows of unit length; a zero row stays zero and has a zero gradient."""
+  """Rows of unit length; a zero row stays zero and its gradient finite."""
   return x / jnp.sqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
 
 
-@struct.dataclass
-class Quantized:
-  """A grid of codes, their latents, and the losses, weights included.
-
-  `latents` has the value of the codebook rows and passes its gradient straight
-  through to the normalised input.
-  """
-
-  codes: Int[Array, "B r c"]
-  latents: Float[Array, "B r c d"]
-  codebook_loss: Float[Array, ""]
-  commitment_loss: Float[Array, ""]
-  entropy_loss: Float[Array, ""]
-
-
 class Quantizer(nnx.Module):
-  """The codebook: nearest row, look-up, and the losses that train both sides."""
+  """The codebook: nearest row, look-up, and the losses that train both sides.
+
+  codebook    mean |W_k - sg z|^2      (z and W_k of unit length throughout)
+  commitment  mean |sg W_k - z|^2                  times commitment_weight
+  entropy     mean_z H(p(k|z)) - H(mean_z p(k|z))  times entropy_weight
+  """
 
   def __init__(self, config: Config, rngs: nnx.Rngs):
     shape = (config.codebook_size, config.code_dim)
     rows = jax.random.uniform(rngs.params(), shape, minval=-1.0)
     self.codebook = nnx.Param(_unit(rows))
-    self.commitment_weight = config.commitment_weight
-    self.entropy_weight = config.entropy_weight
+    self.config = config
 
   def lookup(self, codes: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-    """The unit rows of codes; a code outside the codebook gives NaN."""
+    """The unit rows of codes; one beyond the codebook gives NaN."""
     return _unit(jnp.take(self.codebook[...], codes, axis=0, mode="fill"))
 
-  def nearest(self, unit: Float[Array, "B r c d"]) -> Int[Array, "B r c"]:
-    """The code of the row nearest to each unit vector.
-
-    One row of the grid at a time, so that of the B x r x c x K distances only
-    1/r are alive; the batch axis, which may be sharded, is left alone.
-    """
+  def nearest(self, latents: Latents) -> Codes:
+    """The code of each latent, whatever its length."""
     table = _unit(self.codebook[...])
     lengths = jnp.sum(table**2, axis=-1)
 
@@ -367,40 +236,32 @@ class Quantizer(nnx.Module):
       dots = jnp.einsum("bcd,kd->bck", row, table, precision=HIGHEST)
       return jnp.argmin(lengths - 2 * dots, axis=-1).astype(jnp.int32)
 
-    codes = jax.lax.map(nearest_in_row, unit.swapaxes(0, 1))
+    # Only 1/r of the distances are alive at once, and the batch axis, which may
+    # be sharded, is left alone.
+    codes = jax.lax.map(nearest_in_row, _unit(latents).swapaxes(0, 1))
     return codes.swapaxes(0, 1)
 
-  def __call__(self, latents: Float[Array, "B r c d"]) -> Quantized:
-    """Quantises latents of any length; gradients cross the normalisation.
-
-    codebook    mean |W_k - sg z|^2      (all z and W_k of unit length)
-    commitment  mean |sg W_k - z|^2      times commitment_weight
-    entropy     mean_z H(p(k|z)) - H(mean_z p(k|z))      times entropy_weight
-    """
+  def __call__(self, latents: Latents) -> tuple[Codes, Latents, dict]:
+    """Codes, rows with straight-through gradient, losses times weights."""
     stop = jax.lax.stop_gradient
-    unit = _unit(latents)
-    codes = self.nearest(stop(unit))
-    rows = self.lookup(codes)
+    codes = self.nearest(stop(latents))
+    unit, rows = _unit(latents), self.lookup(codes)
     commitment = jnp.mean((stop(rows) - unit) ** 2)
-    entropy = self._entropy(unit) if self.entropy_weight else jnp.zeros(())
-    return Quantized(
-      codes=codes,
-      latents=unit + stop(rows - unit),
-      codebook_loss=jnp.mean((rows - stop(unit)) ** 2),
-      commitment_loss=self.commitment_weight * commitment,
-      entropy_loss=self.entropy_weight * entropy,
-    )
+    losses = {"commitment": self.config.commitment_weight * commitment}
+    losses["codebook"] = jnp.mean((rows - stop(unit)) ** 2)
+    if weight := self.config.entropy_weight:
+      losses["entropy"] = weight * self._entropy(unit)
+    return codes, unit + stop(rows - unit), losses
 
-  def _entropy(self, unit: Float[Array, "B r c d"]) -> Float[Array, ""]:
+  def _entropy(self, unit: Latents) -> Scalar:
     """Low when every z is sure of its code and all codes are used alike."""
     table = _unit(self.codebook[...])
     dots = jnp.einsum("brcd,kd->brck", unit, table, precision=HIGHEST)
-    lengths = jnp.sum(unit**2, -1, keepdims=True) + jnp.sum(table**2, -1)
-    log_p = jax.nn.log_softmax((2 * dots - lengths) / ENTROPY_TEMPERATURE)
+    # Of -|z - W_k|^2 = 2 z W_k - 2, the softmax does not see the constant.
+    log_p = jax.nn.log_softmax(2 * dots / ENTROPY_TEMPERATURE)
     p = jnp.exp(log_p)
-    mean_p = jnp.mean(p, axis=(0, 1, 2))
-    per_position = -jnp.mean(jnp.sum(p * log_p, axis=-1))
-    return per_position + jnp.sum(mean_p * jnp.log(mean_p + 1e-5))
+    mean_p = p.mean((0, 1, 2))
+    return jnp.sum(mean_p * jnp.log(mean_p + 1e-5)) - (p * log_p).sum(-1).mean()
 
 
 class Model(nnx.Module):
@@ -408,124 +269,82 @@ class Model(nnx.Module):
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
-    self.grid = _grid_of(config.image_size, config.downsampling)
+    self.grid = config.grid_of(*config.image_size)
     self.vocab_sizes = (config.codebook_size,)
-    self.encoder = Encoder(config, rngs)
-    self.to_code = Conv(
-      config.latent_channels, config.code_dim, 1, config, rngs
-    )
+    ends = config.latent_channels, config.code_dim
+    self.encoder = Stack(config, decoder=False, rngs=rngs)
+    self.to_code = Conv(*ends, 1, config, rngs)
     self.quantizer = Quantizer(config, rngs)
-    self.from_code = Conv(
-      config.code_dim, config.latent_channels, 1, config, rngs
-    )
-    self.decoder = Decoder(config, rngs)
+    self.from_code = Conv(*ends[::-1], 1, config, rngs)
+    self.decoder = Stack(config, decoder=True, rngs=rngs)
 
-  def latents(self, images: Float[Array, "B h w C"]) -> Float[Array, "B r c d"]:
-    """What the quantiser sees, before normalisation, in float32."""
-    _grid_of(images.shape[1:3], self.config.downsampling)
-    if images.shape[-1] != self.config.image_channels:
+  def latents(self, images: Images) -> Latents:
+    """What the quantiser sees: float32, not yet normalised."""
+    self.config.grid_of(*images.shape[1:3])
+    if images.shape[-1] != (channels := self.config.image_channels):
       raise ValueError(
-        f"images have {images.shape[-1]} channels (shape {images.shape}), the"
-        f" tokenizer expects {self.config.image_channels}; convert the images"
-        " or set image_channels."
+        f"images {images.shape}: expected {channels} channels in the last axis;"
+        " convert them or set image_channels."
       )
     return self.to_code(self.encoder(images)).astype(jnp.float32)
 
-  def pixels(self, latents: Float[Array, "B r c d"]) -> Float[Array, "B h w C"]:
-    """The image behind quantised latents, in float32, not clipped."""
+  def pixels(self, latents: Latents) -> Images:
+    """The image behind quantised latents: float32, not clipped."""
     return self.decoder(self.from_code(latents)).astype(jnp.float32)
 
-  def encode(self, images: Float[Array, "B h w C"]) -> Int[Array, "B T 1"]:
-    """Tokens of images in [-1, 1], of any size the down-sampling divides."""
-    codes = self.quantizer.nearest(_unit(self.latents(images)))
+  def encode(self, images: Images) -> Tokens:
+    """Tokens of images in [-1, 1], of every size the down-sampling divides."""
+    codes = self.quantizer.nearest(self.latents(images))
     return codes.reshape(images.shape[0], -1, 1)
 
-  def decode(
-    self, tokens: Int[Array, "B T 1"], grid: tuple[int, int] | None = None
-  ) -> Float[Array, "B h w C"]:
-    """Images, not clipped; `grid` (rows, cols) where it is not `self.grid`."""
-    rows, cols = grid = grid or self.grid
-    if tokens.shape[1] != rows * cols:
+  def decode(self, tokens: Tokens, grid: Grid | None = None) -> Images:
+    """Images, not clipped; `grid` is (rows, cols), by default `self.grid`."""
+    if tokens.shape[1] != math.prod(grid := grid or self.grid):
       raise ValueError(
-        f"{tokens.shape[1]} tokens per image do not fill the grid {grid};"
-        " pass the grid (rows, cols) that encoded them."
+        f"tokens {tokens.shape}: expected {math.prod(grid)} per image for the"
+        f" grid {grid}; pass the grid (rows, cols) of the encoded images."
       )
-    codes = tokens.reshape(tokens.shape[0], rows, cols)
-    return self.pixels(self.quantizer.lookup(codes))
+    return self.pixels(self.quantizer.lookup(tokens.reshape(-1, *grid)))
 
-  def loss(
-    self, batch: Batch, rng: Key
-  ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Squared error of the reconstruction plus the quantiser's losses.
-
-    batch["image"] is uint8 [B, h, w, C]. `codebook_usage` is the fraction of
-    the codes that occur in this batch.
-    """
+  def loss(self, batch: Batch, rng: Key) -> tuple[Scalar, dict[str, Scalar]]:
+    """Mean squared error plus the quantiser's losses, of uint8 images."""
     del rng  # No dropout: the published models train without it.
     images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-    quantized = self.quantizer(self.latents(images))
-    mse = jnp.mean((self.pixels(quantized.latents) - images) ** 2)
-    loss = mse + quantized.codebook_loss + quantized.commitment_loss
-    loss += quantized.entropy_loss
-    counts = jnp.bincount(
-      quantized.codes.ravel(), length=self.config.codebook_size
-    )
-    return loss, {
-      "mse": mse,
-      "codebook_usage": jnp.mean(counts > 0, dtype=jnp.float32),
-      "commitment": quantized.commitment_loss,
+    codes, latents, losses = self.quantizer(self.latents(images))
+    mse = jnp.mean((self.pixels(latents) - images) ** 2)
+    used = jnp.bincount(codes.ravel(), length=self.config.codebook_size) > 0
+    metrics = {
+      "commitment": losses["commitment"],
+      "codebook_usage": used.mean(),
     }
-
-
-def _conv_rules(source: str, target: str) -> list[Rule]:
-  return [
-    Rule(rf"{source}\.weight", f"{target}/kernel", CONV),
-    Rule(rf"{source}\.bias", f"{target}/bias"),
-  ]
-
-
-def _norm_rules(source: str, target: str) -> list[Rule]:
-  return [
-    Rule(rf"{source}\.weight", f"{target}/scale"),
-    Rule(rf"{source}\.bias", f"{target}/bias"),
-  ]
-
-
-def _residual_rules(source: str, target: str) -> list[Rule]:
-  return [
-    *_norm_rules(rf"{source}\.norm(?P<n>[12])", f"{target}/norm{{n}}"),
-    *_conv_rules(rf"{source}\.conv(?P<n>[12])", f"{target}/conv{{n}}"),
-    *_conv_rules(rf"{source}\.nin_shortcut", f"{target}/shortcut"),
-  ]
-
-
-def _attention_rules(source: str, target: str) -> list[Rule]:
-  return [
-    *_norm_rules(rf"{source}\.norm", f"{target}/norm"),
-    *_conv_rules(rf"{source}\.(?P<name>[qkv])", f"{target}/{{name}}"),
-    *_conv_rules(rf"{source}\.proj_out", f"{target}/out"),
-  ]
+    return mse + sum(losses.values()), metrics | {"mse": mse}
 
 
 def import_rules(config: Config) -> list[Rule]:
-  """Published names -> paths of `Model`; one table serves every size."""
-  del config
-  side = r"(?P<side>encoder|decoder)"
+  """Published names -> paths of `Model`."""
+  side, n = r"(?P<side>encoder|decoder)", r"(?P<n>\d+)"
   level = rf"{side}\.conv_blocks\.(?P<level>\d+)"
-  block, ours = r"(?P<block>\d+)", "{side}/levels/{level}"
+  last = len(config.channel_multipliers) - 1
+  norms = {rf"{side}\.norm_out": "{side}/norm_out"}
+  convs = {
+    rf"{side}\.(?P<end>conv_in|conv_out)": "{side}/{end}",
+    rf"{level}\.(?:down|up)sample\.conv": "{side}/resamples/{level}",
+    rf"{level}\.res\.{n}\.nin_shortcut": "{side}/levels/{level}/{n}/shortcut",
+    "quant_conv": "to_code",
+    "post_quant_conv": "from_code",
+  }
+  for source, target in (
+    (rf"{level}\.res\.{n}", "{side}/levels/{level}/{n}"),
+    (rf"encoder\.conv_blocks\.{last}\.attn\.{n}", "encoder/attentions/{n}"),
+    (rf"decoder\.conv_blocks\.0\.attn\.{n}", "decoder/attentions/{n}"),
+    (rf"{side}\.mid\.{n}", "{side}/mid/{n}"),
+  ):
+    norms[rf"{source}\.(?P<part>norm[12]?)"] = target + "/{part}"
+    convs[rf"{source}\.(?P<part>conv[12]|[qkv]|proj_out)"] = target + "/{part}"
   return [
-    *_conv_rules(rf"{side}\.conv_(?P<end>in|out)", "{side}/conv_{end}"),
-    *_residual_rules(rf"{level}\.res\.{block}", f"{ours}/residuals/{{block}}"),
-    *_attention_rules(
-      rf"{level}\.attn\.{block}", f"{ours}/attentions/{{block}}"
-    ),
-    *_conv_rules(rf"{level}\.(?:down|up)sample\.conv", f"{ours}/resample"),
-    *_residual_rules(rf"{side}\.mid\.(?P<block>[02])", "{side}/mid/{block}"),
-    *_attention_rules(rf"{side}\.mid\.1", "{side}/mid/1"),
-    *_norm_rules(rf"{side}\.norm_out", "{side}/norm_out"),
-    *_conv_rules("quant_conv", "to_code"),
-    *_conv_rules("post_quant_conv", "from_code"),
+    *(Rule(rf"{s}\.weight", f"{t}/scale") for s, t in norms.items()),
+    *(Rule(rf"{s}\.weight", f"{t}/kernel", CONV) for s, t in convs.items()),
+    *(Rule(rf"{s}\.bias", f"{t}/bias") for s, t in (norms | convs).items()),
     Rule(r"quantize\.embedding\.weight", "quantizer/codebook"),
-    # A queue of recently used codes, kept for a statistic only.
-    Rule(r"quantize\.codebook_used", None),
+    Rule(r"quantize\.codebook_used", None),  # A queue for a statistic only.
   ]

@@ -1,0 +1,258 @@
+"""Config sections -> objects. The only file that reaches a family by name.
+
+A family is a module of `backbones/` or `tokenizers/`; a new file there is known
+at once. Every unknown name or key is a ValueError that lists the known ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+import json
+import pathlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from tensorar_jax import weights as weights_lib
+from tensorar_jax.checkpoints import orbax_io, torch_import
+from tensorar_jax.conditioning import ClassConditioning
+from tensorar_jax.tensorar import TensorAR
+
+CONDITIONINGS = {"class": ClassConditioning}
+# What each objective's training depends on; the rest of a config may change.
+OBJECTIVES = {
+  "tensorar": (
+    *("seed", "objective", "init", "data", "tokenizer", "conditioning"),
+    *("backbone", "tensorar", "noise", "loss", "optim", "train"),
+  ),
+  "tokenizer": (
+    *("seed", "objective", "init", "data", "tokenizer", "optim", "train"),
+  ),
+  "classifier": (
+    *("seed", "objective", "init", "data", "classifier", "optim", "train"),
+  ),
+}
+SECTIONS = {
+  *(name for names in OBJECTIVES.values() for name in names),
+  *("sampling", "evaluation", "stages"),
+}
+NEW_MODULES = ("encoder/", "decoder/")  # what TensorAR adds to a backbone
+
+
+def choose(kind: str, name: str, known: Mapping | list) -> Any:
+  """known[name], or a ValueError that lists what there is."""
+  if name not in known:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+      f"{kind} {name!r} is unknown.{hint} Known: {sorted(known)}."
+    )
+  return known[name] if isinstance(known, Mapping) else name
+
+
+def call(make: Callable, section: Mapping, where: str, *args, **kwargs) -> Any:
+  """make(*args, **kwargs, **section) with every key and type checked."""
+  is_module = inspect.isclass(make) and issubclass(make, nnx.Module)
+  # The metaclass of NNX hides the constructor's own parameters.
+  parameters = inspect.signature(make.__init__ if is_module else make).parameters
+  given = {}
+  for key, value in dict(section).items():
+    choose(f"{where}: key", key, {k: k for k in parameters})
+    value = tuple(value) if isinstance(value, list | tuple) else value
+    default = parameters[key].default
+    wrong = type(value) is not type(default) and not (
+      isinstance(default, float) and type(value) is int
+    )
+    if isinstance(default, bool | int | float) and wrong:
+      raise ValueError(
+        f"{where}.{key}={value!r}: expected a {type(default).__name__}, such"
+        f" as {default!r}."
+      )
+    given[key] = value
+  return make(*args, **kwargs, **given)
+
+
+def family(kind: str, name: str):
+  """The module `tensorar_jax.<kind>.<name>`; kind is a package's name."""
+  package = importlib.import_module(f"tensorar_jax.{kind}")
+  known = {m.name: m.name for m in pkgutil.iter_modules(package.__path__)}
+  choose(kind.removesuffix("s"), name, known)
+  return importlib.import_module(f"tensorar_jax.{kind}.{name}")
+
+
+def component(kind: str, section: Mapping, rngs: nnx.Rngs) -> nnx.Module:
+  """The model of {name, variant=None, **Config fields}."""
+  fields = dict(section)
+  fields.pop("init", None)
+  module = family(kind, fields.pop("name", None))
+  config = _component_config(module, fields.pop("variant", None), fields)
+  return module.Model(config, rngs=rngs)
+
+
+def _component_config(module, variant, fields):
+  where = module.__name__.rsplit(".", 1)[-1]
+  if variant is not None:
+    base = choose(f"{where}: variant", variant, module.VARIANTS)
+    fields = {**vars(base), **fields}
+  return call(module.Config, fields, where)
+
+
+def conditioning(section: Mapping):
+  fields = dict(section)
+  kind = choose("conditioning", fields.pop("name", None), CONDITIONINGS)
+  return call(kind, fields, "conditioning")
+
+
+def model(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
+  """A freshly initialised model of a stage's objective."""
+  objective = config["objective"]
+  choose("objective", objective, OBJECTIVES)
+  if objective == "tokenizer":
+    return component("tokenizers", config["tokenizer"], rngs)
+  if objective == "classifier":
+    from tensorar_jax.evaluation import classifier
+
+    settings = call(classifier.Config, config["classifier"], "classifier")
+    return classifier.Model(settings, rngs=rngs)
+  backbone = component("backbones", config["backbone"], rngs)
+  return call(TensorAR, config["tensorar"], "tensorar", backbone, rngs=rngs)
+
+
+# --- stages ----------------------------------------------------------------
+
+
+def stages(config: ConfigDict) -> dict[str, dict]:
+  """Each stage's full config: the shared sections with its own on top."""
+  shared = json.loads(config.to_json())
+  for key in shared:
+    choose("config: section", key, {s: s for s in SECTIONS})
+  own = shared.pop("stages", {})
+  if not own:
+    raise ValueError(
+      "config.stages is empty: name at least one stage, such as"
+      " dict(tensorar=dict(objective='tensorar'))."
+    )
+  return {
+    name: _merge(shared, override, f"stages.{name}")
+    for name, override in own.items()
+  }
+
+
+def _merge(shared: dict, override: dict, where: str) -> dict:
+  merged = {"init": None, "objective": "tensorar", **copy.deepcopy(shared)}
+  for key, value in override.items():
+    choose(where, key, {s: s for s in SECTIONS - {"stages"}})
+    if isinstance(value, dict) and isinstance(merged.get(key), dict):
+      merged[key] = {**merged[key], **value}
+    else:
+      merged[key] = value
+  return merged
+
+
+def training_config(stage: Mapping) -> dict:
+  """The sections that a stage's weights depend on."""
+  names = choose("objective", stage["objective"], OBJECTIVES)
+  missing = [name for name in names if name not in stage]
+  if missing:
+    raise ValueError(f"the config lacks the sections {missing}.")
+  return {name: stage[name] for name in names}
+
+
+def resolve(init: str, workdir: pathlib.Path) -> pathlib.Path:
+  """The checkpoint that `init` names: a stage of `workdir`, or a path."""
+  sibling = workdir / init
+  return orbax_io.find(sibling if sibling.is_dir() else init)
+
+
+def initial_model(stage: Mapping, workdir: pathlib.Path) -> nnx.Module:
+  """The model a stage starts from: fresh, or with `init`'s weights in it."""
+  fresh = model(stage, nnx.Rngs(stage["seed"]))
+  if stage["init"] is None:
+    return fresh
+  source = resolve(stage["init"], workdir)
+  found = orbax_io.read_weights(source)
+  found = {**found.get("params", {}), **found.get("frozen", {})}
+  _, params, frozen = weights_lib.split(fresh)
+  want = {**params, **frozen}
+  problems = [f"{path} is not in this model" for path in found.keys() - want]
+  problems += [
+    f"{path} is missing"
+    for path in want.keys() - found.keys()
+    if not path.startswith(NEW_MODULES)
+  ]
+  problems += [
+    f"{path} is {found[path].shape}, the model's {want[path].shape}"
+    for path in found.keys() & want.keys()
+    if found[path].shape != want[path].shape
+  ]
+  if problems:
+    listed = "\n  ".join(sorted(problems)[:20])
+    raise ValueError(
+      f"init={stage['init']!r} ({source}) does not fit this stage's model"
+      f" ({len(problems)} problems):\n  {listed}"
+    )
+  return weights_lib.update(fresh, found)
+
+
+def load(path: str | pathlib.Path, *, ema: bool = False) -> nnx.Module:
+  """The model of a checkpoint that this project saved.
+
+  `path` is a work directory with one stage, a stage's folder or one step's.
+  `ema` takes the averaged weights, where training kept them.
+  """
+  folder = orbax_io.find(path)
+  config = orbax_io.read_meta(folder)["config"]
+  skeleton, _, _ = weights_lib.split(
+    nnx.eval_shape(lambda: model(config, nnx.Rngs(0)))
+  )
+  found = orbax_io.read_weights(folder)
+  if ema and "ema" not in found:
+    raise ValueError(f"{folder} holds no EMA: train with optim.ema_decay > 0.")
+  params = found["ema"] if ema else found["params"]
+  return skeleton.merge(params, found.get("frozen", {}))
+
+
+def frozen_tokenizer(stage: Mapping, workdir: pathlib.Path) -> nnx.Module:
+  """The stage's tokenizer with the weights that its `init` names."""
+  section = stage["tokenizer"]
+  if section.get("init"):
+    return load(resolve(section["init"], workdir))
+  return component("tokenizers", section, nnx.Rngs(stage["seed"]))
+
+
+# --- published weights -----------------------------------------------------
+
+
+def import_backbone(
+  name: str, path: str, variant: str | None = None, **fields
+) -> nnx.Module:
+  """A family's backbone with published PyTorch weights in it.
+
+  Args:
+    name: a module of `backbones/`, such as "llamagen".
+    path: the published file; see the family's SOURCES.
+    variant: a published size; `fields` of its Config override it.
+  """
+  return _import("backbones", name, path, variant, fields)
+
+
+def import_tokenizer(
+  name: str, path: str, variant: str | None = None, **fields
+) -> nnx.Module:
+  """A tokenizer with published PyTorch weights; as `import_backbone`."""
+  return _import("tokenizers", name, path, variant, fields)
+
+
+def _import(kind, name, path, variant, fields):
+  module = family(kind, name)
+  config = _component_config(module, variant, fields)
+  result = module.Model(config, rngs=nnx.Rngs(0))
+  rules = module.import_rules(config)
+  torch_import.fill(result, rules, torch_import.load_state_dict(path))
+  return result

@@ -1,0 +1,136 @@
+"""Save and restore with Orbax: weights, optimiser, step, key, data position.
+
+A checkpoint holds three items: `state` (arrays), `data` (the position of the
+data iterator) and `meta` (the resolved config, so that `load` can rebuild the
+model). Saves are asynchronous and become visible only when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+ITEMS = ("state", "data", "meta")
+
+
+class Checkpoints:
+  """The checkpoints of one run, newest last."""
+
+  def __init__(self, directory: str | pathlib.Path, keep: int = 2):
+    self.directory = pathlib.Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
+    """Starts saving; the arrays may be donated as soon as this returns."""
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=ocp.args.JsonSave(data),
+        meta=ocp.args.JsonSave(meta),
+      ),
+    )
+
+  def restore(self, like: Any) -> tuple[Any, dict, dict]:
+    """(state, data, meta) of the newest checkpoint, laid out as `like`."""
+    step = self._manager.latest_step()
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+      found = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract),
+          data=ocp.args.JsonRestore(),
+          meta=ocp.args.JsonRestore(),
+        ),
+      )
+    except Exception as error:
+      raise ValueError(
+        _unreadable(self.directory / str(step), error)
+      ) from error
+    return found.state, found.data, found.meta
+
+  def close(self) -> None:
+    """Waits for what is being saved."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def _unreadable(path: pathlib.Path, error: Exception) -> str:
+  first = (str(error).splitlines() or [""])[0][:300]
+  return (
+    f"{path}: the checkpoint cannot be read ({type(error).__name__}: {first})."
+    " It may be damaged. Remove this folder to continue from the checkpoint"
+    " before it, or choose another --workdir to start afresh."
+  )
+
+
+def find(path: str | pathlib.Path) -> pathlib.Path:
+  """The checkpoint folder that a work directory, a stage or a step names."""
+  path = pathlib.Path(path).absolute()
+  if not path.exists():
+    raise ValueError(
+      f"{path}: no such checkpoint. Pass a work directory, one of its stages,"
+      " or a checkpoint folder that this project saved."
+    )
+  if all((path / item).is_dir() for item in ITEMS):
+    return path
+  for folder in (path / "checkpoints", path):
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    if steps:
+      return folder / str(max(steps))
+  stages = sorted(p.parent.name for p in path.glob("*/checkpoints"))
+  if len(stages) == 1:
+    return find(path / stages[0])
+  if stages:
+    raise ValueError(
+      f"{path} holds the stages {stages}: name one, such as"
+      f" {path / stages[-1]}."
+    )
+  raise ValueError(f"{path}: found no checkpoint in this folder.")
+
+
+def read_meta(path: pathlib.Path) -> dict:
+  """The metadata of a checkpoint folder."""
+  try:
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "meta")
+  except Exception as error:
+    raise ValueError(_unreadable(path, error)) from error
+
+
+def read_weights(path: pathlib.Path) -> dict[str, dict[str, jax.Array]]:
+  """The `params`, `frozen` and `ema` entries of a checkpoint folder."""
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      tree = checkpointer.metadata(path / "state").item_metadata.tree
+      names = [n for n in ("params", "frozen", "ema") if tree.get(n)]
+      item = {n: tree[n] for n in names}
+      return checkpointer.restore(
+        path / "state",
+        args=ocp.args.PyTreeRestore(
+          item=item,
+          restore_args=jax.tree.map(
+            lambda _: ocp.ArrayRestoreArgs(sharding=device), item
+          ),
+          partial_restore=True,
+        ),
+      )
+  except Exception as error:
+    raise ValueError(_unreadable(path, error)) from error
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n")
+  os.replace(temporary, path)

@@ -1,0 +1,250 @@
+"""Where images come from: random access to uint8 images and their labels.
+
+| name             | splits                       | images                   |
+| ---------------- | ---------------------------- | ------------------------ |
+| `digits`         | train (1500), test (297)     | scikit-learn's, 8 x 8    |
+| `tfds:<dataset>` | the set's own and its slices | of TensorFlow Datasets   |
+
+TFDS decodes only a few thousand images per second, so a split that fits in
+memory is decoded once and kept beside the prepared files. A larger one, or one
+whose images differ in size, stays lazy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import struct
+import tempfile
+import urllib.parse
+import urllib.request
+import uuid
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from jaxtyping import Int32, UInt8
+
+IN_MEMORY_BYTES = 2**31  # decoded images of one split; more stays lazy
+
+# Debian's package `dataset-fashion-mnist` and the gzip time stamps of the files
+# that upstream published under the same names.
+DEBIAN_FOLDER = pathlib.Path("/usr/share/datasets/fashion-mnist")
+UPSTREAM_MTIME = {
+  "train-images-idx3-ubyte": 1504176606,
+  "train-labels-idx1-ubyte": 1504176606,
+  "t10k-images-idx3-ubyte": 1504176627,
+  "t10k-labels-idx1-ubyte": 1504176627,
+}
+
+
+@runtime_checkable
+class Source(Protocol):
+  """Labelled images by position: `{"image": uint8 [h, w, C], "label": int32}`.
+
+  `image_shape` is (h, w, C); h and w are None where images differ in size.
+  """
+
+  num_classes: int
+  image_shape: tuple[int | None, int | None, int]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, position: SupportsIndex) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+  """Images in memory. An array of positions gives a batch, copied at once."""
+
+  images: np.ndarray  # uint8 [n, h, w, C]
+  labels: np.ndarray  # int32 [n]
+  num_classes: int
+
+  def __post_init__(self):
+    images, labels = self.images, self.labels
+    fit = images.ndim == 4 and labels.shape == images.shape[:1]
+    if not fit or images.dtype != np.uint8 or labels.dtype != np.int32:
+      raise ValueError(
+        "expected images uint8 [n, h, w, C] and labels int32 [n], got "
+        f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
+      )
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(h, w, C) of every image."""
+    return self.images.shape[1:]
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def __getitem__(self, position: SupportsIndex | np.ndarray) -> dict[str, Any]:
+    return {"image": self.images[position], "label": self.labels[position]}
+
+
+@dataclasses.dataclass(frozen=True)
+class LazySource:
+  """Images that TFDS reads and decodes each time they are asked for."""
+
+  examples: Any  # what `builder.as_data_source` returns
+  image_shape: tuple[int | None, int | None, int]
+  num_classes: int
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, position: SupportsIndex) -> dict[str, Any]:
+    example = self.examples[position]
+    return {"image": example["image"], "label": np.int32(example["label"])}
+
+
+def load(name: str, split: str, *, data_dir: str | None = None) -> Source:
+  """The images of one split.
+
+  `data_dir` is where TFDS keeps its data sets, its own default if None; what is
+  not there yet is prepared. ValueError for a name or split that is not known,
+  RuntimeError if the data cannot be had.
+  """
+  if name == "digits":
+    return _load_digits(split)
+  if name.startswith("tfds:"):
+    return _load_tfds(name.removeprefix("tfds:"), split, data_dir)
+  raise ValueError(
+    f"unknown data set {name!r}; known are 'digits' and 'tfds:<dataset>', such "
+    "as 'tfds:fashion_mnist'"
+  )
+
+
+def _load_digits(split: str) -> ArraySource:
+  """scikit-learn's digits, split evenly within every class without chance."""
+  if split not in ("train", "test"):
+    raise ValueError(
+      f"unknown split {split!r} of 'digits'; known are 'train' and 'test'"
+    )
+  from sklearn import datasets
+
+  digits = datasets.load_digits()
+  by_class = np.argsort(digits.target, kind="stable")
+  in_test = np.zeros(len(by_class), bool)
+  in_test[by_class[np.arange(297) * len(by_class) // 297]] = True
+  chosen = in_test if split == "test" else ~in_test
+  images = np.rint(digits.images[chosen, :, :, None] * 255 / 16)
+  labels = digits.target[chosen].astype(np.int32)
+  return ArraySource(images.astype(np.uint8), labels, num_classes=10)
+
+
+def _load_tfds(
+  dataset: str, split: str, data_dir: str | None
+) -> ArraySource | LazySource:
+  # An unknown data set is a ValueError of TFDS that lists all it has.
+  builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+  _check_features(builder)
+  if not builder.is_prepared():
+    _prepare(builder)
+  try:
+    num_images = builder.info.splits[split].num_examples
+  except ValueError as error:
+    raise ValueError(
+      f"unknown split {split!r} of {dataset!r}; known are "
+      f"{list(builder.info.splits)} and slices such as 'train[:1000]'"
+    ) from error
+  if not num_images:
+    raise ValueError(f"split {split!r} of {dataset!r} is empty")
+  shape = builder.info.features["image"].shape
+  num_classes = builder.info.features["label"].num_classes
+  if None in shape or num_images * math.prod(shape) > IN_MEMORY_BYTES:
+    return LazySource(builder.as_data_source(split), shape, num_classes)
+  return ArraySource(*_decoded(builder, split, num_images), num_classes)
+
+
+def _check_features(builder: tfds.core.DatasetBuilder):
+  features = dict(builder.info.features.items())
+  image, label = features.get("image"), features.get("label")
+  if not (
+    isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
+  ) or not isinstance(label, tfds.features.ClassLabel):
+    raise ValueError(
+      f"data set {builder.info.full_name!r} cannot be used: it needs a uint8 "
+      f"'image' and a class 'label', its features are {features}"
+    )
+
+
+def _prepare(builder: tfds.core.DatasetBuilder):
+  """Writes the data set into its folder, downloading what it takes."""
+  import tensorflow as tf
+
+  tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
+  with tempfile.TemporaryDirectory() as folder:
+    options, remedy = {}, ""
+    try:
+      if builder.name == "fashion_mnist":
+        remedy = ", or run `apt-get install dataset-fashion-mnist`"
+        options = _fashion_mnist_options(builder, pathlib.Path(folder))
+      builder.download_and_prepare(**options)
+    except (OSError, tfds.download.DownloadError) as error:
+      raise RuntimeError(
+        f"could not prepare {builder.info.full_name} in {builder.data_path}: "
+        f"{error}. Connect to the network, pass a data_dir with it{remedy}"
+      ) from error
+
+
+def _fashion_mnist_options(
+  builder: tfds.core.DatasetBuilder, folder: pathlib.Path
+) -> dict[str, Any]:
+  """How to prepare the set: offline with Debian's files, else by download.
+
+  Debian keeps upstream's deflate streams but puts a plain gzip header of 10
+  bytes in place of the published one, which TFDS's checksums cover.
+  """
+  files = [DEBIAN_FOLDER / f"{name}.gz" for name in UPSTREAM_MTIME]
+  if not all(file.exists() for file in files):
+    # Without a network TFDS would retry for minutes before it gives up.
+    url = urllib.parse.urljoin(builder.URL, "t10k-labels-idx1-ubyte.gz")
+    urllib.request.urlopen(url, timeout=10).close()
+    return {}
+  for file, (name, mtime) in zip(files, UPSTREAM_MTIME.items(), strict=True):
+    header = struct.pack("<4sIBB", b"\x1f\x8b\x08\x08", mtime, 0, 3)
+    upstream = header + name.encode() + b"\0" + file.read_bytes()[10:]
+    (folder / file.name).write_bytes(upstream)
+  config = tfds.download.DownloadConfig(
+    manual_dir=folder, force_checksums_validation=True, try_download_gcs=False
+  )
+  return {"download_dir": folder, "download_config": config}
+
+
+def _decoded(
+  builder: tfds.core.DatasetBuilder, split: str, num_images: int
+) -> tuple[UInt8[np.ndarray, "n h w C"], Int32[np.ndarray, " n"]]:
+  """All images and labels of a split, from the cache or else into it."""
+  cache = builder.data_path / f"decoded-{urllib.parse.quote(split, '')}.npz"
+  if cache.exists():
+    with cache.open("rb") as file, np.load(file) as stored:
+      images, labels = stored["images"], stored["labels"]
+    if not len(images) == len(labels) == num_images:
+      raise ValueError(
+        f"{cache} holds {len(images)} images and {len(labels)} labels, expected"
+        f" {num_images} of {split!r}: delete it, it will be written anew"
+      )
+    return images, labels
+  examples = builder.as_data_source(split)
+  shape = builder.info.features["image"].shape
+  images = np.empty((num_images, *shape), np.uint8)
+  labels = np.empty(num_images, np.int32)
+  for i, example in enumerate(examples):
+    images[i], labels[i] = example["image"], example["label"]
+    logging.log_every_n_seconds(
+      logging.INFO, "%s: decoded %d of %d", 5, cache.name, i + 1, num_images
+    )
+  # Renamed when complete: another process never sees half a file.
+  partial = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.partial")
+  try:
+    with partial.open("wb") as file:
+      np.savez(file, images=images, labels=labels)
+    partial.replace(cache)
+  except OSError as error:  # a read-only or full disk costs time, not data
+    logging.warning("%s will be decoded again next time: %s", cache, error)
+    if partial.exists():
+      partial.unlink()
+  return images, labels

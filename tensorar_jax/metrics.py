@@ -1,0 +1,105 @@
+"""Where numbers go while training: console, TensorBoard, and `log.jsonl`.
+
+The only home of the clu writers. They import TensorFlow, which takes seconds,
+so they are imported when the first stage starts and not before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+
+from absl import logging
+
+
+def _console_writer(stage: str, num_steps: int):
+  """A clu writer that prints one line with progress, speed and ETA."""
+  from clu import metric_writers
+
+  class ConsoleWriter(metric_writers.LoggingWriter):
+    def write_scalars(self, step, scalars):
+      values = dict(scalars)
+      seconds = values.pop("step_seconds")
+      speed = values.pop("tokens_per_second")
+      eta = duration(values.pop("eta_seconds"))
+      shown = " ".join(
+        f"{name}={value:.4g}"
+        for name, value in values.items()
+        if not name.startswith("accuracy/")
+      )
+      logging.info(
+        f"{stage} {step}/{num_steps} ({step / num_steps:.0%}) {shown} |"
+        f" {1000 * seconds:.0f} ms/step, {speed:,.0f} tokens/s, ETA {eta}"
+      )
+
+  return ConsoleWriter()
+
+
+class TrainLog:
+  """Writes one row per log step; a resumed run continues the same files.
+
+  `log.jsonl` holds nothing but what training computed, so that the trace of an
+  interrupted run equals an uninterrupted one's byte for byte; step time and ETA
+  go to the console and to TensorBoard.
+  """
+
+  def __init__(self, folder: pathlib.Path, num_steps: int):
+    import tensorflow as tf
+    from clu import metric_writers
+
+    tf.config.set_visible_devices([], "GPU")
+    self._path = folder / "log.jsonl"
+    self._num_steps = num_steps
+    self._writer = metric_writers.MultiWriter(
+      [
+        _console_writer(folder.name, num_steps),
+        metric_writers.SummaryWriter(str(folder / "tensorboard")),
+      ]
+    )
+    self._mark: tuple[float, int] | None = None
+
+  def resume(self, step: int) -> None:
+    """Forgets rows after `step`, which will be computed again."""
+    rows = [row for row in read_trace(self._path) if row["step"] <= step]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    temporary = self._path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, self._path)
+    self._mark = (time.monotonic(), step)
+
+  def write(self, step: int, scalars: dict[str, float], tokens: int) -> None:
+    """One row; `tokens` is the number of tokens of one step."""
+    with self._path.open("a") as file:
+      file.write(json.dumps({"step": step, **scalars}) + "\n")
+    now, (then, before) = time.monotonic(), self._mark
+    seconds = (now - then) / max(step - before, 1)
+    self._mark = (now, step)
+    progress = {
+      "step_seconds": seconds,
+      "tokens_per_second": tokens / seconds,
+      "eta_seconds": seconds * (self._num_steps - step),
+    }
+    self._writer.write_scalars(step, {**scalars, **progress})
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+def read_trace(path: pathlib.Path) -> list[dict]:
+  """The complete rows of a `log.jsonl`, oldest first."""
+  if not path.exists():
+    return []
+  lines = path.read_text().split("\n")
+  return [json.loads(line) for line in lines[:-1]]  # a torn last line has no \n
+
+
+def duration(seconds: float) -> str:
+  """Seconds as people say them: 45s, 3m20s, 5h07m."""
+  seconds = int(round(seconds))
+  if seconds < 60:
+    return f"{seconds}s"
+  if seconds < 3600:
+    return f"{seconds // 60}m{seconds % 60:02d}s"
+  return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

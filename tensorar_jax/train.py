@@ -1,0 +1,333 @@
+"""The one train loop: anything with a loss, deterministic and resumable.
+
+A step is a pure function of (state, batch); the key of step n is derived from
+the run's key and n; the data order from (seed, position). So a run that was
+killed and continues computes the same numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx, struct
+from jaxtyping import Array, Int
+
+from tensorar_jax import build, metrics, objective, optim, weights
+from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.data import pipeline, sources
+from tensorar_jax.interfaces import Batch, Key
+from tensorar_jax.noising import NoiseConfig
+from tensorar_jax.sampling import SamplingConfig
+
+# Keys of the `train` section that change what is written, not what is learned.
+FREE_KEYS = ("log_every", "checkpoint_every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Batch size (images, over all devices), steps, and how often to write."""
+
+  batch_size: int = 256
+  num_steps: int = 1000
+  log_every: int = 50
+  checkpoint_every: int = 500
+  keep: int = 2
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if value < 1:
+        raise ValueError(f"train.{field.name}={value}: expected at least 1.")
+    if self.checkpoint_every % self.log_every:
+      raise ValueError(
+        f"train.checkpoint_every={self.checkpoint_every} is no multiple of"
+        f" log_every={self.log_every}: a resumed run could not repeat the row"
+        " of the log that the checkpoint cuts in two."
+      )
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a checkpoint holds.
+
+  Attributes:
+    step: completed steps.
+    params: trained weights by path, float32.
+    frozen: saved but untrained weights by path.
+    opt_state: of `optim.make`.
+    ema: average of params, or None.
+    rng: the run's key; step n uses fold_in(rng, n).
+  """
+
+  step: Int[Array, ""]
+  params: weights.Weights
+  frozen: weights.Weights
+  opt_state: optax.OptState
+  ema: weights.Weights | None
+  rng: Key
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a stage trains on.
+
+  `loss(model, context, batch, rng) -> (loss, metrics)`; `context` are frozen
+  modules that it reads (the tokenizer); `prepare` makes its batch from the
+  pipeline's; `tokens` is the number of predictions in one image.
+  """
+
+  loss: Callable
+  context: Any
+  prepare: Callable[[Batch], dict]
+  tokens: int
+
+
+def to_float(images: Array) -> Array:
+  """uint8 images as float32 in [-1, 1]."""
+  return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def make_task(stage: Mapping, workdir: pathlib.Path) -> Task:
+  """The task of a stage's objective."""
+  if stage["objective"] != "tensorar":
+    # Tokenizers and classifiers are `Trainable`: they carry their own loss.
+    def own_loss(model, context, batch, rng):
+      return model.loss(batch, rng)
+
+    return Task(own_loss, None, lambda batch: batch, 1)
+  tokenizer = build.frozen_tokenizer(stage, workdir)
+  conditioning = build.conditioning(stage["conditioning"])
+  noise = build.call(NoiseConfig, stage["noise"], "noise")
+  config = build.call(objective.LossConfig, stage["loss"], "loss")
+
+  def loss(model, tokenizer, batch, rng):
+    rng_drop, rng = jax.random.split(rng)
+    tokens = tokenizer.encode(to_float(batch["image"]))
+    tokens = jax.lax.stop_gradient(tokens)
+    cond = batch["cond"]
+    cond = conditioning.drop(rng_drop, cond, config.condition_dropout)
+    return objective.tensorar_loss(model, cond, tokens, rng, noise, config)
+
+  def prepare(batch):
+    cond = conditioning.encode(batch["label"])
+    return {"image": batch["image"], "cond": cond}
+
+  rows, cols = tokenizer.grid
+  return Task(loss, tokenizer, prepare, rows * cols)
+
+
+def init_state(
+  model: nnx.Module, tx: optax.GradientTransformation, seed: int, ema: bool
+) -> tuple[weights.Skeleton, TrainState]:
+  """(skeleton, state before the first step)."""
+  skeleton, params, frozen = weights.split(model)
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    frozen=frozen,
+    opt_state=tx.init(params),
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    rng=jax.random.key(seed),
+  )
+  return skeleton, state
+
+
+def make_train_step(
+  skeleton: weights.Skeleton,
+  loss: Callable,
+  tx: optax.GradientTransformation,
+  ema_decay: float,
+) -> Callable:
+  """The jitted (state, context, batch) -> (state, metrics); donates state."""
+
+  def train_step(state: TrainState, context, batch):
+    rng = jax.random.fold_in(state.rng, state.step)
+
+    def compute(params):
+      return loss(skeleton.merge(params, state.frozen), context, batch, rng)
+
+    (value, scalars), grads = jax.value_and_grad(compute, has_aux=True)(
+      state.params
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    scalars = {
+      "loss": value,
+      **scalars,
+      "grad_norm": optax.global_norm(grads),
+    }
+    state = state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+    )
+    return state, scalars
+
+  return jax.jit(train_step, donate_argnums=0)
+
+
+def check_workdir(folder: pathlib.Path, config: dict) -> None:
+  """Claims a stage's folder for this config; another one's is an error."""
+  path = folder / "config.json"
+  if not path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    orbax_io.write_json(path, config)
+    return
+  before = json.loads(path.read_text())
+  changed = [
+    f"{key}: was {old!r}, is {new!r}"
+    for key, old, new in _differences(before, config)
+    if key.removeprefix("train.") not in FREE_KEYS
+  ]
+  if changed:
+    listed = "\n  ".join(changed)
+    raise ValueError(
+      f"{folder} belongs to another config:\n  {listed}\nPass another"
+      " --workdir, or undo the change to continue this run."
+    )
+
+
+def _differences(old, new, prefix=""):
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted({*old, *new}):
+      yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}")
+  elif json.dumps(old) != json.dumps(new):
+    yield prefix.lstrip("."), old, new
+
+
+def check(stage: Mapping) -> None:
+  """Raises ValueError if anything in a stage's config cannot be built.
+
+  No array is made: an error in the last stage should show in the first second.
+  """
+  config = build.call(TrainConfig, stage["train"], "train")
+  optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
+  optim.make(optimiser, config.num_steps)
+  build.training_config(stage)
+  model = nnx.eval_shape(lambda: build.model(stage, nnx.Rngs(0)))
+  if stage["objective"] != "tensorar":
+    return
+  build.conditioning(stage["conditioning"])
+  noise = build.call(NoiseConfig, stage["noise"], "noise")
+  loss = build.call(objective.LossConfig, stage["loss"], "loss")
+  objective.slot_weights(model.window, noise, loss)
+  if "sampling" in stage:
+    build.call(SamplingConfig, stage["sampling"], "sampling")
+
+
+def is_done(folder: pathlib.Path, num_steps: int) -> bool:
+  """Whether the stage's last checkpoint is there."""
+  steps = [p.name for p in (folder / "checkpoints").glob("*")]
+  return str(num_steps) in steps
+
+
+def fit(stage: Mapping, folder: pathlib.Path) -> None:
+  """Trains a stage in `folder`, from its newest checkpoint if there is one.
+
+  Args:
+    stage: a full stage config, of `build.stages`.
+    folder: `<workdir>/<stage name>`.
+
+  Raises:
+    ValueError: the folder is another config's; the loss is not finite.
+  """
+  config = build.call(TrainConfig, stage["train"], "train")
+  saved_config = build.training_config(stage)
+  check_workdir(folder, saved_config)
+  if is_done(folder, config.num_steps):
+    logging.info("%s: done, %d steps", folder.name, config.num_steps)
+    return
+  optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
+  tx = optim.make(optimiser, config.num_steps)
+  task = make_task(stage, folder.parent)
+  data = _train_data(stage, config.batch_size)
+  model = build.initial_model(stage, folder.parent)
+  skeleton, state = init_state(
+    model, tx, stage["seed"], optimiser.ema_decay > 0
+  )
+  checkpoints = orbax_io.Checkpoints(folder / "checkpoints", config.keep)
+  seconds = 0.0
+  if checkpoints.latest_step() is not None:
+    state, position, meta = checkpoints.restore(state)
+    data.set_state(position)
+    seconds = meta["seconds"]
+    logging.info("%s: continues from step %d", folder.name, state.step)
+  train_step = make_train_step(skeleton, task.loss, tx, optimiser.ema_decay)
+  started = time.monotonic()
+
+  def save(state):
+    meta = {
+      "config": saved_config,
+      "seconds": seconds + time.monotonic() - started,
+    }
+    step = int(state.step)
+    checkpoints.save(step, state, data.get_state(), meta)
+
+  try:
+    _loop(state, data, task, train_step, config, folder, save)
+  finally:
+    checkpoints.close()
+
+
+def _loop(state, data, task, train_step, config, folder, save):
+  """Steps, rows of the log, and checkpoints until `num_steps`."""
+  log = metrics.TrainLog(folder, config.num_steps)
+  start = int(state.step)
+  log.resume(start)
+  pending = []  # the metrics of each step since the last row, on the device
+  try:
+    for step in range(start + 1, config.num_steps + 1):
+      batch = task.prepare(next(data))
+      state, scalars = train_step(state, task.context, batch)
+      pending.append(scalars)
+      last = step == config.num_steps
+      if step % config.log_every == 0 or last:
+        row = _interval_means(pending, step, folder)
+        log.write(step, row, config.batch_size * task.tokens)
+        pending = []
+      if step % config.checkpoint_every == 0 or last:
+        save(state)
+  finally:
+    log.close()
+
+
+def _interval_means(pending, step, folder) -> dict[str, float]:
+  """Means over the steps since the last row; refuses a loss gone bad."""
+  pending = jax.device_get(pending)
+  for offset, scalars in enumerate(pending):
+    if not np.isfinite(scalars["loss"]):
+      bad = step - len(pending) + 1 + offset
+      raise ValueError(
+        f"{folder.name}: the loss of step {bad} is {scalars['loss']}; expected"
+        " a finite number. Nothing was saved since the last checkpoint in"
+        f" {folder / 'checkpoints'}. Lower optim.learning_rate or"
+        " optim.clip_norm, or look at the data of that step."
+      )
+  return {
+    name: float(np.mean([scalars[name] for scalars in pending], dtype=float))
+    for name in pending[0]
+  }
+
+
+def _train_data(stage: Mapping, batch_size: int) -> Iterator[Batch]:
+  section = dict(stage["data"])
+  source = sources.load(
+    section["name"], section["train_split"], data_dir=section.get("data_dir")
+  )
+  return pipeline.train_iterator(
+    source,
+    batch_size=batch_size,
+    seed=stage["seed"],
+    flip=section.get("flip", False),
+  )

@@ -1,0 +1,56 @@
+"""A model as (skeleton, weights): weights are a flat dict path -> array.
+
+Flat paths such as `backbone/blocks/stacked/mlp/up/kernel` serve the optimiser's
+groups, the sharding rules, the import tables and the checkpoints alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from tensorar_jax.interfaces import Frozen
+
+Weights = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+  """A model without its arrays."""
+
+  graphdef: nnx.GraphDef
+  variables: tuple[tuple[tuple, nnx.Variable], ...]  # abstract, by path
+
+  def merge(self, *weights: Weights) -> nnx.Module:
+    """The model with these weights; together they cover every path."""
+    arrays = {path: array for part in weights for path, array in part.items()}
+    state = [(p, v.replace(arrays[name(p)])) for p, v in self.variables]
+    return nnx.merge(self.graphdef, nnx.from_flat_state(state))
+
+
+def name(path: tuple) -> str:
+  return "/".join(map(str, path))
+
+
+def split(model: nnx.Module) -> tuple[Skeleton, Weights, Weights]:
+  """(skeleton, trained weights, frozen weights) of a model."""
+  graphdef, state = nnx.split(model)
+  flat = list(nnx.to_flat_state(state))
+  abstract = tuple(
+    (path, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), v))
+    for path, v in flat
+  )
+  params, frozen = {}, {}
+  for path, variable in flat:
+    part = frozen if isinstance(variable, Frozen) else params
+    part[name(path)] = variable.get_value()
+  return Skeleton(graphdef, abstract), params, frozen
+
+
+def update(model: nnx.Module, weights: Weights) -> nnx.Module:
+  """A copy of the model with the named weights replaced."""
+  skeleton, params, frozen = split(model)
+  return skeleton.merge({**params, **frozen, **weights})

@@ -1,0 +1,290 @@
+"""What the pictures and the report must get right, by what can be decoded."""
+
+import base64
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from tensorar_jax import visualize
+
+MARK = (255, 106, 0)
+
+
+def _grid(rows=2, columns=3, size=5, channels=1, seed=0):
+  shape = (rows, columns, size, size, channels)
+  return np.random.default_rng(seed).integers(0, 200, shape, dtype=np.uint8)
+
+
+def _decode(path):
+  with Image.open(path) as picture:
+    return np.asarray(picture.convert("RGB"))
+
+
+def _holds(picture, tile):
+  """Whether the picture contains the tile, pixel for pixel."""
+  windows = np.lib.stride_tricks.sliding_window_view(picture, tile.shape)
+  corner = (windows[..., 0, 0, :] == tile[0, 0]).all(-1)
+  return any((windows[tuple(at)] == tile).all() for at in np.argwhere(corner))
+
+
+def _colored(picture):
+  return int((picture == MARK).all(-1).sum())
+
+
+def test_import_is_light():
+  code = "import sys, tensorar_jax.visualize; print(*sys.modules)"
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  )
+  assert not {"matplotlib", "PIL", "jax"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sample_grids_keep_every_pixel(tmp_path, channels):
+  grids = {
+    "base": _grid(channels=channels),
+    "TensorAR <k=2> $x_0$": _grid(columns=2, channels=channels, seed=1),
+  }
+  visualize.save_sample_grids(tmp_path / "a.png", grids, ["shoe", "bag"])
+  picture = _decode(tmp_path / "a.png")
+  for grid in grids.values():
+    for image in grid.reshape(-1, *grid.shape[2:]):
+      tile = image.repeat(14, 0).repeat(14, 1)  # 5 pixels -> 70
+      assert _holds(picture, np.broadcast_to(tile, (70, 70, 3)))
+
+
+def test_sample_grids_wrap(tmp_path):
+  grids = {f"model {i}": _grid(columns=8, seed=i) for i in range(4)}
+  visualize.save_sample_grids(tmp_path / "a.png", grids, ["0", "1"])
+  height, width, _ = _decode(tmp_path / "a.png").shape
+  assert width < 1800
+  visualize.save_sample_grids(
+    tmp_path / "b.png", {"model": grids["model 0"]}, ["0", "1"]
+  )
+  one_high, one_wide, _ = _decode(tmp_path / "b.png").shape
+  assert 1.8 * one_wide < width < 2.2 * one_wide  # two and two
+  assert 1.7 * one_high < height < 2.2 * one_high
+
+
+def test_refinement_marks_the_changed_cells(tmp_path):
+  strip = np.zeros((1, 3, 4, 4, 1), np.uint8)
+  changed = np.zeros((1, 3, 2, 2), bool)
+  changed[0, 1, 0, 0] = True
+  path = tmp_path / "a.png"
+  tiles, none, both = {"model": strip}, {"model": changed & False}, {}
+  visualize.save_refinement(path, tiles, none)
+  legend = _colored(_decode(path))
+  visualize.save_refinement(path, tiles, {"model": changed})
+  one = _colored(_decode(path)) - legend
+  # A cell of 2 x 2 pixels is 58 x 58 on screen; its line is 2 pixels wide.
+  assert one == 58**2 - 54**2
+  changed[0, 1, 0, 1] = True  # the neighbour: one outline around both
+  visualize.save_refinement(path, tiles, {"model": changed})
+  assert _colored(_decode(path)) - legend == 58 * 116 - 54 * 112
+  both["model"] = changed.copy()
+  both["model"][:, 0] = True  # nothing comes before the first look
+  visualize.save_refinement(path, tiles, both)
+  assert _colored(_decode(path)) - legend == 58 * 116 - 54 * 112
+  visualize.save_refinement(path, tiles)
+  assert _colored(_decode(path)) == 0
+
+
+def test_refinement_takes_windows_of_different_length(tmp_path):
+  strips = {"base": _grid(3, 1), "k = 2": _grid(3, 2), "k = 5": _grid(3, 5)}
+  changed = {"k = 5": np.ones((3, 5, 5, 5), bool)}  # not for every model
+  visualize.save_refinement(tmp_path / "a.png", strips, changed)
+  assert _colored(_decode(tmp_path / "a.png")) > 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gif_shows_every_frame(tmp_path, channels):
+  frames = _grid(5, 1, size=7, channels=channels)[:, 0]
+  visualize.save_refinement_gif(tmp_path / "a.gif", frames, 3)
+  with Image.open(tmp_path / "a.gif") as gif:
+    assert (gif.size, gif.n_frames, gif.info["loop"]) == ((21, 21), 5, 0)
+    shown = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(gif)]
+  for picture, frame in zip(shown, frames):
+    expected = np.broadcast_to(frame.repeat(3, 0).repeat(3, 1), (21, 21, 3))
+    np.testing.assert_allclose(picture, expected, atol=2)
+
+
+def _trace(steps, **values):
+  return [
+    {"step": s, **{k: v / (1 + s) for k, v in values.items()}} for s in steps
+  ]
+
+
+@pytest.mark.parametrize(
+  "names", [("classifier",), ("base",), ("base", "wrapped", "classifier")]
+)
+def test_curves(tmp_path, names):
+  traces = {
+    "base": _trace(range(97), **{"ce/0": 5.0, "loss": 5.0}),
+    "wrapped": _trace([3], **{f"ce/{j}": 2.0 for j in range(11)}),
+    "classifier": _trace(range(5), loss=1.0, accuracy=0.9),
+  }
+  traces = {name: traces[name] for name in names}
+  visualize.save_curves(tmp_path / "a.png", traces)
+  height, width, _ = _decode(tmp_path / "a.png").shape
+  assert width == 1400
+  assert (
+    height == {1: 220 if names == ("classifier",) else 340, 3: 560}[len(names)]
+  )
+
+
+def test_curves_survive_uneven_rows_and_nan(tmp_path):
+  rows = _trace(range(7), **{"ce/0": 5.0})
+  rows[2]["accuracy"], rows[5]["ce/0"] = 0.5, float("nan")
+  visualize.save_curves(tmp_path / "a.png", {"base": rows})
+  assert _decode(tmp_path / "a.png").size
+
+
+def test_bad_pictures_are_named():
+  save, grid = visualize.save_sample_grids, _grid()
+  bad = {
+    r"float64 \(2, 3, 5, 5, 1\)": grid / 255,
+    r"\(2, 3, 5, 5\)": grid[..., 0],
+    r"\(0, 3, 5, 5, 1\)": grid[:0],
+    r"\(2, 3, 5, 5, 2\)": np.concatenate([grid, grid], -1),
+  }
+  for match, value in bad.items():
+    with pytest.raises(ValueError, match=f"'base' is .*{match}; expected"):
+      save("never.png", {"base": value}, ["0", "1"])
+    with pytest.raises(ValueError, match=f"{match}; expected"):
+      visualize.save_refinement("never.png", {"base": value})
+  with pytest.raises(ValueError, match="2 rows; expected 3"):
+    save("never.png", {"base": grid}, ["0", "1", "2"])
+  with pytest.raises(ValueError, match="expected a model"):
+    save("never.png", {}, [])
+  for value in (np.ones((2, 3, 4)), np.ones((2, 2, 5, 5), bool)):
+    with pytest.raises(ValueError, match="expected bool"):
+      visualize.save_refinement("never.png", {"base": grid}, {"base": value})
+  with pytest.raises(ValueError, match="expected a non-empty uint8"):
+    visualize.save_refinement_gif("never.gif", grid, 2)
+  with pytest.raises(ValueError, match="scale is 0"):
+    visualize.save_refinement_gif("never.gif", grid[0], 0)
+  for traces in ({}, {"base": []}, {"base": [{"loss": 1.0}]}):
+    with pytest.raises(ValueError, match="expected"):
+      visualize.save_curves("never.png", traces)
+
+
+def _entry(mean, std):
+  return {"mean": mean, "std": std, "values": [mean - std, mean + std]}
+
+
+def _metrics():
+  return {
+    "models": {
+      "base": {"frechet": _entry(2.0, 0.1), "accuracy": _entry(0.9, 0.01)},
+      "continued": {"frechet": _entry(1.5, 0.3), "accuracy": _entry(0.8, 0.03)},
+      "wrapped": {"frechet": _entry(1.1, 0.4), "accuracy": _entry(0.7, 0.04)},
+    },
+    "reference": {"held-out": {"frechet": 0.25, "accuracy": 0.99}},
+    "seconds": {"train base": 61.0, "sample": 2.5},
+    "settings": {"guidance": 1.5},
+    "notes": ["small <sample>"],
+  }
+
+
+def _verdict(mine, theirs, metric="frechet"):
+  models = {"continued": {metric: theirs}, "wrapped": {metric: mine}}
+  (sentence,) = visualize.verdicts({"models": models})
+  assert sentence.startswith("wrapped compared with continued: ")
+  return sentence.removeprefix("wrapped compared with continued: ")
+
+
+def test_verdicts_follow_the_numbers():
+  theirs = _entry(1.5, 0.3)  # with 0.4: a combined spread of 0.5
+  assert _verdict(_entry(1.1, 0.4), theirs).startswith("within the spread in")
+  assert _verdict(_entry(1.9, 0.4), theirs).startswith("within the spread in")
+  assert _verdict(_entry(0.9, 0.4), theirs).startswith("better in frechet")
+  assert _verdict(_entry(2.1, 0.4), theirs).startswith("worse in frechet")
+  assert "(2.100 against 1.500)" in _verdict(_entry(2.1, 0.4), theirs)
+  # The other direction for a metric where higher is better.
+  assert _verdict(0.9, _entry(0.8, 0.05), "recall").startswith("better in")
+  assert _verdict(0.7, _entry(0.8, 0.05), "recall").startswith("worse in")
+  # Without any spread the verdict says so.
+  assert _verdict(1.0, 1.5).startswith("better (spread not measured) in")
+  assert _verdict(1.5, 1.5).startswith("equal (spread not measured) in")
+  for nothing in (None, {}, {"mean": None}, float("nan")):
+    assert _verdict(nothing, 1.5) == "no metric in common."
+
+
+def test_verdicts_are_for_the_wrapped_models_alone():
+  (sentence,) = visualize.verdicts(_metrics())
+  assert "within the spread in frechet" in sentence
+  assert "; worse in accuracy (0.700 against 0.800)" in sentence
+  metrics = _metrics()
+  del metrics["models"]["continued"]
+  assert visualize.verdicts(metrics) == []
+
+
+def test_table():
+  text = visualize.table(_metrics())
+  lines = text.splitlines()
+  assert re.split(r"  +", lines[0].strip()) == ["frechet ↓", "accuracy ↑"]
+  rows = {re.split(r"  +", line)[0]: line for line in lines[2:6]}
+  assert "1.100 ± 0.400 *" in rows["wrapped"]
+  assert "0.900 ± 0.010 *" in rows["base"]
+  assert "0.250" in rows["held-out"] and "*" not in rows["held-out"]
+  assert text.count("*") == 2
+  assert lines[-1] == visualize.verdicts(_metrics())[0]
+
+
+def test_table_takes_what_there_is():
+  assert visualize.table({}) == "\n"
+  metrics = {
+    "models": {"a": {"frechet": {"values": [1.0, 3.0]}}, "b": None, "c": {}},
+    "reference": None,
+  }
+  assert "2.000 ± 1.000" in visualize.table(metrics)
+  metrics["models"]["c"] = {"copy_rate": 0.5}  # no known direction, no best
+  assert "copy rate" in visualize.table(metrics)
+  assert "*" not in visualize.table(metrics)
+
+
+def test_report_is_one_escaped_file(tmp_path):
+  picture = tmp_path / "a.png"
+  visualize.save_sample_grids(picture, {"base": _grid()}, ["0", "1"])
+  metrics = _metrics()
+  metrics["models"]["<b>bold</b>"] = {"frechet": 9.0}
+  visualize.write_report(
+    tmp_path / "r.html",
+    "Shoes & <script>",
+    metrics,
+    {"Samples <i>": picture},
+    "run --a='<x>' && b",
+  )
+  page = (tmp_path / "r.html").read_text(encoding="utf-8")
+  for raw in ("<script", "<b>", "<i>", "<x>", "<sample>", "http", "url("):
+    assert raw not in page
+  for shown in (
+    "Shoes &amp; &lt;script&gt;",
+    "run --a=&#x27;&lt;x&gt;&#x27; &amp;&amp; b",
+    "small &lt;sample&gt;",
+    "guidance 1.5",
+    "train base</td><td>61.0 s",
+    "Wall time: 63.5 s",
+    "<td class=best>1.100 ± 0.400</td>",
+    "wrapped compared with continued: ",
+  ):
+    assert shown in page
+  assert page.count("class=best") == 2
+  assert re.findall(r"(?:src|href)='(.{22})", page) == [
+    "data:image/png;base64,"
+  ]
+  (data,) = re.findall(r"base64,([^']+)'", page)
+  assert base64.b64decode(data) == picture.read_bytes()
+  assert Image.open(io.BytesIO(base64.b64decode(data))).format == "PNG"
+
+
+def test_report_takes_what_there_is(tmp_path):
+  visualize.write_report(tmp_path / "r.html", "empty", {}, {}, "run")
+  metrics = {"models": {"base": {}}, "seconds": {"a": 0.0, "b": None}}
+  visualize.write_report(tmp_path / "r.html", "bare", metrics, {}, "run")
+  assert "bare" in (tmp_path / "r.html").read_text(encoding="utf-8")
