@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     name="llamagen",
     vocab_size=17,
     grid=(8, 8),
-    width=128,
+    width=96,
     num_layers=4,
     num_heads=4,
     num_classes=10,
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
   config.loss = dict(weights="rdm", condition_dropout=0.1)
   config.optim = dict(learning_rate=1e-3, weight_decay=0.05)
   config.train = dict(
-    batch_size=64, num_steps=300, log_every=20, checkpoint_every=100
+    batch_size=64, num_steps=300, log_every=25, checkpoint_every=100
   )
   config.sampling = dict(temperature=1.0)
   config.classifier = dict(image_size=(8, 8), num_classes=10)
@@ -49,11 +49,11 @@ def get_config() -> ConfigDict:
     classifier=dict(
       objective="classifier",
       optim=dict(schedule="cosine"),
-      train=dict(batch_size=128, num_steps=600, checkpoint_every=600),
+      train=dict(batch_size=128, num_steps=400, checkpoint_every=400),
     ),
     base=dict(
       optim=dict(schedule="cosine", warmup_steps=50),
-      train=dict(num_steps=1000),
+      train=dict(num_steps=800),
     ),
     continued=fine_tuning,
     tensorar=dict(**fine_tuning, tensorar=wrapped),
@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
   config.evaluation = dict(
     classifier="classifier",
     models=("base", "continued", "tensorar", "drafts"),
-    guidance=(1.0, 1.25, 1.5, 2.0),
+    guidance=(1.0, 1.5, 2.0),
     scan_images=500,
     num_images=1000,
     seeds=3,

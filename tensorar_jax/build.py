@@ -252,7 +252,6 @@ def import_tokenizer(
 def _import(kind, name, path, variant, fields):
   module = family(kind, name)
   config = _component_config(module, variant, fields)
-  result = module.Model(config, rngs=nnx.Rngs(0))
+  abstract = nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0)))
   rules = module.import_rules(config)
-  torch_import.fill(result, rules, torch_import.load_state_dict(path))
-  return result
+  return torch_import.fill(abstract, rules, torch_import.load_state_dict(path))

@@ -21,6 +21,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
@@ -29,7 +30,7 @@ from jaxtyping import Array, Float, Int
 Cond = dict[str, Array]
 # What the data pipeline yields: "image" (uint8 [B, h, w, C]) or "tokens"
 # (int32 [B, T, F]), and "label" (int32 [B]).
-Batch = dict[str, Array]
+Batch = dict[str, Array | np.ndarray]
 Key = Array  # a typed PRNG key, or an array of them
 
 
@@ -63,7 +64,7 @@ class Samples:
 
   tokens: Int[Array, "B T F"]
   drafts: Int[Array, "B T k F"]
-  logits: tuple[Float[Array, "B T k V"], ...] | None = None
+  logits: tuple[Float[Array, "B T k _"], ...] | None = None
 
 
 @runtime_checkable
@@ -108,7 +109,7 @@ class Backbone(Protocol):
 
   def logits(
     self, hidden: Float[Array, "*n D"], tokens: Int[Array, "*n F"]
-  ) -> tuple[Float[Array, "*n V_f"], ...]:
+  ) -> tuple[Float[Array, "*n _"], ...]:
     """F arrays; `logits[f]` reads nothing but `tokens[..., :f]`."""
     ...
 

@@ -17,7 +17,7 @@ WEIGHTS = ("rdm", "paper", "uniform")
 
 
 def slot_weights(
-  kind: str, beta: Float[np.ndarray, "k+1"]
+  kind: str, beta: Float[np.ndarray, "edges"]
 ) -> Float[np.ndarray, "k"]:
   """w(0) = 1, w(1), ..., w(k - 1) for `beta` as `noising.beta` gives it.
 
@@ -46,7 +46,7 @@ def slot_weights(
 
 
 def cross_entropy(
-  logits: tuple[Float[Array, "*n V_f"], ...], targets: Int[Array, "*n F"]
+  logits: tuple[Float[Array, "*n _"], ...], targets: Int[Array, "*n F"]
 ) -> tuple[Float[Array, "*n"], Bool[Array, "*n"]]:
   """(CE summed over sub-tokens in nats, all sub-tokens' argmax correct)."""
   total, correct = 0.0, True

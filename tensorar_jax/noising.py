@@ -40,7 +40,7 @@ class NoiseConfig:
   """
 
   kind: str = "categorical"
-  schedule: str | tuple[float, ...] = "exponential"
+  schedule: str | Sequence[float | int] = "exponential"
   schedule_start: int = 0
   draft_fraction: float = 0.5
 
@@ -63,8 +63,8 @@ class NoiseConfig:
 
 
 def beta(
-  schedule: str | Sequence[float], window: int, start: int = 0
-) -> Float[np.ndarray, "k+1"]:
+  schedule: str | Sequence[float | int], window: int, start: int = 0
+) -> Float[np.ndarray, "{window}+1"]:
   """beta(0) = 0, beta(1), ..., beta(k - 1), and beta(k) = 1 by definition."""
   if isinstance(schedule, str):
     values = [SCHEDULES[schedule](j + start, window) for j in range(1, window)]

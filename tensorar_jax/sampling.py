@@ -85,8 +85,8 @@ def guidance_scales(
 
 
 def guide(
-  logits: Float[Array, "2B *n V"], scale: Float[Array, ""]
-) -> Float[Array, "B *n V"]:
+  logits: Float[Array, "both *n V"], scale: Float[Array, ""]
+) -> Float[Array, "half *n V"]:
   """uncond + scale (cond - uncond) of a [cond | uncond] batch; cond at 1."""
   cond, uncond = jnp.split(logits, 2)
   return jnp.where(scale == 1, cond, uncond + scale * (cond - uncond))
@@ -131,7 +131,7 @@ def draw_token(
 
 
 def _uniforms(
-  keys: Key, step: Int[Array, ""], window: int, factors: int
+  keys: Key, step: Int[Array, ""] | int, window: int, factors: int
 ) -> Float[Array, "B k F"]:
   """Uniform numbers of (image, step, slot): slot 0's do not depend on k."""
 

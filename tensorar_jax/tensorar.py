@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from tensorar_jax import layers
 from tensorar_jax.interfaces import Backbone, Cond, Key
 from tensorar_jax.windows import check_window
 
@@ -36,11 +37,11 @@ class CrossAttention(nnx.Module):
 
   def __init__(self, width, num_heads, kernel_init, *, rngs: nnx.Rngs):
     self.num_heads = num_heads
-    project = dict(use_bias=False, kernel_init=kernel_init, rngs=rngs)
-    self.query = nnx.Linear(width, width, **project)
-    self.key = nnx.Linear(width, width, **project)
-    self.value = nnx.Linear(width, width, **project)
-    self.out = nnx.Linear(width, width, **project)
+    project = dict(rngs=rngs, kernel_init=kernel_init)
+    self.query = layers.linear(width, width, **project)
+    self.key = layers.linear(width, width, **project)
+    self.value = layers.linear(width, width, **project)
+    self.out = layers.linear(width, width, **project)
 
   def __call__(
     self, x: Float[Array, "*#n q D"], memory: Float[Array, "*n m D"]
@@ -68,9 +69,8 @@ class QueryBlock(nnx.Module):
     self.cross_norm = backbone.make_norm(rngs)
     self.cross = CrossAttention(width, backbone.num_heads, init, rngs=rngs)
     self.mlp_norm = backbone.make_norm(rngs)
-    project = dict(use_bias=False, kernel_init=init, rngs=rngs)
-    self.up = nnx.Linear(width, hidden, **project)
-    self.down = nnx.Linear(hidden, width, **project)
+    self.up = layers.linear(width, hidden, rngs, kernel_init=init)
+    self.down = layers.linear(hidden, width, rngs, kernel_init=init)
 
   def __call__(self, x, memory):
     x = x + self.cross(self.cross_norm(x), memory)
@@ -210,7 +210,7 @@ class TensorAR(nnx.Module):
 
   def logits(
     self, hidden: Float[Array, "*n D"], tokens: Int[Array, "*n F"]
-  ) -> tuple[Float[Array, "*n V_f"], ...]:
+  ) -> tuple[Float[Array, "*n _"], ...]:
     """The base model's own head."""
     return self.backbone.logits(hidden, tokens)
 

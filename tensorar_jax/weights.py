@@ -14,7 +14,8 @@ from jaxtyping import Array
 
 from tensorar_jax.interfaces import Frozen
 
-Weights = dict[str, Array]
+# Arrays, or their shapes where a model is built abstractly.
+Weights = dict[str, Array | jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,7 +132,7 @@ class Model(nnx.Module):
 
   def logits(
     self, hidden: Float[Array, "*n D"], tokens: Int[Array, "*n 1"]
-  ) -> tuple[Float[Array, "*n V"], ...]:
+  ) -> tuple[Float[Array, "*n _"], ...]:
     del tokens  # one sub-token: nothing to condition on
     return (self.head(hidden).astype(jnp.float32),)
 
@@ -144,7 +144,7 @@ class Model(nnx.Module):
 
   def hidden_states(
     self, cond: Cond, x: Float[Array, "B M D"]
-  ) -> tuple[Float[Array, "L B P+M D"], Float[Array, "B P+M D"]]:
+  ) -> tuple[Float[Array, "L B S D"], Float[Array, "B S D"]]:
     """Every row after every layer, and after the final norm; for tests."""
     hidden, states = self._run(cond, x, None)
     return states, self.norm(hidden)

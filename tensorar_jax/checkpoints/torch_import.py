@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tensorar_jax.interfaces import Frozen, Rule
+from tensorar_jax import weights as weights_lib
+from tensorar_jax.interfaces import Rule
 
 # The wrappers that training scripts put around a state dict, in the order in
 # which LlamaGen's sampling scripts look for them; "ema" is never read.
@@ -100,12 +101,38 @@ def _to_numpy(tensor) -> np.ndarray:
   return tensor.numpy()
 
 
-def match(
-  rules: list[Rule], names: list[str]
-) -> tuple[dict[str, list[tuple[int, str, Rule]]], list[str]]:
-  """target path -> [(layer or -1, name, rule)], and a list of complaints."""
-  targets: dict[str, list[tuple[int, str, Rule]]] = {}
-  problems = []
+def plan(
+  model: nnx.Module, rules: list[Rule], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[tuple[str, Rule]]]:
+  """path -> the tensors that make it, in layer order; needs shapes only.
+
+  Raises one ValueError with everything that does not fit.
+  """
+  _, params, frozen = weights_lib.split(model)
+  want = {path: leaf.shape for path, leaf in {**params, **frozen}.items()}
+  targets, problems = _claim(rules, shapes)
+  problems += [f"nothing fills {path}" for path in want if path not in targets]
+  result = {}
+  for path, parts in targets.items():
+    parts = sorted(parts, key=lambda part: part[0])
+    if path not in want:
+      problems.append(f"{parts[0][1]} goes to {path}, which the model lacks")
+      continue
+    problems += _misfits(path, parts, want[path], shapes)
+    result[path] = [(name, rule) for _, name, rule in parts]
+  if problems:
+    shown = "\n  ".join(problems[:40])
+    more = f"\n  ... {len(problems) - 40} more" if len(problems) > 40 else ""
+    raise ValueError(
+      f"the checkpoint does not fit the model ({len(problems)} problems; is"
+      f" it the right family, variant and size?):\n  {shown}{more}"
+    )
+  return result
+
+
+def _claim(rules, names):
+  """(path -> [(layer or -1, name, rule)], complaints about names)."""
+  targets, problems = {}, []
   for name in names:
     hits = [(r, m) for r in rules if (m := re.fullmatch(r.source, name))]
     if not hits:
@@ -121,62 +148,54 @@ def match(
   return targets, problems
 
 
+def _misfits(path, parts, want, shapes):
+  """Complaints about the layers and shapes of the tensors of one path."""
+  layers = [layer for layer, _, _ in parts]
+  stacked = layers[0] >= 0
+  if stacked and layers != list(range(want[0])):
+    return [f"{path} has {want[0]} layers, the file has layers {layers}"]
+  if not stacked and len(parts) > 1:
+    return [f"{path} is claimed by {[name for _, name, _ in parts]}"]
+  problems = []
+  for _, name, rule in parts:
+    shape = tuple(shapes[name])
+    if rule.axes and len(rule.axes) == len(shape):
+      shape = tuple(shape[axis] for axis in rule.axes)
+    if shape != tuple(want[1:] if stacked else want):
+      problems.append(f"{name} gives {shape} for {path} {tuple(want)}")
+  return problems
+
+
 def fill(
   model: nnx.Module, rules: list[Rule], tensors: Mapping[str, np.ndarray]
-) -> None:
-  """Sets every weight of `model` from `tensors`; all problems in one error."""
-  weights = {
-    "/".join(map(str, path)): variable
-    for path, variable in nnx.to_flat_state(
-      nnx.state(model, nnx.Any(nnx.Param, Frozen))
-    )
-  }
-  targets, problems = match(rules, list(tensors))
-  problems += [f"nothing fills {path}" for path in weights if path not in targets]
-  values = {}
-  for path, parts in targets.items():
-    if path not in weights:
-      names = [name for _, name, _ in parts]
-      problems.append(f"{names[0]} goes to {path}, which the model lacks")
-      continue
-    want = weights[path].shape
-    value, problem = _assemble(path, parts, tensors, want)
-    problems += problem
-    values[path] = value
-  if problems:
-    shown = "\n  ".join(problems[:40])
-    more = f"\n  ... {len(problems) - 40} more" if len(problems) > 40 else ""
-    raise ValueError(
-      f"the checkpoint does not fit the model ({len(problems)} problems; is"
-      f" it the right family, variant and size?):\n  {shown}{more}"
-    )
-  leaves = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
-  for path, variable in leaves:
-    value = values["/".join(map(str, path))]
-    variable[...] = jnp.asarray(value, variable.dtype)
-  nnx.update(model, nnx.from_flat_state(leaves))
+) -> nnx.Module:
+  """The model with every weight from `tensors`, in the model's dtypes.
+
+  `model` may be abstract (`nnx.eval_shape`). Raises one ValueError with
+  everything that does not fit.
+  """
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  planned = plan(model, rules, shapes)
+  skeleton, params, frozen = weights_lib.split(model)
+  dtypes = {path: leaf.dtype for path, leaf in {**params, **frozen}.items()}
+  return skeleton.merge(
+    {
+      path: _assemble(parts, tensors, dtypes[path])
+      for path, parts in planned.items()
+    }
+  )
 
 
-def _assemble(path, parts, tensors, want):
-  """(the array of one parameter, complaints) from its stacked parts."""
-  parts = sorted(parts, key=lambda part: part[0])
-  stacked = parts[0][0] >= 0
-  if stacked and [p[0] for p in parts] != list(range(want[0])):
-    found = [p[0] for p in parts]
-    return None, [f"{path} has {want[0]} layers, the file has layers {found}"]
-  if not stacked and len(parts) > 1:
-    return None, [f"{path} is claimed by {[p[1] for p in parts]}"]
-  shape = want[1:] if stacked else want
-  arrays, problems = [], []
-  for _, name, rule in parts:
+def _assemble(parts, tensors, dtype):
+  """One parameter from its tensors, stacked if they are layers."""
+  arrays = []
+  for name, rule in parts:
     array = np.asarray(tensors[name])
-    if rule.axes and len(rule.axes) == array.ndim:
-      array = array.transpose(rule.axes)
-    if array.shape != shape:
-      problems.append(f"{name} gives {array.shape} for {path} {shape}")
-    elif not np.isfinite(array.astype(np.float32)).all():
-      problems.append(f"{name} holds NaN or infinite values")
-    arrays.append(array)
-  if problems:
-    return None, problems
-  return np.stack(arrays) if stacked else arrays[0], []
+    if not np.isfinite(array.astype(np.float32)).all():
+      raise ValueError(
+        f"{name} holds NaN or infinite values: the checkpoint is damaged."
+        " Download it again."
+      )
+    arrays.append(array.transpose(rule.axes) if rule.axes else array)
+  stacked = "layer" in re.compile(parts[0][1].source).groupindex
+  return jnp.asarray(np.stack(arrays) if stacked else arrays[0], dtype)

@@ -38,7 +38,7 @@ class Config:
 
 
 VARIANTS: dict[str, Config] = {"digits": Config()}
-SOURCES: dict[str, tuple[str, str]] = {}
+SOURCES: dict[str, str] = {}
 
 
 def import_rules(config: Config) -> list[Rule]:

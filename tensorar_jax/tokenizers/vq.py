@@ -87,10 +87,10 @@ class Config:
 
 
 VARIANTS = {"vq16": Config(), "vq8": Config(channel_multipliers=(1, 2, 2, 4))}
-SOURCES = {  # release -> (published file, variant)
-  "vq_ds16_c2i": ("vq_ds16_c2i.pt", "vq16"),
-  "vq_ds16_t2i": ("vq_ds16_t2i.pt", "vq16"),
-  "vq_ds8_c2i": ("vq_ds8_c2i.pt", "vq8"),
+SOURCES: dict[str, str] = {  # published file -> variant
+  "vq_ds16_c2i.pt": "vq16",
+  "vq_ds16_t2i.pt": "vq16",
+  "vq_ds8_c2i.pt": "vq8",
 }
 
 

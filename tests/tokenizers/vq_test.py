@@ -7,6 +7,7 @@ them explains each array and states the tolerances used here.
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -142,20 +143,25 @@ def margins(model, latents) -> np.ndarray:
   return best[..., 1] - best[..., 0]
 
 
-def computed_encoder(model, io) -> dict[str, np.ndarray]:
-  taps, latents, tokens = encoder_activations(model, nhwc(io["image"]))
+def taps_of(taps, model, side: str, scale: str, attention: str) -> dict:
   last = len(model.config.channel_multipliers) - 1
-  ours = {"conv_in": "conv_in", "res0": "levels/0/0", "norm_out": "norm_out"}
-  ours |= {f"down{i}": f"resamples/{i}" for i in range(last)}
+  ours = {"conv_in": "conv_in", "norm_out": "norm_out"}
+  ours |= {f"{scale}{i}": f"resamples/{i}" for i in range(last)}
   ours |= {f"mid{i}": f"mid/{i}" for i in range(3)}
-  ours["attn_last"] = f"attentions/{model.config.num_res_blocks - 1}"
-  out = {f"tap_enc_{theirs}": tap(taps[name]) for theirs, name in ours.items()}
-  out |= {"encoder_out": nchw(taps["conv_out"]), "prequant": nchw(latents)}
-  out |= {"indices": tokens.ravel()}
-  taps, latents, tokens = encoder_activations(model, nhwc(io["image_rect"]))
-  out |= {"encoder_out_rect": nchw(taps["conv_out"])}
-  out |= {"prequant_rect": nchw(latents), "indices_rect": tokens.ravel()}
-  return out
+  ours |= {attention[:-2]: f"attentions/{attention[-1]}"}
+  ours |= {"res0": "levels/0/0"} if side == "enc" else {}
+  return {f"tap_{side}_{theirs}": tap(taps[n]) for theirs, n in ours.items()}
+
+
+def computed_encoder(model, io) -> dict[str, np.ndarray]:
+  out = {}
+  for end in ("_rect", ""):
+    images = nhwc(io["image" + end])
+    taps, latents, tokens = encoder_activations(model, images)
+    out["encoder_out" + end] = nchw(taps["conv_out"])
+    out["prequant" + end] = nchw(latents)
+    out["indices" + end] = tokens.ravel()
+  return out | taps_of(taps, model, "enc", "down", "attn_last/1")
 
 
 def computed_quantizer(model, io) -> dict[str, np.ndarray]:
@@ -172,12 +178,7 @@ def computed_quantizer(model, io) -> dict[str, np.ndarray]:
 def computed_decoder(model, io) -> dict[str, np.ndarray]:
   b, _, h, w = io["quant"].shape
   taps = decoder_activations(model, io["indices"].reshape(b, h, w))
-  last = len(model.config.channel_multipliers) - 1
-  ours = {"conv_in": "conv_in", "norm_out": "norm_out"}
-  ours |= {f"up{i}": f"resamples/{i}" for i in range(last)}
-  ours |= {f"mid{i}": f"mid/{i}" for i in range(3)}
-  ours["attn_first"] = "attentions/0"
-  out = {f"tap_dec_{theirs}": tap(taps[name]) for theirs, name in ours.items()}
+  out = taps_of(taps, model, "dec", "up", "attn_first/0")
   out["post_quant"] = nchw(taps["from_code"])
   out["decoded"] = nchw(decode(model, io["indices"].reshape(b, -1, 1)))
   grid = io["quant_rect"].shape[2:]
@@ -268,19 +269,33 @@ def test_parity_leaves_no_array_out(case):
   assert set().union(*names) | INPUTS | ELSEWHERE == set(io)
 
 
-@pytest.mark.parametrize("release", vq.SOURCES)
-def test_import_rules_cover_the_published_file(release):
-  _, variant = vq.SOURCES[release]
-  manifest = parity_folder("real_checkpoint_manifest") / f"{release}.json"
+@pytest.mark.parametrize("file, variant", vq.SOURCES.items())
+def test_import_rules_cover_the_published_file(file, variant):
+  name = file.replace(".pt", ".json")
+  manifest = parity_folder("real_checkpoint_manifest") / name
   keys = json.loads(manifest.read_text())["keys"]
   # Views of one zero: the shapes without the memory.
   views = {k: np.broadcast_to(0.0, shape) for k, (shape, _) in keys.items()}
   fill(vq.VARIANTS[variant], views)
 
 
+def drawn(config: vq.Config) -> vq.Model:
+  """A model with weights from NumPy: tracing the initialiser takes long."""
+  model = nnx.eval_shape(lambda: vq.Model(config, rngs=nnx.Rngs(0)))
+  rng = np.random.default_rng(0)
+  for path, param in nnx.to_flat_state(nnx.state(model)):
+    value = np.full(param.shape, path[-1] == "scale")
+    if param.ndim > 1:
+      value = (
+        rng.uniform(-1, 1, param.shape) / math.prod(param.shape[:-1]) ** 0.5
+      )
+    param.set_value(jnp.asarray(value, jnp.float32))
+  return model
+
+
 @pytest.fixture(scope="module")
 def tiny() -> vq.Model:
-  return nnx.jit(lambda: vq.Model(TINY, rngs=nnx.Rngs(0)))()
+  return drawn(TINY)
 
 
 def test_shapes_and_seams(tiny):
@@ -298,18 +313,17 @@ def test_shapes_and_seams(tiny):
   assert all(isinstance(x, nnx.Param) for _, x in nnx.to_flat_state(vector))
 
 
-def test_initialisation_is_the_published_one(tiny):
-  rows = tiny.quantizer.codebook[...]
+def test_initialisation_is_the_published_one():
+  rows = vq.Quantizer(TINY, nnx.Rngs(0)).codebook[...]
   np.testing.assert_allclose(jnp.linalg.norm(rows, axis=-1), 1.0, atol=1e-6)
-  conv = tiny.decoder.conv_in
-  bound = (5 * 9) ** -0.5
+  conv = vq.Conv(5, 13, 3, TINY, nnx.Rngs(0))
   for param in (conv.kernel[...], conv.bias[...]):
-    assert 0.7 * bound < jnp.abs(param).max() <= bound
+    assert 0.7 * (5 * 9) ** -0.5 < jnp.abs(param).max() <= (5 * 9) ** -0.5
 
 
 def test_tokens_are_the_nearest_rows(tiny):
   latents = jax.random.normal(jax.random.key(1), (2, 3, 5, 3))
-  tiny_rows = np.asarray(tiny.quantizer.codebook[...], np.float64)
+  tiny_rows = np.asarray(tiny.quantizer.lookup(jnp.arange(11)), np.float64)
   unit = np.asarray(latents, np.float64)
   unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
   distances = ((unit[..., None, :] - tiny_rows) ** 2).sum(-1)
@@ -325,7 +339,7 @@ def test_tokens_are_the_nearest_rows(tiny):
 
 def test_bfloat16_stays_close(tiny):
   config = dataclasses.replace(TINY, dtype="bfloat16")
-  half = nnx.jit(lambda: vq.Model(config, rngs=nnx.Rngs(0)))()
+  half = drawn(config)
   tokens = jnp.arange(30).reshape(2, 15, 1) % 11
   images = decode(half, tokens)
   assert images.dtype == jnp.float32
@@ -338,11 +352,10 @@ def test_training_reconstructs_and_keeps_the_codebook_in_use():
   y, x, r = rng.uniform((2, 2, 1), (10, 10, 4), (32, 3)).T[..., None, None]
   rows, cols = np.mgrid[:12, :12]
   images = np.clip(255 * (r - np.hypot(rows - y, cols - x)), 0, 255)
-  images = images[..., None].astype(np.uint8)
+  images = jnp.asarray(images[..., None], jnp.uint8)
   config = SIZES | {"channels": 8, "channel_multipliers": (1, 2)}
   config = vq.Config(**config | {"image_size": (12, 12)}, entropy_weight=0.01)
-  init = nnx.jit(lambda: vq.Model(config, rngs=nnx.Rngs(0)))
-  graph, params = nnx.split(init())
+  graph, params = nnx.split(drawn(config))
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-3))
 
   @jax.jit

@@ -1,0 +1,124 @@
+"""Who may import whom, and what may not appear in shared code."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "tensorar_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import from layers to its right, and from its own.
+LAYERS = (
+  {"main"},
+  {"report"},
+  {"visualize", "evaluation.evaluate"},
+  {"train", "evaluation.samples"},
+  {"build", "objective", "metrics"},
+  {"sampling", "optim", "checkpoints.orbax_io", "checkpoints.torch_import",
+   "data.pipeline", "data.sources", "evaluation.adm", "evaluation.classifier"},
+  {"tensorar", "losses", "weights", "conditioning"},
+  {"windows", "noising", "layers"},
+  {"interfaces"},
+)
+FAMILIES = ("backbones", "tokenizers")
+HEAVY = {"tensorflow": {"data.sources", "metrics"},
+         "torch": {"checkpoints.torch_import"},
+         "transformers": {"conditioning"}}
+
+
+def module_name(path: pathlib.Path) -> str:
+  return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(path: pathlib.Path):
+  """(module name, whether inside a function) of every import of a file."""
+  tree = ast.parse(path.read_text())
+  inner = {
+    node
+    for function in ast.walk(tree)
+    if isinstance(function, ast.FunctionDef)
+    for node in ast.walk(function)
+  }
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name, node in inner
+    elif isinstance(node, ast.ImportFrom):
+      for alias in node.names:
+        yield f"{node.module}.{alias.name}", node in inner
+
+
+def ours(path: pathlib.Path):
+  """Modules of this package that a file imports, by short name."""
+  known = {module_name(p) for p in FILES}
+  for name, _ in imports(path):
+    short = name.removeprefix("tensorar_jax.")
+    if short != name:
+      yield short if short in known else short.rsplit(".", 1)[0]
+
+
+def layer(module: str) -> int | None:
+  for index, names in enumerate(LAYERS):
+    if module in names:
+      return index
+  return None
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_to_the_right(path):
+  module = module_name(path)
+  if path.name == "__init__.py":
+    return
+  for other in ours(path):
+    if module.split(".")[0] in FAMILIES:
+      assert other in ("layers", "interfaces"), f"{module} -> {other}"
+      continue
+    assert other.split(".")[0] not in FAMILIES, f"{module} -> {other}"
+    assert layer(module) is not None, f"place {module} in LAYERS"
+    assert layer(other) is not None, f"place {other} in LAYERS"
+    assert layer(module) <= layer(other), f"{module} -> {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_heavy_packages_are_imported_lazily_and_in_one_place(path):
+  for name, inside in imports(path):
+    root = name.split(".")[0]
+    if root in HEAVY:
+      assert module_name(path) in HEAVY[root] and inside, name
+    if name.startswith(("clu.metric_writers", "clu.periodic_actions")):
+      assert module_name(path) == "metrics" and inside
+
+
+def test_shared_code_names_no_family():
+  families = [
+    p.stem for kind in FAMILIES for p in (PACKAGE / kind).glob("*.py")
+  ]
+  names = [n for n in families if n != "__init__" and n != "pixels"]
+  for path in FILES:
+    if module_name(path).split(".")[0] in FAMILIES:
+      continue
+    tree = ast.parse(path.read_text())
+    docs = {
+      ast.get_docstring(node, clean=False)
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    }
+    for node in ast.walk(tree):
+      text = getattr(node, "id", getattr(node, "attr", None))
+      if isinstance(node, ast.Constant) and node.value not in docs:
+        text = node.value
+      if isinstance(text, str):
+        found = [n for n in names if re.search(rf"\b{n}\b", text.lower())]
+        assert not found, f"{path.name}:{node.lineno} names {found}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_stay_small(path):
+  assert len(path.read_text().splitlines()) <= 400
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.FunctionDef):
+      length = node.end_lineno - node.lineno + 1
+      assert length <= 60, f"{node.name} has {length} lines"

@@ -1,0 +1,181 @@
+"""Parity with the published LlamaGen code, on tiny random checkpoints."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tensorar_jax as tj
+from tensorar_jax import layers, losses, sampling
+
+CASES = ("gpt_c2i", "gpt_c2i_gqa", "gpt_c2i_opts")
+
+
+class Case:
+  """One fixture folder: its arrays, settings, and our model with its weights."""
+
+  def __init__(self, folder):
+    self.io = np.load(folder / "io.npz")
+    self.meta = json.loads((folder / "meta.json").read_text())
+    c = self.meta["config"]
+    fields = {
+      "mlp_multiple": c.get("multiple_of"),
+      "mlp_scale": c.get("ffn_dim_multiplier"),
+      "rope_base": c.get("rope_base"),
+      "norm_eps": c.get("norm_eps"),
+      "num_kv_heads": c.get("n_kv_head"),
+    }
+    fields = {k: type(v)(v) for k, v in fields.items() if v is not None}
+    if "rope_base" in fields:
+      fields["rope_base"] = float(fields["rope_base"])
+    self.model = tj.import_backbone(
+      "llamagen",
+      str(folder / "checkpoint.pt"),
+      vocab_size=c["vocab_size"],
+      grid=(self.meta["grid"],) * 2,
+      width=c["dim"],
+      num_layers=c["n_layer"],
+      num_heads=c["n_head"],
+      num_classes=c["num_classes"],
+      **fields,
+    )
+    self.classes = tj.ClassConditioning(c["num_classes"])
+    self.cond = self.classes.encode(self.io["class_ids"])
+    self.tokens = jnp.asarray(self.io["token_ids"], jnp.int32)[..., None]
+
+  def logits(self, hidden):
+    zeros = jnp.zeros((*hidden.shape[:-1], 1), jnp.int32)
+    return self.model.logits(hidden, zeros)[0]
+
+  def teacher_forced(self, cond, count=None):
+    x = self.model.embed(self.tokens[:, :count])
+    return self.model.hidden_states(cond, x)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, parity):
+  return Case(parity / "llamagen" / request.param)
+
+
+def close(got, want, atol):
+  np.testing.assert_allclose(np.asarray(got), want, atol=atol, rtol=0)
+
+
+def test_rotary_table(case):
+  c = case.model.config
+  head_dim = c.width // c.num_heads
+  table = layers.rotary_table_2d(c.grid, head_dim, c.rope_base, 1)
+  close(table, case.io["rope_table"], 2e-6)
+
+
+def test_rotary_tables_of_the_published_sizes(parity):
+  tables = np.load(parity / "llamagen" / "rope_tables.npz")
+  for name in tables.files:
+    want = tables[name]
+    grid, prefix = _layout(len(want))
+    got = layers.rotary_table_2d(grid, 2 * want.shape[1], 10000.0, prefix)
+    close(got, want, 2e-6)
+
+
+def _layout(rows):
+  """(grid, prefix) of a table with that many rows; prefixes are 1 or 120."""
+  for prefix in (1, 120):
+    side = int(round((rows - prefix) ** 0.5))
+    if side * side + prefix == rows:
+      return (side, side), prefix
+  raise AssertionError(rows)
+
+
+def test_teacher_forced_states_and_logits(case):
+  states, hidden = case.teacher_forced(case.cond)
+  for layer, state in enumerate(states):
+    close(state, case.io[f"eval_hidden_{layer}"], 2e-4)
+  close(hidden, case.io["eval_hidden_norm"], 2e-4)
+  close(case.logits(hidden), case.io["eval_logits"], 2e-4)
+
+
+def test_short_sequences_and_the_null_class(case):
+  short = case.meta["short_prefix_positions"]
+  _, hidden = case.teacher_forced(case.cond, short - 1)
+  close(case.logits(hidden), case.io["eval_logits_short"], 2e-4)
+  _, hidden = case.teacher_forced(case.classes.null(case.cond))
+  close(case.logits(hidden), case.io["eval_logits_null"], 2e-4)
+
+
+def test_cached_decoding(case):
+  hidden, cache = case.model.prefill(case.cond)
+  rows = [hidden]
+  decode = jax.jit(lambda model, x, cache: model.decode(x, cache))
+  for t in range(case.tokens.shape[1]):
+    hidden, cache = decode(case.model, case.model.embed(case.tokens[:, t]), cache)
+    rows.append(hidden)
+  close(case.logits(jnp.stack(rows, axis=1)), case.io["kv_logits"], 2e-4)
+
+
+@pytest.mark.parametrize("suffix", ["", "_dropped"])
+def test_training_logits_and_losses(case, suffix):
+  cond = dict(case.cond)
+  if suffix:
+    cond["is_null"] = jnp.asarray(case.io["drop_ids"], bool)
+  hidden = case.model(cond, case.model.embed(case.tokens[:, :-1]))
+  logits = case.logits(hidden)
+  close(logits, case.io[f"train_logits{suffix}"], 2e-4)
+  ce, _ = losses.cross_entropy((logits,), case.tokens)
+  close(ce.mean(), case.io[f"loss_train{suffix}"], 1e-5)
+  if not suffix:
+    close(ce, case.io["loss_per_token"], 1e-4)
+
+
+def test_greedy_generation(case):
+  base = tj.TensorAR(case.model, window=1)
+  for name, setting in case.meta["generation"].items():
+    interval = None
+    if setting.get("cfg_interval", -1) > -1:
+      # Decode step i yields token i + 1 and is guided while i <= cfg_interval.
+      interval = (0, setting["cfg_interval"] + 2)
+    config = tj.SamplingConfig(
+      temperature=0.0,
+      guidance=setting["cfg_scale"],
+      guidance_interval=interval,
+      return_logits=True,
+    )
+    null = case.classes.null(case.cond)
+    out = tj.generate(base, case.cond, null, jax.random.key(0), config)
+    np.testing.assert_array_equal(out.tokens[..., 0], case.io[f"{name}_tokens"])
+    close(out.logits[0][:, :, 0], case.io[f"{name}_logits"], 5e-4)
+
+
+def test_filters(parity):
+  io = np.load(parity / "llamagen" / "gpt_c2i" / "io.npz")
+  logits = jnp.asarray(io["filter_in"])
+  for i, (top_k, top_p, temperature) in enumerate(io["filter_settings"]):
+    # A published top_k above the vocabulary keeps all of it.
+    config = tj.SamplingConfig(top_k=int(top_k), top_p=float(top_p))
+    scaled = logits / max(float(temperature), 1e-5)
+    got = sampling.filter_logits(scaled, config)
+    want = io[f"filter_out_{i}"]
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+    close(got, want, 1e-4 * max(1, np.abs(want[np.isfinite(want)]).max()))
+    close(jax.nn.softmax(got), io[f"filter_probs_{i}"], 1e-5)
+    best = jnp.argmax(got, axis=-1)
+    np.testing.assert_array_equal(best, io[f"filter_argmax_{i}"][:, 0])
+
+
+def test_parameter_counts_are_the_published_ones(parity):
+  from flax import nnx
+
+  from tensorar_jax import weights
+  from tensorar_jax.backbones import llamagen
+
+  folder = parity / "llamagen" / "real_checkpoint_manifest"
+  for file, variant in llamagen.SOURCES.items():
+    manifest = json.loads((folder / file.replace(".pt", ".json")).read_text())
+    config = llamagen.VARIANTS[variant]
+    model = nnx.eval_shape(
+      lambda config=config: llamagen.Model(config, rngs=nnx.Rngs(0))
+    )
+    _, params, _ = weights.split(model)
+    count = sum(np.prod(p.shape, dtype=int) for p in params.values())
+    assert count == manifest["total_parameters"], file

@@ -1,0 +1,58 @@
+"""A tiny model of every file in backbones/ and tokenizers/, found by name.
+
+A new family needs one entry here; the contract tests then run over it.
+"""
+
+import pkgutil
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tests import tiny
+
+from tensorar_jax import backbones, tokenizers
+from tensorar_jax.build import family
+
+
+def names(package) -> list[str]:
+  return [module.name for module in pkgutil.iter_modules(package.__path__)]
+
+
+BACKBONES = names(backbones)
+TOKENIZERS = names(tokenizers)
+
+_TINY_BACKBONES = {"llamagen": tiny.CONFIG}
+_TINY_TOKENIZERS = {
+  "pixels": dict(image_size=(3, 3), levels=11),
+  "vq": dict(
+    channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    latent_channels=8,
+    code_dim=4,
+    codebook_size=11,
+    norm_groups=4,
+    image_size=(6, 6),
+  ),
+}
+
+
+def backbone(name: str, seed: int = 0) -> nnx.Module:
+  """A random tiny backbone of the family."""
+  model = family("backbones", name).Model(
+    _TINY_BACKBONES[name], rngs=nnx.Rngs(0)
+  )
+  return tiny.redraw(model, seed)
+
+
+def tokenizer(name: str) -> nnx.Module:
+  """A tiny tokenizer of the family on a 3 x 3 grid."""
+  module = family("tokenizers", name)
+  config = module.Config(**_TINY_TOKENIZERS[name])
+  return module.Model(config, rngs=nnx.Rngs(0))
+
+
+def tokens(vocab_sizes, batch=2, length=9, seed=0):
+  rng = np.random.RandomState(seed)
+  parts = [rng.randint(0, size, (batch, length)) for size in vocab_sizes]
+  return jnp.asarray(np.stack(parts, axis=-1), jnp.int32)

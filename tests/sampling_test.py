@@ -1,0 +1,197 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests import tiny
+
+from tensorar_jax import layers, sampling, windows
+from tensorar_jax.sampling import SamplingConfig
+from tensorar_jax.tensorar import TensorAR
+
+
+def generate(model, batch=2, seed=0, index=None, **options):
+  cond = tiny.cond(batch)
+  config = SamplingConfig(**options)
+  null = tiny.CLASSES.null(cond) if config.guidance != 1 else None
+  rng = jax.random.key(seed)
+  return sampling.generate(model, cond, null, rng, config, index)
+
+
+@pytest.mark.parametrize("window", [1, 3, 9])
+def test_cached_logits_equal_teacher_forced_ones_on_the_same_windows(window):
+  """Properties 3 and 5."""
+  model = tiny.wrapped(window)
+  out = generate(model, return_logits=True)
+  assert out.drafts.shape == (2, 9, window, 1)
+  np.testing.assert_array_equal(out.tokens, out.drafts[:, :, 0])
+  valid = windows.valid_slots(jnp.arange(9), window, 9)
+  hidden = model(tiny.cond(), out.drafts[:, :-1], valid[:-1])
+  want = model.logits(hidden, out.drafts)[0]
+  np.testing.assert_allclose(out.logits[0], want, atol=2e-4)
+
+
+def test_both_cache_layouts_compute_the_same():
+  """Unrolled layers (CPU) and layers under scan (GPU, TPU)."""
+  model, cond = tiny.wrapped(2), tiny.cond()
+
+  @jax.jit
+  def run(model, x):
+    hidden, cache = model.backbone.prefill(cond)
+    rows = [hidden]
+    for t in range(8):
+      hidden, cache = model.backbone.decode(x[:, t], cache)
+      rows.append(hidden)
+    return jnp.stack(rows, axis=1)
+
+  x = jax.random.normal(jax.random.key(0), (2, 8, 16))
+  want = model.backbone(cond, x)
+  np.testing.assert_allclose(run(model, x), want, atol=2e-5)
+  np.testing.assert_allclose(run(layers.unroll(model), x), want, atol=2e-5)
+
+
+def test_window_one_samples_what_the_base_model_samples():
+  """Property 1: against a loop written without any of the wrapping."""
+  base = tiny.backbone()
+  cond, rng = tiny.cond(), jax.random.key(0)
+  got = sampling.generate(TensorAR(base), cond, None, rng)
+
+  tokens = jnp.zeros((2, 0, 1), jnp.int32)
+  for n in range(9):
+    hidden = base(cond, base.embed(tokens))[:, -1]
+    logits = base.logits(hidden, jnp.zeros((2, 1), jnp.int32))[0]
+    cdf = np.cumsum(np.asarray(jax.nn.softmax(logits)), axis=-1)
+    new = []
+    for i in range(2):
+      key = rng
+      for part in (i, n, 0):
+        key = jax.random.fold_in(key, part)
+      uniform = float(jax.random.uniform(key, (1,))[0])
+      new.append(int(np.argmax(cdf[i] > uniform * cdf[i, -1])))
+    new = jnp.asarray(new, jnp.int32)[:, None, None]
+    tokens = jnp.concatenate([tokens, new], axis=1)
+  np.testing.assert_array_equal(got.tokens, tokens)
+
+
+def test_freshly_wrapped_samples_what_the_base_model_samples():
+  model = tiny.fresh(3)
+  base = TensorAR(model.backbone)
+  for options in ({}, {"guidance": 2.0, "top_k": 5}, {"temperature": 0.0}):
+    a, b = generate(model, **options), generate(base, **options)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+  """Property 7: the noise stream is (seed, index of the image) alone."""
+  model = tiny.wrapped(3)
+  labels = np.asarray([1, 4, 0, 2, 3, 1, 0, 4])
+  rng = jax.random.key(7)
+
+  def draw(index):
+    cond = tiny.CLASSES.encode(labels[index])
+    null = tiny.CLASSES.null(cond)
+    config = SamplingConfig(guidance=1.5)
+    out = sampling.generate(model, cond, null, rng, config, jnp.asarray(index))
+    return np.asarray(out.drafts)
+
+  whole = draw(np.arange(8))
+  for index in ([0, 1, 2], [5], [7, 3, 6]):
+    np.testing.assert_array_equal(draw(np.asarray(index)), whole[index])
+  assert (whole[0] != whole[1]).any()
+
+
+def test_guidance_combines_and_the_interval_switches_it_off():
+  model = tiny.wrapped(2)
+  options = {"temperature": 0.0, "return_logits": True}
+  cond, uncond = tiny.cond(), tiny.CLASSES.null(tiny.cond())
+  out = generate(model, guidance=3.0, guidance_interval=(0, 4), **options)
+  valid = windows.valid_slots(jnp.arange(9), 2, 9)
+  rows = []
+  for c in (cond, uncond):
+    hidden = model(c, out.drafts[:, :-1], valid[:-1])
+    rows.append(model.logits(hidden, out.drafts)[0])
+  want = rows[1] + 3.0 * (rows[0] - rows[1])
+  want = want.at[:, 4:].set(rows[0][:, 4:])
+  np.testing.assert_allclose(out.logits[0], want, atol=1e-3)
+  np.testing.assert_array_equal(
+    sampling.guidance_scales(
+      SamplingConfig(guidance=3.0, guidance_interval=(2, 4)), 6
+    ),
+    [1, 1, 3, 3, 1, 1],
+  )
+
+
+def test_guidance_one_is_unguided_sampling():
+  model, cond = tiny.wrapped(2), tiny.cond()
+  rng = jax.random.key(0)
+  a = sampling.generate(model, cond, tiny.CLASSES.null(cond), rng)
+  b = sampling.generate(model, cond, None, rng)
+  np.testing.assert_array_equal(a.drafts, b.drafts)
+
+
+def test_drafts_have_their_own_temperature():
+  model = tiny.wrapped(3)
+  greedy = generate(model, draft_temperature=0.0, return_logits=True)
+  best = jnp.argmax(greedy.logits[0], axis=-1)
+  np.testing.assert_array_equal(greedy.drafts[:, :, 1:, 0], best[:, :, 1:])
+  assert (greedy.tokens[..., 0] != best[:, :, 0]).any()
+
+
+def test_draws_follow_the_filtered_distribution():
+  logits = jnp.log(jnp.asarray([0.4, 0.3, 0.15, 0.1, 0.05]))
+  uniform = (jnp.arange(4000) + 0.5) / 4000
+  batch = jnp.broadcast_to(logits, (4000, 5))
+
+  def frequencies(config, temperature=1.0):
+    draws = sampling.draw_token(uniform, batch, temperature, config)
+    return np.bincount(draws, minlength=5) / 4000
+
+  np.testing.assert_allclose(
+    frequencies(SamplingConfig()), [0.4, 0.3, 0.15, 0.1, 0.05], atol=1e-3
+  )
+  np.testing.assert_allclose(
+    frequencies(SamplingConfig(top_k=2)), [4 / 7, 3 / 7, 0, 0, 0], atol=1e-3
+  )
+  np.testing.assert_allclose(
+    frequencies(SamplingConfig(top_p=0.5)), [4 / 7, 3 / 7, 0, 0, 0], atol=1e-3
+  )
+  sharp = np.asarray([0.4, 0.3, 0.15, 0.1, 0.05]) ** 2
+  np.testing.assert_allclose(
+    frequencies(SamplingConfig(), 0.5), sharp / sharp.sum(), atol=1e-3
+  )
+
+
+def test_nothing_is_compiled_twice():
+  model = tiny.wrapped(2)
+  generate(model, seed=0)
+  before = sampling._generate._cache_size()
+  generate(model, seed=1, index=jnp.asarray([4, 9]))
+  generate(tiny.wrapped(2, seed=3), seed=2)
+  assert sampling._generate._cache_size() == before
+
+
+@pytest.mark.parametrize(
+  "options",
+  [{"temperature": -1.0}, {"top_k": -2}, {"top_p": 0.0},
+   {"guidance": float("nan")}, {"guidance_interval": (3, 1)}],
+)
+def test_bad_settings_are_refused_by_name(options):
+  with pytest.raises(ValueError, match=next(iter(options))):
+    SamplingConfig(**options)
+
+
+def test_bad_calls_say_what_to_do():
+  model, cond = tiny.fresh(2), tiny.cond()
+  with pytest.raises(ValueError, match="null=conditioning.null"):
+    sampling.generate(
+      model, cond, None, jax.random.key(0), SamplingConfig(guidance=2.0)
+    )
+  with pytest.raises(ValueError, match="image_index"):
+    sampling.generate(
+      model, cond, None, jax.random.key(0), image_index=jnp.arange(3)
+    )
+  with pytest.raises(ValueError, match="jax.random.key"):
+    sampling.generate(model, cond, None, jax.random.PRNGKey(0))
+  with pytest.raises(ValueError, match="class id 5"):
+    tiny.CLASSES.encode([1, 5])
+  with pytest.raises(ValueError, match="class id -1"):
+    tiny.CLASSES.encode([-1])
