@@ -43,13 +43,13 @@ class Cache:
   """Keys and values of every layer; only `layers.py` knows their layout.
 
   `k` and `v` are either one array `[L, B, N, S, H]` or a tuple of L arrays
-  `[B, N, S, H]` (N = key/value heads). `end` is the next row to be written;
+  `[B, N, S, H]` (N = key/value heads). `end` (int32 []) is the next row to be written;
   `context` belongs to the backbone (a padding mask, an embedded class, ...).
   """
 
   k: Any
   v: Any
-  end: Int[Array, ""]
+  end: Any
   context: Any = None
 
 

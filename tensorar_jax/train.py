@@ -20,12 +20,12 @@ import numpy as np
 import optax
 from absl import logging
 from flax import nnx, struct
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from tensorar_jax import build, metrics, objective, optim, weights
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import pipeline, sources
-from tensorar_jax.interfaces import Batch, Key
+from tensorar_jax.interfaces import Batch
 from tensorar_jax.noising import NoiseConfig
 from tensorar_jax.sampling import SamplingConfig
 
@@ -60,8 +60,10 @@ class TrainConfig:
 class TrainState:
   """Everything a checkpoint holds.
 
+  The leaves are arrays; JAX also puts shapes and shardings in their place.
+
   Attributes:
-    step: completed steps.
+    step: int32 [], completed steps.
     params: trained weights by path, float32.
     frozen: saved but untrained weights by path.
     opt_state: of `optim.make`.
@@ -69,12 +71,12 @@ class TrainState:
     rng: the run's key; step n uses fold_in(rng, n).
   """
 
-  step: Int[Array, ""]
-  params: weights.Weights
-  frozen: weights.Weights
-  opt_state: optax.OptState
-  ema: weights.Weights | None
-  rng: Key
+  step: Any
+  params: Any
+  frozen: Any
+  opt_state: Any
+  ema: Any
+  rng: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,7 @@ def make_train_step(
     scalars = {
       "loss": value,
       **scalars,
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
     }
     state = state.replace(
       step=state.step + 1, params=params, opt_state=opt_state, ema=ema
@@ -218,6 +220,17 @@ def check(stage: Mapping) -> None:
   model = nnx.eval_shape(lambda: build.model(stage, nnx.Rngs(0)))
   if stage["objective"] != "tensorar":
     return
+  tokenizer = nnx.eval_shape(
+    lambda: build.component("tokenizers", stage["tokenizer"], nnx.Rngs(0))
+  )
+  rows, cols = tokenizer.grid
+  made = (rows * cols, tuple(tokenizer.vocab_sizes))
+  read = (model.num_tokens, tuple(model.vocab_sizes))
+  if made != read:
+    raise ValueError(
+      f"the tokenizer makes {made[0]} tokens of vocabulary {made[1]}, the"
+      f" backbone reads {read[0]} of {read[1]}: change one of the sections."
+    )
   build.conditioning(stage["conditioning"])
   noise = build.call(NoiseConfig, stage["noise"], "noise")
   loss = build.call(objective.LossConfig, stage["loss"], "loss")

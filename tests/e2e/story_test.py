@@ -1,0 +1,163 @@
+"""The whole story in small: train, kill, resume, sample, measure, report."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "tests/e2e/tiny_digits.py"
+
+
+def command(workdir, *flags):
+  return [
+    *(sys.executable, "-m", "tensorar_jax.main", f"--config={CONFIG}"),
+    *(f"--workdir={workdir}", *flags),
+  ]
+
+
+def run(workdir, *flags) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    command(workdir, *flags), cwd=ROOT, capture_output=True, text=True
+  )
+
+
+def trace(workdir, stage) -> str:
+  return (workdir / stage / "log.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A work directory after one uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("story") / "run"
+  done = run(workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return workdir, done
+
+
+def test_everything_promised_is_there(finished):
+  workdir, done = finished
+  for name in ("samples.png", "refinement.png", "curves.png", "report.html"):
+    assert (workdir / name).stat().st_size > 1000, name
+  metrics = json.loads((workdir / "metrics.json").read_text())
+  assert list(metrics["models"]) == ["base", "continued", "tensorar", "drafts"]
+  for row in metrics["models"].values():
+    assert len(row["frechet"]["values"]) == 2
+    assert row["frechet"]["mean"] == pytest.approx(
+      np.mean(row["frechet"]["values"])
+    )
+  assert "continued" in done.stdout and "report.html" in done.stdout
+  assert "ETA" in done.stderr and "tokens/s" in done.stderr
+  assert list((workdir / "tensorar" / "tensorboard").iterdir())
+
+
+def test_stages_go_on_from_the_base(finished):
+  import tensorar_jax as tj
+
+  workdir, _ = finished
+  model = tj.load(workdir / "tensorar")
+  assert model.window == 4
+  with pytest.raises(ValueError, match="'continued'"):
+    tj.load(workdir)
+
+
+def test_a_second_run_computes_nothing(finished):
+  workdir, _ = finished
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("log.jsonl")}
+  done = run(workdir)
+  assert done.returncode == 0
+  assert "base: done, 4 steps" in done.stderr
+  assert "drafts: evaluated before" in done.stderr
+  after = {p: p.stat().st_mtime_ns for p in workdir.rglob("log.jsonl")}
+  assert before == after
+
+
+def test_sampling_writes_pictures(finished):
+  workdir, _ = finished
+  done = run(
+    workdir,
+    "--mode=sample",
+    "--stage=tensorar",
+    "--num_images=6",
+    "--classes=3,5",
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  folder = workdir / "tensorar" / "samples"
+  names = {p.name for p in folder.iterdir()}
+  assert {"000000.png", "000005.png", "grid.png", "refinement.png"} <= names
+
+
+def test_a_killed_run_continues_bit_for_bit(finished, tmp_path):
+  """kill -9 after the first checkpoint of a stage, twice; then to the end."""
+  workdir, _ = finished
+  for stage in ("base", "drafts"):
+    _kill_when(tmp_path, tmp_path / stage / "checkpoints" / "2")
+  done = run(tmp_path, "--mode=train")
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "continues from step 2" in done.stderr
+  for stage in ("classifier", "base", "continued", "tensorar", "drafts"):
+    assert trace(tmp_path, stage) == trace(workdir, stage), stage
+
+
+def _kill_when(workdir, path, seconds=240):
+  """Starts the run and kills it as soon as `path` exists."""
+  process = subprocess.Popen(
+    command(workdir, "--mode=train"),
+    cwd=ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  deadline = time.monotonic() + seconds
+  while not path.exists() and process.poll() is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  assert process.poll() is None, f"finished before {path} was seen"
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+
+
+def test_another_config_is_refused_and_nothing_changes(finished):
+  workdir, _ = finished
+  before = trace(workdir, "base")
+  done = run(workdir, "--config.backbone.width=32")
+  assert done.returncode != 0
+  assert "backbone.width: was 16, is 32" in done.stderr
+  assert "--workdir" in done.stderr
+  assert trace(workdir, "base") == before
+
+
+@pytest.mark.parametrize(
+  "flag, words",
+  [
+    ("--config.backbone.wdith=3", ["wdith"]),
+    ("--config.tensorar.window=0", ["window=0", "1 <= window <= 64"]),
+    ("--config.stages.tensorar.tensorar.window=65", ["window=65", "64"]),
+    ("--config.noise.kind=salt", ["salt", "categorical"]),
+    ("--config.train.batch_size=0", ["batch_size=0", "at least 1"]),
+    ("--config.data.name=cats", ["cats", "digits"]),
+  ],
+)
+def test_a_bad_value_ends_in_one_clear_line(tmp_path, flag, words):
+  done = run(tmp_path / "run", flag)
+  assert done.returncode != 0
+  for word in words:
+    assert word in done.stderr, done.stderr[-2000:]
+  assert not (tmp_path / "run" / "base").exists()
+
+
+def test_help_teaches():
+  done = subprocess.run(
+    [sys.executable, "-m", "tensorar_jax.main", "--help"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  text = done.stdout + done.stderr
+  assert "--mode=sample" in text or "sample" in text
+  assert "configs/digits.py" in text
