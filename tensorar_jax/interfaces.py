@@ -177,4 +177,3 @@ class Rule:
 # The usual transpositions: y = x W^T -> x W, and OIHW -> HWIO.
 LINEAR = (1, 0)
 CONV = (2, 3, 1, 0)
-

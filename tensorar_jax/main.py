@@ -54,9 +54,8 @@ def workdir() -> pathlib.Path:
 
 def run(config, folder: pathlib.Path) -> None:
   """Carries out --mode. The heavy imports wait until the flags are right."""
-  from tensorar_jax import build, train
+  from tensorar_jax import build, report, train
   from tensorar_jax.evaluation import evaluate
-  from tensorar_jax import report
 
   stages = build.stages(config)
   for name, stage in stages.items():
@@ -93,7 +92,9 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
-  handler.setFormatter(py_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  handler.setFormatter(
+    py_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+  )
   # Orbax reports every file it touches at this level.
   handler.addFilter(lambda record: "orbax" not in record.pathname)
   try:

@@ -150,9 +150,7 @@ def codebook(
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def gaussian(
-  rng: Key, shape: tuple[int, ...]
-) -> Float[Array, "B n k D"]:
+def gaussian(rng: Key, shape: tuple[int, ...]) -> Float[Array, "B n k D"]:
   """Noise N(0, 0.1) (variance) for the embeddings of slots >= 1."""
   keys = jax.random.split(rng, shape[0])
   draw = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))

@@ -139,9 +139,9 @@ def _uniforms(
     return jax.random.uniform(jax.random.fold_in(key, j), (factors,))
 
   keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-  return jax.vmap(lambda key: jax.vmap(lambda j: slot(key, j))(
-    jnp.arange(window)
-  ))(keys)
+  return jax.vmap(
+    lambda key: jax.vmap(lambda j: slot(key, j))(jnp.arange(window))
+  )(keys)
 
 
 def _draw_window(model, hidden, keys, step, scale, config):

@@ -202,7 +202,9 @@ class TensorAR(nnx.Module):
       return self.backbone.embed(windows[..., 0, :])
     return self.encoder(self.backbone.embed(windows), valid, noise)
 
-  def decode_window(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n k D"]:
+  def decode_window(
+    self, hidden: Float[Array, "*n D"]
+  ) -> Float[Array, "*n k D"]:
     """The k vectors whose `logits` predict the window behind each state."""
     if self.window == 1:
       return hidden[..., None, :]

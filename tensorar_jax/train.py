@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from clu import parameter_overview
 from flax import nnx, struct
 from jaxtyping import Array
 
@@ -269,6 +270,8 @@ def fit(stage: Mapping, folder: pathlib.Path) -> None:
   skeleton, state = init_state(
     model, tx, stage["seed"], optimiser.ema_decay > 0
   )
+  count = parameter_overview.count_parameters(state.params)
+  logging.info("%s: %s parameters", folder.name, f"{count:,}")
   checkpoints = orbax_io.Checkpoints(folder / "checkpoints", config.keep)
   seconds = 0.0
   if checkpoints.latest_step() is not None:

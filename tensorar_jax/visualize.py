@@ -6,9 +6,6 @@ nothing. Tiles are laid out in whole pixels, so tiny images keep sharp edges.
 
 from __future__ import annotations
 
-import base64
-import html
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,33 +18,6 @@ _GAP, _MARGIN = 4, 24  # pixels
 _PAGE = 1800  # panels wrap at this width
 _MARK = np.array([255, 106, 0], np.uint8)
 _INK, _MUTED = "#1f2328", "#656d76"
-_ARROWS = {True: " \u2191", False: " \u2193", None: ""}  # higher is better
-_LEGEND = """\u2191 higher is better, \u2193 lower is better; mean \u00b1
-standard deviation; marked: the best model of a column; grey: not a model."""
-# System colours follow the reader's light or dark theme.
-_STYLE = """:root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; padding: 0 1em;
-  margin: 2em auto } h1 { font-size: 1.6em } h2 { font-size: 1.2em }
-code { background: #8882; padding: .15em .4em; overflow-wrap: anywhere }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .3em .9em; border-bottom: 1px solid #8884; text-align: right }
-td:first-child { text-align: left; padding-left: 0 } .muted { opacity: .7 }
-.best { font-weight: bold; background: #2da44e33 } ul { padding-left: 1.2em }
-.time { width: 20em } .time i { display: block; height: .7em; background: #58f }
-figure { margin: 1em 0 2em } figcaption { font-weight: bold }
-img { max-width: 100%; background: #fff; border-radius: 4px }
-@page { size: A4; margin: 10mm }
-@media print { :root { color-scheme: light } h1, h2, p, ul { margin: .3em 0 }
-  body { font-size: 8pt; margin: 0; padding: 0; max-width: none }
-  .figures { display: flex; flex-wrap: wrap; gap: 2mm 4mm }
-  figure { margin: 0; max-width: 48% } img { max-height: var(--tall) }
-  td, th { padding: .1em .7em } .best, .time i { print-color-adjust: exact } }
-"""
-# Metric -> whether higher is better; others are shown without a verdict.
-_HIGHER = {
-  **dict.fromkeys(("frechet", "fid", "sfid", "loss", "cross_entropy"), False),
-  **dict.fromkeys(("accuracy", "precision", "recall", "inception_score"), True),
-}
 Path_ = str | Path
 Named = Mapping[str, Any]  # by model, stage or caption
 
@@ -284,117 +254,9 @@ def _draw(axes: Any, title: str, curves: Mapping[str, np.ndarray]) -> None:
     axes.legend(loc="upper right", fontsize=9, ncols=ncols, **style)
 
 
-def _spread(entry: Any) -> tuple[float, ...]:
-  """`(mean, std)`, `(mean,)` or, where the entry says nothing, `()`."""
-  if not isinstance(entry, Mapping):
-    entry = {"mean": entry}
-  values = entry.get("values") or ()
-  mean = entry.get("mean", np.mean(values) if len(values) else None)
-  std = entry.get("std", np.std(values) if len(values) > 1 else None)
-  numbers = (float("nan") if x is None else float(x) for x in (mean, std))
-  return tuple(itertools.takewhile(math.isfinite, numbers))
+def save_image(path: Path_, image: Any) -> None:
+  """One uint8 image [h, w, C] as a PNG, pixel for pixel."""
+  from PIL import Image
 
-
-def _text(spread: tuple[float, ...]) -> str:
-  places = max(1, 4 - len(f"{abs(spread[0]):.0f}")) if spread else 0
-  return " \u00b1 ".join(f"{x:.{places}f}" for x in spread) or "\u2013"
-
-
-def _cells(metrics: dict) -> list[list[tuple[str, bool]]]:
-  """The lines of the comparison; each cell with whether it is the best."""
-  models = metrics.get("models") or {}
-  rows = [*models.items(), *(metrics.get("reference") or {}).items()]
-  found = dict.fromkeys(metric for _, row in rows for metric in row or ())
-  names = [m for m in _HIGHER if m in found]
-  names += [m for m in found if m not in _HIGHER]
-  heads = [m.replace("_", " ") + _ARROWS[_HIGHER.get(m)] for m in names]
-  lines = [[("", False), *((head, False) for head in heads)]]
-  lines += [[(name, False)] for name, _ in rows]
-  for metric in names:
-    spreads = [_spread((row or {}).get(metric)) for _, row in rows]
-    means = [spread[0] for spread in spreads[: len(models)] if spread]
-    pick = {True: max, False: min}.get(_HIGHER.get(metric))
-    best = pick(means) if pick and len(means) > 1 else None
-    for i, (line, spread) in enumerate(zip(lines[1:], spreads)):
-      wins = bool(spread) and i < len(models) and spread[0] == best
-      line.append((_text(spread), wins))
-  return lines
-
-
-def table(metrics: dict) -> str:
-  """The comparison as plain text; `*` marks the best model of a column."""
-  lines = [[t + " *" * best for t, best in line] for line in _cells(metrics)]
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  lines.insert(1, ["-" * width for width in widths])
-  lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-  return "\n".join([*lines, *verdicts(metrics)])
-
-
-def verdicts(metrics: dict) -> list[str]:
-  """One sentence per TensorAR model on how it compares with "continued".
-
-  That is every model but "base" and "continued". Within the spread means: the
-  difference is smaller than the root of the sum of both variances.
-  """
-  models = dict(metrics.get("models") or {})
-  continued = models.pop("continued", None) or {}
-  models.pop("base", None)
-  sentences = []
-  for name, row in models.items() if continued else ():
-    words: dict[str, list[str]] = {}
-    for metric, higher in _HIGHER.items():
-      mine, theirs = (_spread((x or {}).get(metric)) for x in (row, continued))
-      if not mine or not theirs:
-        continue
-      gain = (mine[0] - theirs[0]) * (1 if higher else -1)
-      word = "better" if gain > 0 else "worse" if gain < 0 else "equal"
-      if abs(gain) < math.hypot(*mine[1:], *theirs[1:]):
-        word = "within the spread"
-      elif not mine[1:] + theirs[1:]:
-        word += " (spread not measured)"
-      values = f"{_text(mine[:1])} against {_text(theirs[:1])}"
-      said = f"{metric.replace('_', ' ')} ({values})"
-      words.setdefault(word, []).append(said)
-    said = "; ".join(f"{w} in {', '.join(m)}" for w, m in words.items())
-    said = said or "no metric in common"
-    sentences.append(f"{name} compared with continued: {said}.")
-  return sentences
-
-
-def write_report(
-  path: Path_, title: str, metrics: dict, pictures: Named, command: str
-) -> None:
-  """One HTML file, pictures inside: what was run and what came of it."""
-  text = html.escape
-  models = len(metrics.get("models") or {})
-  rows = []
-  for i, line in enumerate(_cells(metrics)):
-    kind = "td" if i else "th"
-    cells = (f"<{kind}{' class=best' * b}>{text(t)}</{kind}>" for t, b in line)
-    rows.append(f"<tr{' class=muted' * (i > models)}>{''.join(cells)}</tr>")
-  seconds = {k: v for k, v in (metrics.get("seconds") or {}).items() if v}
-  longest, total = max(seconds.values(), default=0), sum(seconds.values())
-  times = []
-  for stage, s in seconds.items():
-    bar = f"<td class=time><i style='width:{100 * s / longest:.1f}%'></i>"
-    times.append(f"<tr><td>{text(stage)}</td><td>{s:.1f} s</td>{bar}</td></tr>")
-  settings = [f"{k} {v}" for k, v in (metrics.get("settings") or {}).items()]
-  items = [verdicts(metrics), metrics.get("notes") or []]
-  said, notes = ("".join(f"<li>{text(x)}" for x in part) for part in items)
-  figures = []
-  for caption, picture in pictures.items():
-    data = base64.b64encode(Path(picture).read_bytes()).decode()
-    source = f"data:image/{Path(picture).suffix[1:]};base64,{data}"
-    caption = f"<figcaption>{text(caption)}</figcaption>"
-    figures.append(f"<figure>{caption}<img alt='' src='{source}'></figure>")
-  tall = 140 // max(1, math.ceil(len(figures) / 2))
-  page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{text(title)}</title><style>{_STYLE}img {{ --tall: {tall}mm }}</style>
-<h1>{text(title)}</h1><p>Made by <code>{text(command)}</code></p>
-<p class=muted>{text(", ".join(settings))}</p><h2>Comparison</h2>
-<table>{"".join(rows)}</table><p class=muted>{_LEGEND}</p><ul>{said}</ul>
-<h2>Pictures</h2><div class=figures>{"".join(figures)}</div>
-<h2>Wall time: {total:.1f} s</h2><table>{"".join(times)}</table>
-<ul class=muted>{notes}</ul></html>"""
-  Path(path).write_text(page, encoding="utf-8")
+  image = _images(np.asarray(image)[None], "image", 4)[0]
+  Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)

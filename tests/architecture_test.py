@@ -17,16 +17,26 @@ LAYERS = (
   {"visualize", "evaluation.evaluate"},
   {"train", "evaluation.samples"},
   {"build", "objective", "metrics"},
-  {"sampling", "optim", "checkpoints.orbax_io", "checkpoints.torch_import",
-   "data.pipeline", "data.sources", "evaluation.adm", "evaluation.classifier"},
+  {
+    "sampling",
+    "optim",
+    "checkpoints.orbax_io",
+    "checkpoints.torch_import",
+    "data.pipeline",
+    "data.sources",
+    "evaluation.adm",
+    "evaluation.classifier",
+  },
   {"tensorar", "losses", "weights", "conditioning"},
   {"windows", "noising", "layers"},
   {"interfaces"},
 )
 FAMILIES = ("backbones", "tokenizers")
-HEAVY = {"tensorflow": {"data.sources", "metrics"},
-         "torch": {"checkpoints.torch_import"},
-         "transformers": {"conditioning"}}
+HEAVY = {
+  "tensorflow": {"data.sources", "metrics"},
+  "torch": {"checkpoints.torch_import"},
+  "transformers": {"conditioning"},
+}
 
 
 def module_name(path: pathlib.Path) -> str:

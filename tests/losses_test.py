@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from tensorar_jax import losses, noising, objective, windows
 from tensorar_jax.noising import NoiseConfig
+from tests import tiny
 
 
 def test_rdm_weights_are_the_spec_s():
@@ -55,7 +55,10 @@ def test_loss_is_the_double_sum_of_the_spec():
 
 
 def test_sub_tokens_add_up_and_are_right_together():
-  logits = (jnp.log(jnp.asarray([[0.2, 0.8]])), jnp.log(jnp.asarray([[0.5, 0.3, 0.2]])))
+  logits = (
+    jnp.log(jnp.asarray([[0.2, 0.8]])),
+    jnp.log(jnp.asarray([[0.5, 0.3, 0.2]])),
+  )
   ce, correct = losses.cross_entropy(logits, jnp.asarray([[1, 2]]))
   np.testing.assert_allclose(ce, -np.log(0.8 * 0.2), rtol=1e-6)
   assert not correct[0]

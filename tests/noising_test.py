@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from tensorar_jax import noising, objective, windows
 from tensorar_jax.noising import NoiseConfig
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,12 @@ def test_a_bad_list_is_refused(bad):
 
 @pytest.mark.parametrize(
   "options",
-  [{"kind": "salt"}, {"schedule": "steep"}, {"schedule_start": 2},
-   {"draft_fraction": 1.5}],
+  [
+    {"kind": "salt"},
+    {"schedule": "steep"},
+    {"schedule_start": 2},
+    {"draft_fraction": 1.5},
+  ],
 )
 def test_a_bad_noise_config_names_the_value(options):
   with pytest.raises(ValueError, match=str(next(iter(options.values())))):

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from tensorar_jax import layers, sampling, windows
 from tensorar_jax.sampling import SamplingConfig
 from tensorar_jax.tensorar import TensorAR
+from tests import tiny
 
 
 def generate(model, batch=2, seed=0, index=None, **options):
@@ -171,8 +171,13 @@ def test_nothing_is_compiled_twice():
 
 @pytest.mark.parametrize(
   "options",
-  [{"temperature": -1.0}, {"top_k": -2}, {"top_p": 0.0},
-   {"guidance": float("nan")}, {"guidance_interval": (3, 1)}],
+  [
+    {"temperature": -1.0},
+    {"top_k": -2},
+    {"top_p": 0.0},
+    {"guidance": float("nan")},
+    {"guidance_interval": (3, 1)},
+  ],
 )
 def test_bad_settings_are_refused_by_name(options):
   with pytest.raises(ValueError, match=next(iter(options))):

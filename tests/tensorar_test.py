@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
 
 from tensorar_jax import noising, objective, weights, windows
 from tensorar_jax.tensorar import TensorAR
+from tests import tiny
 
 
 def test_window_one_is_the_base_model_bit_for_bit():
@@ -60,7 +60,8 @@ def test_without_input_residual_slot_zero_is_not_the_base():
 
 
 @pytest.mark.parametrize(
-  "residual, same", [("first", [1, 0, 0]), ("all", [1, 1, 1]), ("none", [0] * 3)]
+  "residual, same",
+  [("first", [1, 0, 0]), ("all", [1, 1, 1]), ("none", [0] * 3)],
 )
 def test_output_residuals_reach_the_slots_they_name(residual, same):
   model = tiny.fresh(3, output_residual=residual)

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests import tiny
 
 import tensorar_jax as tj
 from tensorar_jax import build, losses, optim, train, weights
 from tensorar_jax.checkpoints import orbax_io
+from tests import tiny
 
 
 def test_four_steps_equal_the_published_training_code(parity):
@@ -47,11 +47,19 @@ def test_four_steps_equal_the_published_training_code(parity):
   for name, path, layer, axes in (
     ("tok_embeddings.weight", "token_embed/embedding", None, ()),
     ("cls_embedding.embedding_table.weight", "class_embed/embedding", None, ()),
-    ("layers.0.attention.wqkv.weight", "blocks/stacked/attention/qkv/kernel",
-     0, (1, 0)),
+    (
+      "layers.0.attention.wqkv.weight",
+      "blocks/stacked/attention/qkv/kernel",
+      0,
+      (1, 0),
+    ),
     ("layers.0.ffn_norm.weight", "blocks/stacked/mlp_norm/scale", 0, ()),
-    ("layers.1.feed_forward.w2.weight", "blocks/stacked/mlp/down/kernel", 1,
-     (1, 0)),
+    (
+      "layers.1.feed_forward.w2.weight",
+      "blocks/stacked/mlp/down/kernel",
+      1,
+      (1, 0),
+    ),
     ("norm.weight", "norm/scale", None, ()),
     ("output.weight", "head/kernel", None, (1, 0)),
   ):
@@ -67,8 +75,12 @@ def test_groups_have_their_own_learning_rates_and_matrices_decay():
   model = tiny.wrapped(2)
   skeleton, params, _ = weights.split(model)
   config = optim.OptimConfig(
-    learning_rate=1.0, backbone_learning_rate=0.1, schedule="linear",
-    backbone_schedule="constant", weight_decay=0.5, clip_norm=0.0,
+    learning_rate=1.0,
+    backbone_learning_rate=0.1,
+    schedule="linear",
+    backbone_schedule="constant",
+    weight_decay=0.5,
+    clip_norm=0.0,
   )
   tx = optim.make(config, 10)
   state = tx.init(params)
@@ -148,8 +160,9 @@ def test_load_gives_the_trained_model_and_its_average(trained):
 
 
 def test_training_lowers_the_loss(tmp_path):
-  longer = stage(60, train=dict(batch_size=32, log_every=10,
-                                checkpoint_every=60))
+  longer = stage(
+    60, train=dict(batch_size=32, log_every=10, checkpoint_every=60)
+  )
   train.fit(longer, tmp_path / "stage")
   rows = (tmp_path / "stage" / "log.jsonl").read_text().splitlines()
   rows = [json.loads(row) for row in rows]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from tensorar_jax import visualize
+from tensorar_jax import report, visualize
 
 MARK = (255, 106, 0)
 
@@ -193,7 +193,7 @@ def _metrics():
 
 def _verdict(mine, theirs, metric="frechet"):
   models = {"continued": {metric: theirs}, "wrapped": {metric: mine}}
-  (sentence,) = visualize.verdicts({"models": models})
+  (sentence,) = report.verdicts({"models": models})
   assert sentence.startswith("wrapped compared with continued: ")
   return sentence.removeprefix("wrapped compared with continued: ")
 
@@ -216,16 +216,16 @@ def test_verdicts_follow_the_numbers():
 
 
 def test_verdicts_are_for_the_wrapped_models_alone():
-  (sentence,) = visualize.verdicts(_metrics())
+  (sentence,) = report.verdicts(_metrics())
   assert "within the spread in frechet" in sentence
   assert "; worse in accuracy (0.700 against 0.800)" in sentence
   metrics = _metrics()
   del metrics["models"]["continued"]
-  assert visualize.verdicts(metrics) == []
+  assert report.verdicts(metrics) == []
 
 
 def test_table():
-  text = visualize.table(_metrics())
+  text = report.table(_metrics())
   lines = text.splitlines()
   assert re.split(r"  +", lines[0].strip()) == ["frechet ↓", "accuracy ↑"]
   rows = {re.split(r"  +", line)[0]: line for line in lines[2:6]}
@@ -233,19 +233,19 @@ def test_table():
   assert "0.900 ± 0.010 *" in rows["base"]
   assert "0.250" in rows["held-out"] and "*" not in rows["held-out"]
   assert text.count("*") == 2
-  assert lines[-1] == visualize.verdicts(_metrics())[0]
+  assert lines[-1] == report.verdicts(_metrics())[0]
 
 
 def test_table_takes_what_there_is():
-  assert visualize.table({}) == "\n"
+  assert report.table({}) == "\n"
   metrics = {
     "models": {"a": {"frechet": {"values": [1.0, 3.0]}}, "b": None, "c": {}},
     "reference": None,
   }
-  assert "2.000 ± 1.000" in visualize.table(metrics)
+  assert "2.000 ± 1.000" in report.table(metrics)
   metrics["models"]["c"] = {"copy_rate": 0.5}  # no known direction, no best
-  assert "copy rate" in visualize.table(metrics)
-  assert "*" not in visualize.table(metrics)
+  assert "copy rate" in report.table(metrics)
+  assert "*" not in report.table(metrics)
 
 
 def test_report_is_one_escaped_file(tmp_path):
@@ -253,7 +253,7 @@ def test_report_is_one_escaped_file(tmp_path):
   visualize.save_sample_grids(picture, {"base": _grid()}, ["0", "1"])
   metrics = _metrics()
   metrics["models"]["<b>bold</b>"] = {"frechet": 9.0}
-  visualize.write_report(
+  report.write_report(
     tmp_path / "r.html",
     "Shoes & <script>",
     metrics,
@@ -284,7 +284,7 @@ def test_report_is_one_escaped_file(tmp_path):
 
 
 def test_report_takes_what_there_is(tmp_path):
-  visualize.write_report(tmp_path / "r.html", "empty", {}, {}, "run")
+  report.write_report(tmp_path / "r.html", "empty", {}, {}, "run")
   metrics = {"models": {"base": {}}, "seconds": {"a": 0.0, "b": None}}
-  visualize.write_report(tmp_path / "r.html", "bare", metrics, {}, "run")
+  report.write_report(tmp_path / "r.html", "bare", metrics, {}, "run")
   assert "bare" in (tmp_path / "r.html").read_text(encoding="utf-8")

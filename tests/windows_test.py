@@ -1,9 +1,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from tensorar_jax import windows
+from tests import tiny
 
 
 @pytest.mark.parametrize("window", [1, 3, 9])

@@ -223,9 +223,7 @@ def import_rules(config: Config) -> list[Rule]:
   layer = r"layers\.(?P<layer>\d+)\."
   stacked = "blocks/stacked/"
   return [
-    Rule(
-      r"cls_embedding\.embedding_table\.weight", "class_embed/embedding"
-    ),
+    Rule(r"cls_embedding\.embedding_table\.weight", "class_embed/embedding"),
     Rule(r"tok_embeddings\.weight", "token_embed/embedding"),
     Rule(
       layer + r"attention\.wqkv\.weight",

@@ -109,7 +109,9 @@ def test_cached_decoding(case):
   rows = [hidden]
   decode = jax.jit(lambda model, x, cache: model.decode(x, cache))
   for t in range(case.tokens.shape[1]):
-    hidden, cache = decode(case.model, case.model.embed(case.tokens[:, t]), cache)
+    hidden, cache = decode(
+      case.model, case.model.embed(case.tokens[:, t]), cache
+    )
     rows.append(hidden)
   close(case.logits(jnp.stack(rows, axis=1)), case.io["kv_logits"], 2e-4)
 

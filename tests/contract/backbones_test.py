@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
-from tests.contract import families
 
 from tensorar_jax import interfaces, layers, sampling
 from tensorar_jax.build import family
 from tensorar_jax.checkpoints import torch_import
 from tensorar_jax.tensorar import TensorAR
+from tests import tiny
+from tests.contract import families
 
 pytestmark = pytest.mark.parametrize("name", families.BACKBONES)
 
@@ -96,9 +96,9 @@ def test_it_wraps_and_samples(name):
 def test_import_rules_cover_every_published_manifest(name, parity):
   module = family("backbones", name)
   for file, variant in module.SOURCES.items():
-    manifest = (
-      parity / name / "real_checkpoint_manifest" / file
-    ).with_suffix(".json")
+    manifest = (parity / name / "real_checkpoint_manifest" / file).with_suffix(
+      ".json"
+    )
     keys = json.loads(manifest.read_text())["keys"]
     shapes = {key: tuple(shape) for key, (shape, _) in keys.items()}
     config = module.VARIANTS[variant]

@@ -8,10 +8,10 @@ import pkgutil
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tests import tiny
 
 from tensorar_jax import backbones, tokenizers
 from tensorar_jax.build import family
+from tests import tiny
 
 
 def names(package) -> list[str]:

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.contract import families
 
 from tensorar_jax import interfaces
 from tensorar_jax.evaluation import samples
+from tests.contract import families
 
 pytestmark = pytest.mark.parametrize("name", families.TOKENIZERS)
 
@@ -24,7 +24,7 @@ def test_tokens_have_the_shape_and_range_that_it_states(name):
   assert again.shape == (2, 9, len(tokenizer.vocab_sizes))
   assert again.dtype == jnp.int32
   for f, size in enumerate(tokenizer.vocab_sizes):
-    assert 0 <= again[..., f].min() and again[..., f].max() < size
+    assert again[..., f].min() >= 0 and again[..., f].max() < size
 
 
 def test_images_come_out_as_uint8(name):

@@ -1,0 +1,26 @@
+# make demo   trains, samples and compares on handwritten digits
+# make test   runs the tests
+# Both make .venv first if it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+demo: .venv/installed
+	$(BIN)/python -m tensorar_jax.main --config=configs/digits.py
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/installed-test: requirements-test.txt requirements.txt .venv/installed
+	$(BIN)/pip install -q -r requirements-test.txt
+	touch $@
+
+.PHONY: demo test lint
