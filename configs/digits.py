@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     vocab_size=17,
     grid=(8, 8),
     width=96,
-    num_layers=4,
+    num_layers=3,
     num_heads=4,
     num_classes=10,
     mlp_multiple=32,
@@ -63,9 +63,9 @@ def get_config() -> ConfigDict:
     classifier="classifier",
     models=("base", "continued", "tensorar", "drafts"),
     guidance=(1.0, 1.5, 2.0),
-    scan_images=500,
-    num_images=1000,
+    scan_images=300,
+    num_images=900,
     seeds=3,
-    batch_size=250,
+    batch_size=300,
   )
   return config

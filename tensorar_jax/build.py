@@ -60,9 +60,8 @@ def call(make: Callable, section: Mapping, where: str, *args, **kwargs) -> Any:
   """make(*args, **kwargs, **section) with every key and type checked."""
   is_module = inspect.isclass(make) and issubclass(make, nnx.Module)
   # The metaclass of NNX hides the constructor's own parameters.
-  parameters = inspect.signature(
-    make.__init__ if is_module else make
-  ).parameters
+  source = make.__init__ if is_module else make
+  parameters = inspect.signature(source).parameters
   given = {}
   for key, value in dict(section).items():
     choose(f"{where}: key", key, {k: k for k in parameters})

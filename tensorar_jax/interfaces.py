@@ -11,8 +11,8 @@ Letters used in every shape annotation:
 | `k`    | slots of a window           | `F`    | sub-tokens of one token   |
 | `V_f`  | vocabulary of sub-token `f` | `C`    | image channels            |
 
-Tokens are always `int32[..., F]`, with `F = 1` where a family does not factorise
-its vocabulary, so that nothing has to ask whether it does.
+Tokens are always `int32[..., F]`, with `F = 1` where a family does not
+factorise its vocabulary, so that nothing has to ask whether it does.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Cache:
   """Keys and values of every layer; only `layers.py` knows their layout.
 
   `k` and `v` are either one array `[L, B, N, S, H]` or a tuple of L arrays
-  `[B, N, S, H]` (N = key/value heads). `end` (int32 []) is the next row to be written;
-  `context` belongs to the backbone (a padding mask, an embedded class, ...).
+  `[B, N, S, H]` (N = key/value heads). `end` (int32 []) is the next row to be
+  written; `context` belongs to the backbone (a padding mask, a class, ...).
   """
 
   k: Any
@@ -149,7 +149,7 @@ class Conditioning(Protocol):
 
 @runtime_checkable
 class Trainable(Protocol):
-  """A module that the train loop can train by itself (tokenizer, classifier)."""
+  """A module that carries its own loss (tokenizer, classifier)."""
 
   def loss(
     self, batch: Batch, rng: Key
@@ -163,10 +163,10 @@ class Rule:
   """One line of an import table: PyTorch names -> one path of our tree.
 
   `source` is a regular expression over the whole PyTorch name; its group
-  `layer`, if there is one, is the index on the stacked leading axis. `target` is
-  the path with `/`, in which `{name}` stands for a named group of `source`;
-  `None` names a tensor that is known and not needed. `axes` is the transposition
-  from PyTorch's layout to ours, empty for none; it is undone on export.
+  `layer`, if there is one, is the index on the stacked leading axis. `target`
+  is the path with `/`, in which `{name}` stands for a named group of `source`;
+  `None` names a tensor that is known and not needed. `axes` is the
+  transposition from PyTorch's layout to ours, empty for none.
   """
 
   source: str

@@ -255,7 +255,7 @@ def linear(
 
 
 class SelfAttention(nnx.Module):
-  """Causal attention with one fused projection [q | k | v], heads contiguous."""
+  """Causal attention; one fused projection [q | k | v], heads contiguous."""
 
   def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
     self.config = config

@@ -92,9 +92,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
-  handler.setFormatter(
-    py_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-  )
+  line = py_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+  handler.setFormatter(line)
   # Orbax reports every file it touches at this level.
   handler.addFilter(lambda record: "orbax" not in record.pathname)
   try:

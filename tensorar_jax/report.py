@@ -16,6 +16,7 @@ from absl import logging
 
 from tensorar_jax import build, metrics, visualize, windows
 from tensorar_jax.evaluation import samples
+from tensorar_jax.interfaces import Tokenizer
 from tensorar_jax.sampling import SamplingConfig
 
 _ARROWS = {True: " \u2191", False: " \u2193", None: ""}  # higher is better
@@ -114,8 +115,10 @@ def _draw_refinement(stages, found, workdir: pathlib.Path) -> None:
     visualize.save_refinement(workdir / "refinement.png", strips, changed)
 
 
-def refinement(tokenizer, drafts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(images after each look [n, k, h, w, C], changed cells [n, k, rows, cols])."""
+def refinement(
+  tokenizer: Tokenizer, drafts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Pictures after each look [n, k, h, w, C], changed cells [n, k, r, c]."""
   window = drafts.shape[2]
   looks = [
     np.asarray(windows.after_looks(drafts, n)) for n in range(1, window + 1)
@@ -137,9 +140,8 @@ def sample(
   seed: int,
 ) -> None:
   """Samples a trained stage into `<workdir>/<stage>/samples/`."""
-  name = (
-    stage or [n for n, s in stages.items() if s["objective"] == "tensorar"][-1]
-  )
+  drawable = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  name = build.choose("--stage", stage or drawable[-1], drawable)
   config = stages[name]
   model = build.load(workdir / name)
   tokenizer = build.frozen_tokenizer(config, workdir)

@@ -2,14 +2,18 @@
 
 import os
 import pathlib
+import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("tensorar_jax", "beartype.beartype")
-
-import pytest
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests, and every command that they start, compile the same programs.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/tensorar_jax_tests"
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 PARITY = pathlib.Path(
   os.environ.get(

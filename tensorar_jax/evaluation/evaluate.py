@@ -260,8 +260,8 @@ def evaluate(
       f" the features of the stage {settings.classifier!r}; accuracy is the"
       " share of samples that it takes for the class they were asked for.",
       "cross entropy is that of the committed slot on held-out images with the"
-      " noise of training. A window that still shows the token lowers it without"
-      " making samples better.",
+      " noise of training. A window that still shows the token lowers it"
+      " without making samples better.",
     ],
   }
   orbax_io.write_json(workdir / "metrics.json", result)

@@ -14,7 +14,7 @@ CASES = ("gpt_c2i", "gpt_c2i_gqa", "gpt_c2i_opts")
 
 
 class Case:
-  """One fixture folder: its arrays, settings, and our model with its weights."""
+  """One fixture folder: arrays, settings, and our model with its weights."""
 
   def __init__(self, folder):
     self.io = np.load(folder / "io.npz")
