@@ -65,6 +65,12 @@ def run(config, folder: pathlib.Path) -> None:
       raise ValueError(f"stage {name}: {error}") from error
   if _STAGE.value:
     build.choose("--stage", _STAGE.value, stages)
+  settings = None
+  if "evaluation" in config:
+    section = config.evaluation.to_dict()
+    settings = build.call(evaluate.EvaluationConfig, section, "evaluation")
+    for name in (settings.classifier, *settings.models):
+      build.choose("evaluation: stage", name, stages)
   if _MODE.value in ("run", "train"):
     for name, stage in stages.items():
       if _STAGE.value in (None, name):
@@ -78,9 +84,7 @@ def run(config, folder: pathlib.Path) -> None:
       classes=_CLASSES.value,
       seed=_SEED.value,
     )
-  if _MODE.value in ("run", "evaluate") and "evaluation" in config:
-    section = config.evaluation.to_dict()
-    settings = build.call(evaluate.EvaluationConfig, section, "evaluation")
+  if _MODE.value in ("run", "evaluate") and settings:
     evaluate.evaluate(stages, settings, folder)
   if _MODE.value in ("run", "visualize"):
     command = " ".join(["python -m tensorar_jax.main", *sys.argv[1:]])

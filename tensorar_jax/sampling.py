@@ -218,7 +218,7 @@ def generate(
   null: Cond | None,
   rng: Key,
   config: SamplingConfig = SamplingConfig(),
-  image_index: Int[Array, "B"] | None = None,
+  image_index: Int[Array | np.ndarray, "B"] | None = None,
 ) -> Samples:
   """Samples one image per row of `cond`.
 

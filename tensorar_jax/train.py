@@ -183,7 +183,8 @@ def make_train_step(
 def check_workdir(folder: pathlib.Path, config: dict) -> None:
   """Claims a stage's folder for this config; another one's is an error."""
   path = folder / "config.json"
-  if not path.exists():
+  saved = any(p.name.isdigit() for p in (folder / "checkpoints").glob("*"))
+  if not (path.exists() and saved):  # nothing there to lose
     folder.mkdir(parents=True, exist_ok=True)
     orbax_io.write_json(path, config)
     return

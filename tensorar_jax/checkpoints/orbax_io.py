@@ -53,7 +53,7 @@ class Checkpoints:
           meta=ocp.args.JsonRestore(),
         ),
       )
-    except Exception as error:
+    except Exception as error:  # whatever Orbax and TensorStore raise
       raise ValueError(
         _unreadable(self.directory / str(step), error)
       ) from error

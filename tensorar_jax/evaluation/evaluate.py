@@ -237,8 +237,6 @@ def evaluate(
   stages: Mapping[str, Mapping], settings: EvaluationConfig, workdir
 ) -> dict:
   """Measures every model of `settings`; writes and returns metrics.json."""
-  for name in (settings.classifier, *settings.models):
-    build.choose("evaluation: stage", name, stages)
   yardstick = make_yardstick(
     stages[settings.classifier], workdir / settings.classifier
   )
