@@ -11,6 +11,20 @@ seven minutes on two CPU cores; nothing is downloaded.
 from ml_collections import ConfigDict
 
 
+# Functions, not shared dicts: a stage's value changes in that stage alone.
+def fine_tuned(**sections) -> dict:
+  return dict(
+    init="base",
+    optim=dict(learning_rate=1e-3, backbone_learning_rate=1e-4),
+    train=dict(num_steps=200),
+    **sections,
+  )
+
+
+def wrapped() -> dict:
+  return dict(window=4, depth=1, mlp_ratio=0.25, output_residual="first")
+
+
 def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0
@@ -30,21 +44,27 @@ def get_config() -> ConfigDict:
     mlp_multiple=32,
   )
   config.tensorar = dict(window=1)
-  config.noise = dict(kind="categorical", schedule="exponential")
+  config.noise = dict(
+    kind="categorical",
+    schedule="exponential",
+    schedule_start=0,
+    draft_fraction=0.5,
+  )
   config.loss = dict(weights="rdm", condition_dropout=0.1)
-  config.optim = dict(learning_rate=1e-3, weight_decay=0.05)
+  config.optim = dict(
+    learning_rate=1e-3,
+    schedule="constant",
+    warmup_steps=0,
+    weight_decay=0.05,
+    clip_norm=1.0,
+    ema_decay=0.0,
+  )
   config.train = dict(
     batch_size=64, num_steps=300, log_every=25, checkpoint_every=100
   )
-  config.sampling = dict(temperature=1.0)
+  config.sampling = dict(temperature=1.0, guidance=1.0, top_k=0, top_p=1.0)
   config.classifier = dict(image_size=(8, 8), num_classes=10)
 
-  fine_tuning = dict(
-    init="base",
-    optim=dict(learning_rate=1e-3, backbone_learning_rate=1e-4),
-    train=dict(num_steps=200),
-  )
-  wrapped = dict(window=4, depth=1, mlp_ratio=0.25)
   config.stages = dict(
     classifier=dict(
       objective="classifier",
@@ -55,9 +75,9 @@ def get_config() -> ConfigDict:
       optim=dict(learning_rate=3e-3, schedule="cosine", warmup_steps=50),
       train=dict(num_steps=700),
     ),
-    continued=fine_tuning,
-    tensorar=dict(**fine_tuning, tensorar=wrapped),
-    drafts=dict(**fine_tuning, tensorar=wrapped, noise=dict(kind="drafts")),
+    continued=fine_tuned(),
+    tensorar=fine_tuned(tensorar=wrapped()),
+    drafts=fine_tuned(tensorar=wrapped(), noise=dict(kind="drafts")),
   )
   config.evaluation = dict(
     classifier="classifier",

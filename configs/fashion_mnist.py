@@ -18,33 +18,31 @@ def get_config() -> ConfigDict:
   config.tokenizer = dict(
     name="vq",
     init="tokenizer",
-    channels=32,
+    channels=16,
     channel_multipliers=(1, 2, 2),
     num_res_blocks=1,
-    latent_channels=64,
+    latent_channels=32,
     codebook_size=256,
     norm_groups=8,
     image_channels=1,
     image_size=(28, 28),
     entropy_weight=0.01,
   )
-  config.backbone.update(vocab_size=256, grid=(7, 7), width=128)
+  config.backbone.update(vocab_size=256, grid=(7, 7))
   config.classifier.update(image_size=(28, 28), halvings=2)
 
   stages = config.stages
   stages.classifier.train = dict(
-    batch_size=128, num_steps=1500, checkpoint_every=500
+    batch_size=128, num_steps=1000, checkpoint_every=250
   )
   tokenizer = dict(
     objective="tokenizer",
     optim=dict(schedule="cosine", weight_decay=0.0),
-    train=dict(batch_size=64, num_steps=1500, checkpoint_every=500),
+    train=dict(batch_size=32, num_steps=1500, checkpoint_every=250),
   )
-  # The models read what the tokenizer has learned: it goes first.
-  rest = stages.to_dict()
-  config.stages = dict(tokenizer=tokenizer, **rest)
-  config.stages.base.train = dict(num_steps=2500)
+  config.stages.tokenizer = tokenizer
+  config.stages.base.train = dict(num_steps=1500)
   for name in ("continued", "tensorar", "drafts"):
-    config.stages[name].train = dict(num_steps=600)
-  config.evaluation.update(num_images=2000, batch_size=500, scan_images=1000)
+    config.stages[name].train = dict(num_steps=300)
+  config.evaluation.update(num_images=1500, batch_size=500, scan_images=500)
   return config

@@ -16,11 +16,12 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from tensorar_jax import weights as weights_lib
-from tensorar_jax.checkpoints import orbax_io, torch_import
+from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import ClassConditioning
 from tensorar_jax.tensorar import TensorAR
 
@@ -28,19 +29,16 @@ CONDITIONINGS = {"class": ClassConditioning}
 # What each objective's training depends on; the rest of a config may change.
 OBJECTIVES = {
   "tensorar": (
-    *("seed", "objective", "init", "data", "tokenizer", "conditioning"),
-    *("backbone", "tensorar", "noise", "loss", "optim", "train"),
+    *("tokenizer", "conditioning", "backbone", "tensorar", "noise", "loss"),
   ),
-  "tokenizer": (
-    *("seed", "objective", "init", "data", "tokenizer", "optim", "train"),
-  ),
-  "classifier": (
-    *("seed", "objective", "init", "data", "classifier", "optim", "train"),
-  ),
+  "tokenizer": ("tokenizer",),
+  "classifier": ("classifier",),
 }
+ALWAYS = ("seed", "objective", "init", "source")
+TRAINING = ("data", "optim", "train")  # what imported weights do not need
 SECTIONS = {
   *(name for names in OBJECTIVES.values() for name in names),
-  *("sampling", "evaluation", "stages"),
+  *(*ALWAYS, *TRAINING, "sampling", "evaluation", "stages"),
 }
 NEW_MODULES = ("encoder/", "decoder/")  # what TensorAR adds to a backbone
 
@@ -65,18 +63,31 @@ def call(make: Callable, section: Mapping, where: str, *args, **kwargs) -> Any:
   given = {}
   for key, value in dict(section).items():
     choose(f"{where}: key", key, {k: k for k in parameters})
-    value = tuple(value) if isinstance(value, list | tuple) else value
-    default = parameters[key].default
-    wrong = type(value) is not type(default) and not (
-      isinstance(default, float) and type(value) is int
+    given[key] = _typed(f"{where}.{key}", value, parameters[key].default)
+  try:
+    return make(*args, **kwargs, **given)
+  except TypeError as error:
+    raise ValueError(f"{where}: {error}. Given: {given}.") from error
+
+
+def _typed(where: str, value: Any, default: Any) -> Any:
+  """`value` as the type of `default`: NumPy's numbers, lists and ints pass."""
+  if isinstance(value, np.ndarray | np.generic):
+    value = value.tolist()
+  if isinstance(value, list | tuple):
+    value = tuple(_typed(where, v, inspect.Parameter.empty) for v in value)
+  kinds = {bool: bool, int: int, float: (int, float), str: str, tuple: tuple}
+  kind = kinds.get(type(default))
+  wrong = kind and not isinstance(value, kind)
+  if isinstance(value, bool) and type(default) in (int, float):
+    wrong = True
+  # A schedule is a name or a list; None stands for a default of its own.
+  if wrong and not (isinstance(default, str) and isinstance(value, tuple)):
+    raise ValueError(
+      f"{where}={value!r}: expected a {type(default).__name__}, such as"
+      f" {default!r}."
     )
-    if isinstance(default, bool | int | float) and wrong:
-      raise ValueError(
-        f"{where}.{key}={value!r}: expected a {type(default).__name__}, such"
-        f" as {default!r}."
-      )
-    given[key] = value
-  return make(*args, **kwargs, **given)
+  return float(value) if isinstance(default, float) else value
 
 
 def family(kind: str, name: str):
@@ -92,11 +103,11 @@ def component(kind: str, section: Mapping, rngs: nnx.Rngs) -> nnx.Module:
   fields = dict(section)
   fields.pop("init", None)
   module = family(kind, fields.pop("name", None))
-  config = _component_config(module, fields.pop("variant", None), fields)
+  config = component_config(module, fields.pop("variant", None), fields)
   return module.Model(config, rngs=rngs)
 
 
-def _component_config(module, variant, fields):
+def component_config(module, variant, fields):
   where = module.__name__.rsplit(".", 1)[-1]
   if variant is not None:
     base = choose(f"{where}: variant", variant, module.VARIANTS)
@@ -139,14 +150,41 @@ def stages(config: ConfigDict) -> dict[str, dict]:
       "config.stages is empty: name at least one stage, such as"
       " dict(tensorar=dict(objective='tensorar'))."
     )
-  return {
+  merged = {
     name: _merge(shared, override, f"stages.{name}")
     for name, override in own.items()
   }
+  return _parents_first(merged)
+
+
+def _parents_first(stages: dict[str, dict]) -> dict[str, dict]:
+  """The stages in their order, but each behind those it starts from."""
+  ordered: dict[str, dict] = {}
+
+  def place(name, below=()):
+    if name in below:
+      raise ValueError(f"stages {[*below, name]} start from one another.")
+    for parent in parents(stages[name]).values():
+      if parent in stages and parent not in ordered:
+        place(parent, (*below, name))
+    ordered.setdefault(name, stages[name])
+
+  for name in stages:
+    place(name)
+  return ordered
+
+
+def parents(stage: Mapping) -> dict[str, str]:
+  """What a stage's weights come from: {"init": ..., "tokenizer": ...}."""
+  found = {"init": stage["init"]}
+  if stage["objective"] == "tensorar":
+    found["tokenizer"] = stage["tokenizer"].get("init")
+  return {role: init for role, init in found.items() if init}
 
 
 def _merge(shared: dict, override: dict, where: str) -> dict:
-  merged = {"init": None, "objective": "tensorar", **copy.deepcopy(shared)}
+  defaults = {"objective": "tensorar", "init": None, "source": None}
+  merged = {**defaults, **copy.deepcopy(shared)}
   for key, value in override.items():
     choose(where, key, {s: s for s in SECTIONS - {"stages"}})
     if isinstance(value, dict) and isinstance(merged.get(key), dict):
@@ -158,7 +196,8 @@ def _merge(shared: dict, override: dict, where: str) -> dict:
 
 def training_config(stage: Mapping) -> dict:
   """The sections that a stage's weights depend on."""
-  names = choose("objective", stage["objective"], OBJECTIVES)
+  names = ALWAYS + choose("objective", stage["objective"], OBJECTIVES)
+  names += () if stage["source"] else TRAINING
   missing = [name for name in names if name not in stage]
   if missing:
     raise ValueError(f"the config lacks the sections {missing}.")
@@ -166,9 +205,32 @@ def training_config(stage: Mapping) -> dict:
 
 
 def resolve(init: str, workdir: pathlib.Path) -> pathlib.Path:
-  """The checkpoint that `init` names: a stage of `workdir`, or a path."""
+  """The checkpoint that `init` names: a finished stage, or a path."""
   sibling = workdir / init
-  return orbax_io.find(sibling if sibling.is_dir() else init)
+  if not sibling.is_dir():
+    if not pathlib.Path(init).exists():
+      raise ValueError(
+        f"init={init!r} is neither a trained stage of {workdir} nor a"
+        " checkpoint: train that stage first, or correct the path."
+      )
+    return orbax_io.find(init)
+  folder = orbax_io.find(sibling)
+  config = orbax_io.read_meta(folder)["config"]
+  last = config["train"]["num_steps"] if "train" in config else 0
+  if int(folder.name) != last:
+    raise ValueError(
+      f"stage {init} has got to step {folder.name} of {last}: finish it before"
+      " what starts from it."
+    )
+  return folder
+
+
+def lineage(stage: Mapping, workdir: pathlib.Path) -> dict[str, str]:
+  """The id of every checkpoint that a stage's weights come from."""
+  return {
+    role: orbax_io.read_meta(resolve(init, workdir)).get("id", "")
+    for role, init in parents(stage).items()
+  }
 
 
 def initial_model(stage: Mapping, workdir: pathlib.Path) -> nnx.Module:
@@ -219,40 +281,15 @@ def load(path: str | pathlib.Path, *, ema: bool = False) -> nnx.Module:
   return skeleton.merge(params, found.get("frozen", {}))
 
 
+def load_stage(stage: Mapping, folder: pathlib.Path) -> nnx.Module:
+  """A trained stage's model as it is sampled: averaged, if it keeps an EMA."""
+  ema = not stage["source"] and stage["optim"].get("ema_decay", 0) > 0
+  return load(folder, ema=ema)
+
+
 def frozen_tokenizer(stage: Mapping, workdir: pathlib.Path) -> nnx.Module:
   """The stage's tokenizer with the weights that its `init` names."""
   section = stage["tokenizer"]
   if section.get("init"):
     return load(resolve(section["init"], workdir))
   return component("tokenizers", section, nnx.Rngs(stage["seed"]))
-
-
-# --- published weights -----------------------------------------------------
-
-
-def import_backbone(
-  name: str, path: str, variant: str | None = None, **fields
-) -> nnx.Module:
-  """A family's backbone with published PyTorch weights in it.
-
-  Args:
-    name: a module of `backbones/`, such as "llamagen".
-    path: the published file; see the family's SOURCES.
-    variant: a published size; `fields` of its Config override it.
-  """
-  return _import("backbones", name, path, variant, fields)
-
-
-def import_tokenizer(
-  name: str, path: str, variant: str | None = None, **fields
-) -> nnx.Module:
-  """A tokenizer with published PyTorch weights; as `import_backbone`."""
-  return _import("tokenizers", name, path, variant, fields)
-
-
-def _import(kind, name, path, variant, fields):
-  module = family(kind, name)
-  config = _component_config(module, variant, fields)
-  abstract = nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0)))
-  rules = module.import_rules(config)
-  return torch_import.fill(abstract, rules, torch_import.load_state_dict(path))

@@ -52,5 +52,8 @@ class ClassConditioning:
     labels = jnp.asarray(raw, jnp.int32)
     return {"label": labels, "is_null": jnp.zeros(labels.shape, bool)}
 
+  def example(self) -> Cond:
+    return self.encode(np.asarray([self.num_classes - 1]))
+
   null = staticmethod(null)
   drop = staticmethod(drop)

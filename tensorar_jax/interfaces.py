@@ -73,18 +73,23 @@ class Backbone(Protocol):
 
   Whatever depends on the position (rotary tables, absolute embeddings, adaptive
   norms) happens inside `__call__`, `prefill` and `decode`. `embed` and `logits`
-  are position-free and apply to any leading axes. `make_norm` and `kernel_init`
-  are the family's own, for the modules that wrap it.
+  are position-free and apply to any leading axes. `make_norm`, `kernel_init`
+  and the compute `dtype` are the family's own, for the modules that wrap it.
   """
 
   num_tokens: int
   width: int
+  dtype: str
   num_heads: int
   vocab_sizes: tuple[int, ...]
   kernel_init: Callable[..., Array]
 
   def make_norm(self, rngs: nnx.Rngs) -> nnx.Module:
     """A fresh norm over `width` features, of the family's type."""
+    ...
+
+  def check(self, cond: Cond) -> None:
+    """Raises ValueError if `cond` asks for what this model does not know."""
     ...
 
   def embed(self, tokens: Int[Array, "*n F"]) -> Float[Array, "*n D"]:
@@ -136,6 +141,10 @@ class Conditioning(Protocol):
 
   def encode(self, raw: Any) -> Cond:
     """The condition for raw labels or prompts; bad input is a ValueError."""
+    ...
+
+  def example(self) -> Cond:
+    """One row that asks the most of a backbone, for checks before a run."""
     ...
 
   def null(self, cond: Cond) -> Cond:

@@ -102,9 +102,12 @@ def attention(
   b, n, m, h = q.shape
   groups = k.shape[1]
   q = q.reshape(b, groups, n // groups, m, h)
-  scores = jnp.einsum("bgrmh,bgsh->bgrms", q, k) * h**-0.5
+  scores = jnp.einsum(
+    "bgrmh,bgsh->bgrms", q, k, preferred_element_type=jnp.float32
+  )
+  scores *= h**-0.5
   mask = jnp.broadcast_to(mask, (b, m, k.shape[2]))[:, None, None]
-  scores = jnp.where(mask, scores.astype(jnp.float32), jnp.finfo("float32").min)
+  scores = jnp.where(mask, scores, jnp.finfo("float32").min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum("bgrms,bgsh->bgrmh", weights, v).reshape(b, n, m, h)
 

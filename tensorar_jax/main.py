@@ -8,6 +8,10 @@ Modes:
              single PNGs. --stage, --num_images, --classes, --seed.
   evaluate   sample the config's models and measure them: metrics.json.
   visualize  draw the pictures and report.html from what is there.
+  import     fill the stages that have a `source` from published PyTorch files.
+  tokenize   turn images into token shards: --images=folder:DIR (or tfds:NAME),
+             --output, --recipe=center|flip|ten_crop, --crop_range.
+  export     write a stage's base weights as published: --stage, --output.
 
 Any value of the config can be set from here:
   python -m tensorar_jax.main --config=configs/digits.py \\
@@ -18,12 +22,16 @@ from __future__ import annotations
 
 import logging as py_logging
 import pathlib
+import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("run", "train", "sample", "evaluate", "visualize")
+MODES = (
+  *("run", "train", "sample", "evaluate", "visualize"),
+  *("import", "tokenize", "export"),
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The experiment: a file of configs/.", lock_config=True
@@ -40,6 +48,20 @@ _NUM_IMAGES = flags.DEFINE_integer(
 )
 _CLASSES = flags.DEFINE_list(
   "classes", None, "Class ids to sample in turn. Default: all."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output",
+  None,
+  "Of --mode=export: a .pt or .safetensors file. Of --mode=tokenize: a folder.",
+)
+_IMAGES = flags.DEFINE_string(
+  "images", None, "Images to tokenize: folder:DIR, or tfds:NAME."
+)
+_RECIPE = flags.DEFINE_enum(
+  "recipe", "ten_crop", ("center", "flip", "ten_crop"), "Crops to tokenize."
+)
+_CROP_RANGE = flags.DEFINE_multi_float(
+  "crop_range", [1.1], "Shorter side before ten_crop, in image sizes."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of --mode=sample.")
 
@@ -69,26 +91,72 @@ def run(config, folder: pathlib.Path) -> None:
   if "evaluation" in config:
     section = config.evaluation.to_dict()
     settings = build.call(evaluate.EvaluationConfig, section, "evaluation")
-    for name in (settings.classifier, *settings.models):
-      build.choose("evaluation: stage", name, stages)
-  if _MODE.value in ("run", "train"):
+    settings.check(stages)
+  mode = _MODE.value
+  if mode == "evaluate" and not settings:
+    raise ValueError("--mode=evaluate: the config has no section `evaluation`.")
+  if mode in ("run", "train", "import"):
     for name, stage in stages.items():
-      if _STAGE.value in (None, name):
+      wanted = stage["source"] or mode != "import"
+      if _STAGE.value in (None, name) and wanted:
         train.fit(stage, folder / name)
-  if _MODE.value == "sample":
-    report.sample(
-      stages,
-      folder,
-      stage=_STAGE.value,
-      num_images=_NUM_IMAGES.value,
-      classes=_CLASSES.value,
-      seed=_SEED.value,
-    )
-  if _MODE.value in ("run", "evaluate") and settings:
+  if mode == "sample":
+    sample_stage(stages, folder)
+  if mode == "tokenize":
+    tokenize_images(stages, folder)
+  if mode == "export":
+    export_stage(folder)
+  if mode in ("run", "evaluate") and settings:
     evaluate.evaluate(stages, settings, folder)
-  if _MODE.value in ("run", "visualize"):
+  if mode in ("run", "visualize"):
     command = " ".join(["python -m tensorar_jax.main", *sys.argv[1:]])
     report.draw(stages, folder, command)
+
+
+def sample_stage(stages: dict, folder: pathlib.Path) -> None:
+  """--mode=sample."""
+  from tensorar_jax import report
+
+  report.sample(
+    stages,
+    folder,
+    stage=_STAGE.value,
+    num_images=_NUM_IMAGES.value,
+    classes=_CLASSES.value,
+    seed=_SEED.value,
+  )
+
+
+def tokenize_images(stages: dict, folder: pathlib.Path) -> None:
+  """--mode=tokenize, with the tokenizer of --stage or of the last stage."""
+  from tensorar_jax import build
+  from tensorar_jax.data import sources, tokenize
+
+  if not (_IMAGES.value and _OUTPUT.value):
+    raise ValueError("--mode=tokenize needs --images and --output.")
+  readers = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  stage = stages[_STAGE.value or readers[-1]]
+  tokenizer = build.frozen_tokenizer(stage, folder)
+  rows, cols = tokenizer.config.image_size
+  if rows != cols:
+    raise ValueError(f"image_size {rows} x {cols}: crops are square.")
+  tokenize.tokenize(
+    sources.load(_IMAGES.value, "train"),
+    tokenizer,
+    _OUTPUT.value,
+    recipe=_RECIPE.value,
+    image_size=rows,
+    crop_range=tuple(_CROP_RANGE.value),
+  )
+
+
+def export_stage(folder: pathlib.Path) -> None:
+  """--mode=export."""
+  from tensorar_jax import published
+
+  if not (_STAGE.value and _OUTPUT.value):
+    raise ValueError("--mode=export needs --stage and --output.")
+  published.export_stage(folder / _STAGE.value, pathlib.Path(_OUTPUT.value))
 
 
 def main(argv: list[str]) -> None:
@@ -98,17 +166,32 @@ def main(argv: list[str]) -> None:
   handler = logging.get_absl_handler()
   line = py_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
   handler.setFormatter(line)
-  # Orbax reports every file it touches at this level.
-  handler.addFilter(lambda record: "orbax" not in record.pathname)
+  # Orbax reports every file it touches, JAX every backend it does not find.
+  handler.addFilter(
+    lambda record: not re.search(r"orbax|jax._src", record.pathname)
+  )
   try:
     run(_CONFIG.value, workdir())
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     # These are messages to the user: a traceback would bury them.
     if logging.vlog_is_on(1):
       raise
     sys.exit(f"error: {error}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; a bad config or key ends in one line."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+    words = str(error).strip("'\"").splitlines()
+    sys.exit(
+      f"error: {words[0] if words else error!r}. The config has no such file,"
+      " key or type of value: keys that a command line may set are those that"
+      " the config file spells out."
+    )
+
+
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

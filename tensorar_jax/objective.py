@@ -130,5 +130,7 @@ def slot_weights(
   window: int, noise: NoiseConfig, loss: LossConfig
 ) -> Float[np.ndarray, "k"]:
   """The loss weight of each slot under this noise schedule."""
+  if window == 1:  # nothing is noised, whatever the schedule
+    return np.ones(1)
   beta = noising.beta(noise.schedule, window, noise.schedule_start)
   return losses.slot_weights(loss.weights, beta)

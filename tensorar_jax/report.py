@@ -60,10 +60,12 @@ STRIPS = 6  # images in a refinement strip
 
 def draw(stages: Mapping[str, Mapping], workdir: pathlib.Path, command: str):
   """Writes the pictures and report.html from what the work directory holds."""
+  path = workdir / "metrics.json"
+  measured = json.loads(path.read_text()) if path.exists() else {}
   found = {
     name: np.load(workdir / name / "samples.npz")
-    for name in stages
-    if (workdir / name / "samples.npz").exists()
+    for name in measured.get("models", {})
+    if name in stages and (workdir / name / "samples.npz").exists()
   }
   if found:
     _draw_grids(found, workdir / "samples.png")
@@ -77,8 +79,6 @@ def draw(stages: Mapping[str, Mapping], workdir: pathlib.Path, command: str):
       f"{workdir} holds no trained stage: run --mode=train first."
     )
   visualize.save_curves(workdir / "curves.png", traces)
-  path = workdir / "metrics.json"
-  measured = json.loads(path.read_text()) if path.exists() else {}
   pictures = {
     caption: workdir / name
     for name, caption in CAPTIONS.items()
@@ -139,21 +139,22 @@ def sample(
   classes: Sequence[str] | None,
   seed: int,
 ) -> None:
-  """Samples a trained stage into `<workdir>/<stage>/samples/`."""
+  """Samples a trained stage into a new folder `<stage>/samples/<number>/`."""
   drawable = [n for n, s in stages.items() if s["objective"] == "tensorar"]
   name = build.choose("--stage", stage or drawable[-1], drawable)
   config = stages[name]
-  model = build.load(workdir / name)
+  model = build.load_stage(config, workdir / name)
   tokenizer = build.frozen_tokenizer(config, workdir)
   conditioning = build.conditioning(config["conditioning"])
-  settings = build.call(SamplingConfig, config["sampling"], "sampling")
+  settings = build.call(SamplingConfig, config.get("sampling", {}), "sampling")
   try:
     chosen = [int(c) for c in classes or range(conditioning.num_classes)]
   except ValueError as error:
     raise ValueError(f"--classes={classes}: expected integers.") from error
   labels = np.resize(chosen, num_images)
-  folder = workdir / name / "samples"
-  folder.mkdir(parents=True, exist_ok=True)
+  before = [int(p.name) for p in (workdir / name / "samples").glob("[0-9]*")]
+  folder = workdir / name / "samples" / f"{max(before, default=-1) + 1:03d}"
+  folder.mkdir(parents=True)
   done = 0
   for batch in samples.generate(
     model, conditioning, labels, seed, settings, batch_size=min(100, num_images)

@@ -52,6 +52,10 @@ class SamplingConfig:
   return_logits: bool = False
 
   def __post_init__(self):
+    for name in ("temperature", "draft_temperature", "guidance", "top_p"):
+      if getattr(self, name) is not None:  # plain numbers can be hashed
+        object.__setattr__(self, name, float(getattr(self, name)))
+    object.__setattr__(self, "top_k", int(self.top_k))
     for name in ("temperature", "draft_temperature"):
       value = getattr(self, name)
       if value is not None and not value >= 0:
@@ -124,9 +128,11 @@ def draw_token(
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = filter_logits(logits / max(temperature, 1e-5), config)
-  cdf = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
-  # argmax finds the first True, whose probability is never zero.
-  reached = cdf > (uniform[..., None] * cdf[..., -1:])
+  probs = jax.nn.softmax(logits, axis=-1)
+  # A float32 cumulative sum may rise where a removed token adds nothing.
+  cdf = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
+  total = jnp.max(cdf, axis=-1, keepdims=True)
+  reached = cdf > uniform[..., None] * total
   return jnp.argmax(reached, axis=-1).astype(jnp.int32)
 
 
@@ -231,6 +237,11 @@ def generate(
     image_index: the index of each image in the run, 0..B-1 by default; with
       `rng` it alone decides the image's random numbers.
   """
+  if not isinstance(model, TensorAR):
+    raise ValueError(
+      f"model is a {type(model).__name__}: wrap it first, TensorAR(backbone,"
+      " window=1) is the base model."
+    )
   batch = jax.tree.leaves(cond)[0].shape[0]
   if image_index is None:
     image_index = jnp.arange(batch)
@@ -250,6 +261,9 @@ def generate(
     raise ValueError(
       f"rng={rng!r}: expected a typed key, such as jax.random.key(0)."
     )
+  model.backbone.check(cond if null is None else null)
+  # The scales are an array of their own: one program serves every guidance.
+  config = dataclasses.replace(config, guidance=1.0, guidance_interval=None)
   graphdef, state = nnx.split(model)
   return _generate(
     graphdef,

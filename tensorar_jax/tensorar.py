@@ -35,9 +35,11 @@ class CrossAttention(nnx.Module):
   for every window (the first block's) are projected once.
   """
 
-  def __init__(self, width, num_heads, kernel_init, *, rngs: nnx.Rngs):
-    self.num_heads = num_heads
-    project = dict(rngs=rngs, kernel_init=kernel_init)
+  def __init__(self, backbone: Backbone, *, rngs: nnx.Rngs):
+    self.num_heads, width = backbone.num_heads, backbone.width
+    project = dict(
+      rngs=rngs, dtype=backbone.dtype, kernel_init=backbone.kernel_init
+    )
     self.query = layers.linear(width, width, **project)
     self.key = layers.linear(width, width, **project)
     self.value = layers.linear(width, width, **project)
@@ -67,10 +69,10 @@ class QueryBlock(nnx.Module):
     width, init = backbone.width, backbone.kernel_init
     hidden = int(mlp_ratio * width)
     self.cross_norm = backbone.make_norm(rngs)
-    self.cross = CrossAttention(width, backbone.num_heads, init, rngs=rngs)
+    self.cross = CrossAttention(backbone, rngs=rngs)
     self.mlp_norm = backbone.make_norm(rngs)
-    self.up = layers.linear(width, hidden, rngs, kernel_init=init)
-    self.down = layers.linear(hidden, width, rngs, kernel_init=init)
+    self.up = layers.linear(width, hidden, rngs, backbone.dtype, init)
+    self.down = layers.linear(hidden, width, rngs, backbone.dtype, init)
 
   def __call__(self, x, memory):
     x = x + self.cross(self.cross_norm(x), memory)

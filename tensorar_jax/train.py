@@ -8,10 +8,9 @@ killed and continues computes the same numbers, bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,15 +22,15 @@ from clu import parameter_overview
 from flax import nnx, struct
 from jaxtyping import Array
 
-from tensorar_jax import build, metrics, objective, optim, weights
+from tensorar_jax import build, metrics, objective, optim, published, weights
 from tensorar_jax.checkpoints import orbax_io
-from tensorar_jax.data import pipeline, sources
+from tensorar_jax.data import codes, pipeline, sources
 from tensorar_jax.interfaces import Batch
 from tensorar_jax.noising import NoiseConfig
 from tensorar_jax.sampling import SamplingConfig
 
 # Keys of the `train` section that change what is written, not what is learned.
-FREE_KEYS = ("log_every", "checkpoint_every", "keep")
+FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,33 +99,35 @@ def to_float(images: Array) -> Array:
   return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def make_task(stage: Mapping, workdir: pathlib.Path) -> Task:
-  """The task of a stage's objective."""
+def make_task(
+  stage: Mapping, workdir: pathlib.Path, model: nnx.Module, *, images: bool
+) -> Task:
+  """The task of a stage's objective on batches of images, or of tokens."""
   if stage["objective"] != "tensorar":
     # Tokenizers and classifiers are `Trainable`: they carry their own loss.
     def own_loss(model, context, batch, rng):
       return model.loss(batch, rng)
 
     return Task(own_loss, None, lambda batch: batch, 1)
-  tokenizer = build.frozen_tokenizer(stage, workdir)
+  tokenizer = build.frozen_tokenizer(stage, workdir) if images else None
   conditioning = build.conditioning(stage["conditioning"])
   noise = build.call(NoiseConfig, stage["noise"], "noise")
   config = build.call(objective.LossConfig, stage["loss"], "loss")
 
   def loss(model, tokenizer, batch, rng):
     rng_drop, rng = jax.random.split(rng)
-    tokens = tokenizer.encode(to_float(batch["image"]))
+    tokens = batch.get("tokens")
+    if tokens is None:
+      tokens = tokenizer.encode(to_float(batch["image"]))
     tokens = jax.lax.stop_gradient(tokens)
     cond = batch["cond"]
     cond = conditioning.drop(rng_drop, cond, config.condition_dropout)
     return objective.tensorar_loss(model, cond, tokens, rng, noise, config)
 
   def prepare(batch):
-    cond = conditioning.encode(batch["label"])
-    return {"image": batch["image"], "cond": cond}
+    return {**batch, "cond": conditioning.encode(batch["label"])}
 
-  rows, cols = tokenizer.grid
-  return Task(loss, tokenizer, prepare, rows * cols)
+  return Task(loss, tokenizer, prepare, model.num_tokens)
 
 
 def init_state(
@@ -180,45 +181,16 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=0)
 
 
-def check_workdir(folder: pathlib.Path, config: dict) -> None:
-  """Claims a stage's folder for this config; another one's is an error."""
-  path = folder / "config.json"
-  saved = any(p.name.isdigit() for p in (folder / "checkpoints").glob("*"))
-  if not (path.exists() and saved):  # nothing there to lose
-    folder.mkdir(parents=True, exist_ok=True)
-    orbax_io.write_json(path, config)
-    return
-  before = json.loads(path.read_text())
-  changed = [
-    f"{key}: was {old!r}, is {new!r}"
-    for key, old, new in _differences(before, config)
-    if key.removeprefix("train.") not in FREE_KEYS
-  ]
-  if changed:
-    listed = "\n  ".join(changed)
-    raise ValueError(
-      f"{folder} belongs to another config:\n  {listed}\nPass another"
-      " --workdir, or undo the change to continue this run."
-    )
-
-
-def _differences(old, new, prefix=""):
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted({*old, *new}):
-      yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}")
-  elif json.dumps(old) != json.dumps(new):
-    yield prefix.lstrip("."), old, new
-
-
 def check(stage: Mapping) -> None:
   """Raises ValueError if anything in a stage's config cannot be built.
 
   No array is made: an error in the last stage should show in the first second.
   """
-  config = build.call(TrainConfig, stage["train"], "train")
-  optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
-  optim.make(optimiser, config.num_steps)
   build.training_config(stage)
+  if not stage["source"]:
+    config = build.call(TrainConfig, stage["train"], "train")
+    optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
+    optim.make(optimiser, config.num_steps)
   model = nnx.eval_shape(lambda: build.model(stage, nnx.Rngs(0)))
   if stage["objective"] != "tensorar":
     return
@@ -233,12 +205,15 @@ def check(stage: Mapping) -> None:
       f"the tokenizer makes {made[0]} tokens of vocabulary {made[1]}, the"
       f" backbone reads {read[0]} of {read[1]}: change one of the sections."
     )
-  build.conditioning(stage["conditioning"])
+  conditioning = build.conditioning(stage["conditioning"])
   noise = build.call(NoiseConfig, stage["noise"], "noise")
   loss = build.call(objective.LossConfig, stage["loss"], "loss")
   objective.slot_weights(model.window, noise, loss)
-  if "sampling" in stage:
-    build.call(SamplingConfig, stage["sampling"], "sampling")
+  sampling = build.call(SamplingConfig, stage.get("sampling", {}), "sampling")
+  cond = conditioning.example()
+  if loss.condition_dropout > 0 or sampling.guidance != 1:
+    cond = conditioning.null(cond)
+  model.backbone.check(cond)
 
 
 def is_done(folder: pathlib.Path, num_steps: int) -> bool:
@@ -257,44 +232,80 @@ def fit(stage: Mapping, folder: pathlib.Path) -> None:
   Raises:
     ValueError: the folder is another config's; the loss is not finite.
   """
+  if stage["source"]:
+    published.import_stage(stage, folder)
+    return
   config = build.call(TrainConfig, stage["train"], "train")
   saved_config = build.training_config(stage)
-  check_workdir(folder, saved_config)
+  orbax_io.claim(folder, saved_config, FREE_KEYS)
+  lineage = build.lineage(stage, folder.parent)
+  _check_lineage(folder, lineage)
   if is_done(folder, config.num_steps):
     logging.info("%s: done, %d steps", folder.name, config.num_steps)
     return
   optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
   tx = optim.make(optimiser, config.num_steps)
-  task = make_task(stage, folder.parent)
-  data = _train_data(stage, config.batch_size)
   model = build.initial_model(stage, folder.parent)
+  task, data = _task_and_data(stage, folder.parent, model, config.batch_size)
   skeleton, state = init_state(
     model, tx, stage["seed"], optimiser.ema_decay > 0
   )
   count = parameter_overview.count_parameters(state.params)
   logging.info("%s: %s parameters", folder.name, f"{count:,}")
   checkpoints = orbax_io.Checkpoints(folder / "checkpoints", config.keep)
-  seconds = 0.0
+  before = 0.0
   if checkpoints.latest_step() is not None:
     state, position, meta = checkpoints.restore(state)
     data.set_state(position)
-    seconds = meta["seconds"]
+    before = meta["seconds"]
     logging.info("%s: continues from step %d", folder.name, state.step)
   train_step = make_train_step(skeleton, task.loss, tx, optimiser.ema_decay)
   started = time.monotonic()
 
   def save(state):
-    meta = {
-      "config": saved_config,
-      "seconds": seconds + time.monotonic() - started,
-    }
-    step = int(state.step)
-    checkpoints.save(step, state, data.get_state(), meta)
+    seconds = before + time.monotonic() - started
+    meta = {"config": saved_config, "lineage": lineage, "seconds": seconds}
+    checkpoints.save(int(state.step), state, data.get_state(), meta)
 
   try:
     _loop(state, data, task, train_step, config, folder, save)
   finally:
     checkpoints.close()
+
+
+def _task_and_data(stage, workdir, model, batch_size):
+  """What to train on, and the endless iterator over it."""
+  section = stage["data"]
+  source = sources.load(
+    section["name"], section["train_split"], data_dir=section.get("data_dir")
+  )
+  tokens = isinstance(source, codes.TokenSource)
+  if tokens:
+    source = codes.expect(
+      source,
+      num_tokens=model.num_tokens,
+      vocab_sizes=model.vocab_sizes,
+      num_classes=stage["conditioning"].get("num_classes"),
+    )
+  data = pipeline.train_iterator(
+    source,
+    batch_size=batch_size,
+    seed=stage["seed"],
+    flip=section.get("flip", False),
+  )
+  return make_task(stage, workdir, model, images=not tokens), data
+
+
+def _check_lineage(folder: pathlib.Path, lineage: dict[str, str]) -> None:
+  """Refuses to go on from weights whose parents have been trained again."""
+  if not any((folder / "checkpoints").glob("[0-9]*")):
+    return
+  before = orbax_io.read_meta(orbax_io.find(folder)).get("lineage")
+  if before != lineage:
+    raise ValueError(
+      f"{folder} was trained from other weights than its parents now have:"
+      f" {before} then, {lineage} now. Move the folder away to train it again."
+    )
 
 
 def _loop(state, data, task, train_step, config, folder, save):
@@ -323,11 +334,12 @@ def _interval_means(pending, step, folder) -> dict[str, float]:
   """Means over the steps since the last row; refuses a loss gone bad."""
   pending = jax.device_get(pending)
   for offset, scalars in enumerate(pending):
-    if not np.isfinite(scalars["loss"]):
+    if not np.isfinite([scalars["loss"], scalars["grad_norm"]]).all():
       bad = step - len(pending) + 1 + offset
       raise ValueError(
-        f"{folder.name}: the loss of step {bad} is {scalars['loss']}; expected"
-        " a finite number. Nothing was saved since the last checkpoint in"
+        f"{folder.name}: the loss of step {bad} is {scalars['loss']}, its"
+        f" gradient's norm {scalars['grad_norm']}; expected finite numbers."
+        " Nothing was saved since the last checkpoint in"
         f" {folder / 'checkpoints'}. Lower optim.learning_rate or"
         " optim.clip_norm, or look at the data of that step."
       )
@@ -335,16 +347,3 @@ def _interval_means(pending, step, folder) -> dict[str, float]:
     name: float(np.mean([scalars[name] for scalars in pending], dtype=float))
     for name in pending[0]
   }
-
-
-def _train_data(stage: Mapping, batch_size: int) -> Iterator[Batch]:
-  section = dict(stage["data"])
-  source = sources.load(
-    section["name"], section["train_split"], data_dir=section.get("data_dir")
-  )
-  return pipeline.train_iterator(
-    source,
-    batch_size=batch_size,
-    seed=stage["seed"],
-    flip=section.get("flip", False),
-  )

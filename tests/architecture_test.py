@@ -14,14 +14,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
   {"main"},
   {"report"},
-  {"visualize", "evaluation.evaluate"},
+  {"visualize", "evaluation.evaluate", "data.tokenize"},
   {"train", "evaluation.samples"},
+  {"published"},
   {"build", "objective", "metrics"},
   {
     "sampling",
     "optim",
     "checkpoints.orbax_io",
     "checkpoints.torch_import",
+    "checkpoints.torch_export",
+    "checkpoints.torch_files",
+    "evaluation.resize",
+    "data.encoder",
+    "data.codes",
+    "data.images",
+    "data.shards",
     "data.pipeline",
     "data.sources",
     "evaluation.adm",
@@ -34,7 +42,7 @@ LAYERS = (
 FAMILIES = ("backbones", "tokenizers")
 HEAVY = {
   "tensorflow": {"data.sources", "metrics"},
-  "torch": {"checkpoints.torch_import"},
+  "torch": {"checkpoints.torch_files", "checkpoints.torch_export"},
   "transformers": {"conditioning"},
 }
 

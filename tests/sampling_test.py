@@ -166,6 +166,10 @@ def test_nothing_is_compiled_twice():
   before = sampling._generate._cache_size()
   generate(model, seed=1, index=jnp.asarray([4, 9]))
   generate(tiny.wrapped(2, seed=3), seed=2)
+  for scale in (1.5, 2.5):
+    generate(model, guidance=scale)
+  generate(model, guidance=3.0, guidance_interval=(1, 4))
+  before += 1  # the guided program, once for every scale
   assert sampling._generate._cache_size() == before
 
 
@@ -200,3 +204,39 @@ def test_bad_calls_say_what_to_do():
     tiny.CLASSES.encode([1, 5])
   with pytest.raises(ValueError, match="class id -1"):
     tiny.CLASSES.encode([-1])
+
+
+def test_no_removed_token_is_ever_drawn():
+  """Float32 sums of thousands of terms are not monotone."""
+  logits = jax.random.normal(jax.random.key(0), (4, 16384)) * 2
+  config = SamplingConfig(top_k=2000)
+  kept = np.isfinite(sampling.filter_logits(logits, config))
+  uniform = jnp.linspace(0, 1 - 2**-24, 4000)
+  for row, keeps in zip(logits, kept, strict=True):
+    batch = jnp.broadcast_to(row, (4000, 16384))
+    assert keeps[
+      np.asarray(sampling.draw_token(uniform, batch, 1.0, config))
+    ].all()
+
+
+def test_classes_that_the_model_does_not_know_are_refused():
+  model = tiny.fresh(2)
+  from tensorar_jax.conditioning import ClassConditioning
+
+  with pytest.raises(ValueError, match="knows 5 classes"):
+    sampling.generate(
+      model, ClassConditioning(10).encode([1, 7]), None, jax.random.key(0)
+    )
+  bare = TensorAR(tiny.backbone(null_class=False))
+  cond = tiny.cond()
+  sampling.generate(bare, cond, None, jax.random.key(0))
+  with pytest.raises(ValueError, match="no null class"):
+    sampling.generate(
+      bare,
+      cond,
+      tiny.CLASSES.null(cond),
+      jax.random.key(0),
+      SamplingConfig(guidance=2.0),
+    )
+  with pytest.raises((ValueError, TypeError), match="TensorAR"):
+    sampling.generate(tiny.backbone(), cond, None, jax.random.key(0))

@@ -107,6 +107,7 @@ def stage(num_steps=6, **sections):
     "seed": 0,
     "objective": "tensorar",
     "init": None,
+    "source": None,
     "data": dict(name="digits", train_split="train", test_split="test"),
     "tokenizer": dict(name="pixels", image_size=(8, 8), levels=17),
     "conditioning": dict(name="class", num_classes=10),
@@ -189,13 +190,15 @@ def test_a_missing_checkpoint_is_named(tmp_path):
     tj.load(tmp_path / "nowhere")
   with pytest.raises(ValueError, match="found no checkpoint"):
     tj.load(tmp_path)
-  with pytest.raises(ValueError, match="no such checkpoint"):
+  with pytest.raises(ValueError, match="train that stage first"):
     train.fit(stage(init="nowhere"), tmp_path / "stage")
 
 
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path):
   bad = stage(8, optim=dict(learning_rate=1e30, clip_norm=0.0))
-  with pytest.raises(ValueError, match="loss of step .* is (nan|inf)"):
+  with pytest.raises(
+    ValueError, match="loss of step .* expected finite numbers"
+  ):
     train.fit(bad, tmp_path / "stage")
   saved = {p.name for p in (tmp_path / "stage" / "checkpoints").iterdir()}
   assert not saved & {"4", "6", "8"}

@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -107,7 +108,7 @@ class Model(nnx.Module):
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     c = self.config = config
     self.num_tokens = c.grid[0] * c.grid[1]
-    self.width, self.num_heads = c.width, c.num_heads
+    self.width, self.num_heads, self.dtype = c.width, c.num_heads, c.dtype
     self.vocab_sizes = (c.vocab_size,)
     self.prefix = 1
     embed = dict(embedding_init=layers.normal_init, rngs=rngs, dtype=c.dtype)
@@ -126,6 +127,23 @@ class Model(nnx.Module):
   def make_norm(self, rngs: nnx.Rngs) -> nnx.Module:
     del rngs  # RMSNorm starts at one
     return layers.RMSNorm(self.width, self.config.norm_eps)
+
+  def check(self, cond: Cond) -> None:
+    if isinstance(cond["label"], jax.core.Tracer):
+      return  # inside someone's jit: nothing to look at
+    known, label = self.config.num_classes, np.asarray(cond["label"])
+    if label.size and not 0 <= label.min() <= label.max() < known:
+      raise ValueError(
+        f"class ids {label.min()} to {label.max()}: this backbone knows"
+        f" {known} classes, 0 to {known - 1}. Let the conditioning's and the"
+        " backbone's num_classes agree."
+      )
+    if not self.config.null_class and np.asarray(cond["is_null"]).any():
+      raise ValueError(
+        "null_class=False: this backbone has no null class, so there is"
+        " neither guidance nor condition dropout. Set guidance=1 and"
+        " condition_dropout=0."
+      )
 
   def embed(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n D"]:
     return self.token_embed(tokens[..., 0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import uuid
 from typing import Any
 
 import jax
@@ -30,13 +31,16 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
-    """Starts saving; the arrays may be donated as soon as this returns."""
+    """Starts saving; the arrays may be donated as soon as this returns.
+
+    `meta` gets an `id` of its own, by which other files refer to these weights.
+    """
     self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         data=ocp.args.JsonSave(data),
-        meta=ocp.args.JsonSave(meta),
+        meta=ocp.args.JsonSave({**meta, "id": uuid.uuid4().hex}),
       ),
     )
 
@@ -72,6 +76,41 @@ def _unreadable(path: pathlib.Path, error: Exception) -> str:
     " It may be damaged. Remove this folder to continue from the checkpoint"
     " before it, or choose another --workdir to start afresh."
   )
+
+
+def claim(
+  folder: pathlib.Path, config: dict, free_keys: tuple[str, ...] = ()
+) -> None:
+  """Makes `folder` this config's; one that holds another's is an error.
+
+  `free_keys` may differ. Without a checkpoint in it there is nothing to lose.
+  """
+  path = folder / "config.json"
+  saved = any(p.name.isdigit() for p in (folder / "checkpoints").glob("*"))
+  if not saved:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+    return
+  before = read_meta(find(folder))["config"]
+  changed = [
+    f"{key}: was {old!r}, is {new!r}"
+    for key, old, new in _differences(before, config)
+    if key not in free_keys
+  ]
+  if changed:
+    listed = "\n  ".join(changed)
+    raise ValueError(
+      f"{folder} belongs to another config:\n  {listed}\nPass another"
+      " --workdir, or undo the change to continue this run."
+    )
+
+
+def _differences(old, new, prefix=""):
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted({*old, *new}):
+      yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}")
+  elif json.dumps(old) != json.dumps(new):
+    yield prefix.lstrip("."), old, new
 
 
 def find(path: str | pathlib.Path) -> pathlib.Path:

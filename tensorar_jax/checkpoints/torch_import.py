@@ -1,104 +1,40 @@
 """Published PyTorch weights -> a model of ours, by a table of `Rule`s.
 
 Strict both ways: a tensor that no rule claims, or two do, a parameter that
-nothing fills and a wrong shape are listed together in one ValueError. Files are
-read as data: code in a pickle is refused, never run.
+nothing fills, a wrong shape or dtype are listed together in one ValueError.
+Weights are filled and cast layer by layer, in place: an import needs the memory
+of the model in its new dtype and of one tensor of the file.
 """
 
 from __future__ import annotations
 
-import argparse
-import pathlib
+import math
 import re
-import zipfile
 from collections.abc import Mapping
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
 from tensorar_jax import weights as weights_lib
+from tensorar_jax.checkpoints.torch_files import (
+  Tensor,
+  describe,
+  load_state_dict,
+)
 from tensorar_jax.interfaces import Rule
 
-# The wrappers that training scripts put around a state dict, in the order in
-# which LlamaGen's sampling scripts look for them; "ema" is never read.
-CONTAINERS = ("model", "module", "state_dict")
+__all__ = ("DTYPES", "Tensor", "describe", "fill", "load_state_dict", "plan")
+
+DTYPES = ("float32", "bfloat16", "float16")  # what weights can be cast to
+FLOATS = (*DTYPES, "float64")  # what a file may hold
+ALIGNMENT = 64  # bytes; JAX takes such an array over without a copy
+STRIP = 64  # columns
 
 
-def load_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file."""
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise ValueError(
-      f"{path}: no such file. Download the published checkpoint and pass its"
-      " path."
-    )
-  if path.suffix == ".safetensors":
-    return _load_safetensors(path)
-  return _load_torch(path)
-
-
-def _load_safetensors(path):
-  from safetensors import SafetensorError
-  from safetensors.flax import load_file
-
-  try:
-    return load_file(path)
-  except SafetensorError as error:
-    raise ValueError(
-      f"{path}: not a readable safetensors file ({error}). It may be"
-      " truncated: download it again."
-    ) from error
-
-
-def _load_torch(path):
-  try:
-    import torch
-  except ImportError as error:
-    raise ValueError(
-      f"{path}: reading PyTorch files needs torch. Run `pip install"
-      " torch==2.13.0`, or convert the file to safetensors."
-    ) from error
-  import pickle
-
-  try:
-    # weights_only refuses every class but tensors and containers; training
-    # checkpoints also hold their parsed arguments, which are plain data.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-      content = torch.load(
-        path,
-        map_location="cpu",
-        weights_only=True,
-        mmap=zipfile.is_zipfile(path),
-      )
-  except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-    raise ValueError(
-      f"{path}: refused. It is truncated, no PyTorch checkpoint, or holds code"
-      f" beside tensors, which is never run ({str(error).splitlines()[0]})"
-    ) from error
-  for name in CONTAINERS:
-    if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-      content = content[name]
-      break
-  tensors = {
-    name: value
-    for name, value in dict(content).items()
-    if isinstance(value, torch.Tensor)
-  }
-  if not tensors:
-    raise ValueError(
-      f"{path}: found no tensors, neither at the top nor under {CONTAINERS}."
-    )
-  return {name: _to_numpy(value) for name, value in tensors.items()}
-
-
-def _to_numpy(tensor) -> np.ndarray:
-  import torch
-
-  if tensor.dtype == torch.bfloat16:  # NumPy has it from ml_dtypes only
-    bits = tensor.contiguous().view(torch.int16).numpy()
-    return bits.view(jnp.bfloat16.dtype)
-  return tensor.numpy()
+def check_dtype(dtype: str | None) -> None:
+  if dtype not in (None, *DTYPES):
+    raise ValueError(f"dtype={dtype!r}: expected one of {DTYPES}, or None.")
 
 
 def plan(
@@ -109,25 +45,35 @@ def plan(
   Raises one ValueError with everything that does not fit.
   """
   _, params, frozen = weights_lib.split(model)
-  want = {path: leaf.shape for path, leaf in {**params, **frozen}.items()}
+  planned, problems = _match({**params, **frozen}, rules, shapes)
+  _complain(problems)
+  return planned
+
+
+def _match(want, rules, shapes):
+  """(path -> [(name, rule)], everything that does not fit)."""
   targets, problems = _claim(rules, shapes)
   problems += [f"nothing fills {path}" for path in want if path not in targets]
-  result = {}
+  planned = {}
   for path, parts in targets.items():
     parts = sorted(parts, key=lambda part: part[0])
     if path not in want:
       problems.append(f"{parts[0][1]} goes to {path}, which the model lacks")
       continue
-    problems += _misfits(path, parts, want[path], shapes)
-    result[path] = [(name, rule) for _, name, rule in parts]
-  if problems:
-    shown = "\n  ".join(problems[:40])
-    more = f"\n  ... {len(problems) - 40} more" if len(problems) > 40 else ""
-    raise ValueError(
-      f"the checkpoint does not fit the model ({len(problems)} problems; is"
-      f" it the right family, variant and size?):\n  {shown}{more}"
-    )
-  return result
+    problems += _misfits(path, parts, want[path].shape, shapes)
+    planned[path] = [(name, rule) for _, name, rule in parts]
+  return planned, problems
+
+
+def _complain(problems):
+  if not problems:
+    return
+  shown = "\n  ".join(problems[:40])
+  more = f"\n  ... {len(problems) - 40} more" if len(problems) > 40 else ""
+  raise ValueError(
+    f"the checkpoint does not fit the model ({len(problems)} problems). Pass"
+    f" its own family, variant and sizes:\n  {shown}{more}"
+  )
 
 
 def _claim(rules, names):
@@ -150,13 +96,15 @@ def _claim(rules, names):
 
 def _misfits(path, parts, want, shapes):
   """Complaints about the layers and shapes of the tensors of one path."""
+  problems = []
   layers = [layer for layer, _, _ in parts]
   stacked = layers[0] >= 0
   if stacked and layers != list(range(want[0])):
-    return [f"{path} has {want[0]} layers, the file has layers {layers}"]
+    problems.append(
+      f"{path} has {want[0]} layers, the file has layers {layers}"
+    )
   if not stacked and len(parts) > 1:
-    return [f"{path} is claimed by {[name for _, name, _ in parts]}"]
-  problems = []
+    problems.append(f"{path} is claimed by {[name for _, name, _ in parts]}")
   for _, name, rule in parts:
     shape = tuple(shapes[name])
     if rule.axes and len(rule.axes) == len(shape):
@@ -167,35 +115,82 @@ def _misfits(path, parts, want, shapes):
 
 
 def fill(
-  model: nnx.Module, rules: list[Rule], tensors: Mapping[str, np.ndarray]
+  model: nnx.Module,
+  rules: list[Rule],
+  tensors: Mapping[str, Tensor | np.ndarray | jax.Array],
+  dtype: str | None = None,
 ) -> nnx.Module:
-  """The model with every weight from `tensors`, in the model's dtypes.
+  """The model with every weight from `tensors`.
 
-  `model` may be abstract (`nnx.eval_shape`). Raises one ValueError with
-  everything that does not fit.
+  `model` may be abstract (`nnx.eval_shape`). `dtype`, one of DTYPES, is that of
+  all weights; by default they get the model's own. Raises one ValueError with
+  everything that does not fit, and one for a damaged value.
   """
-  shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  planned = plan(model, rules, shapes)
+  check_dtype(dtype)
   skeleton, params, frozen = weights_lib.split(model)
-  dtypes = {path: leaf.dtype for path, leaf in {**params, **frozen}.items()}
+  want = {**params, **frozen}
+  shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+  planned, problems = _match(want, rules, shapes)
+  used = [name for parts in planned.values() for name, _ in parts]
+  problems += [
+    f"{name} is {kind}, expected one of {FLOATS}: take the file that is not"
+    " quantised"
+    for name in used
+    if (kind := str(tensors[name].dtype)) not in FLOATS
+  ]
+  _complain(problems)
   return skeleton.merge(
     {
-      path: _assemble(parts, tensors, dtypes[path])
+      path: _assemble(
+        parts, tensors, want[path].shape, dtype or want[path].dtype
+      )
       for path, parts in planned.items()
     }
   )
 
 
-def _assemble(parts, tensors, dtype):
-  """One parameter from its tensors, stacked if they are layers."""
-  arrays = []
-  for name, rule in parts:
-    array = np.asarray(tensors[name])
-    if not np.isfinite(array.astype(np.float32)).all():
-      raise ValueError(
-        f"{name} holds NaN or infinite values: the checkpoint is damaged."
-        " Download it again."
-      )
-    arrays.append(array.transpose(rule.axes) if rule.axes else array)
+def _assemble(parts, tensors, shape, dtype):
+  """One parameter from its tensors, which are its layers if it is stacked."""
+  array = _aligned(shape, np.dtype(dtype))
   stacked = "layer" in re.compile(parts[0][1].source).groupindex
-  return jnp.asarray(np.stack(arrays) if stacked else arrays[0], dtype)
+  for layer, (name, rule) in enumerate(parts):
+    part = array[layer, ...] if stacked else array
+    write(part, name, tensors[name], rule.axes)
+  return jax.device_put(array, may_alias=True)
+
+
+def _aligned(shape, dtype):
+  """An empty array that starts where JAX wants it."""
+  size = math.prod(shape) * dtype.itemsize
+  raw = np.empty(size + ALIGNMENT, np.uint8)
+  start = -raw.ctypes.data % ALIGNMENT
+  return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def write(
+  target: np.ndarray,
+  name: str,
+  tensor: Tensor | np.ndarray | jax.Array,
+  axes: tuple[int, ...] = (),
+) -> None:
+  """Fills `target` with a tensor, transposed and cast; a ValueError if damaged.
+
+  What the tensor takes in memory is let go on return.
+  """
+  values = np.asarray(tensor)
+  if not np.isfinite(values).all():
+    raise ValueError(
+      f"{name} holds NaN or infinite values: the weights are damaged. Download"
+      " the file again, or take another checkpoint."
+    )
+  source = values.transpose(axes) if axes else values
+  with np.errstate(over="ignore"):
+    # A transposition in strips is several times faster: they fit the cache.
+    for start in range(0, source.shape[-1] if axes else 1, STRIP):
+      strip = np.s_[..., start : start + STRIP] if axes else ...
+      target[strip] = source[strip]
+  if target.dtype != values.dtype and not np.isfinite(target).all():
+    raise ValueError(
+      f"{name} reaches {np.abs(values).max():g}, which {target.dtype} cannot"
+      " hold. Pass dtype='float32' or 'bfloat16'."
+    )

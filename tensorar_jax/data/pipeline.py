@@ -5,6 +5,9 @@ reads an endless sequence of epochs, each in its own order. Step s of global
 size B is rows `s B ... (s + 1) B - 1` of it, and process p of P reads the p-th
 of their P equal parts. Joined in the order of the processes, the batches are
 the same for any P, and the step is all there is to save.
+
+A source of tokens takes the place of images: each time an image comes up, one
+of its variants (crops, flips) is drawn, all alike.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import grain
 import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
 
-from tensorar_jax.data import sources
+from tensorar_jax.data import codes, sources
 
 # Arrays in memory are fetched faster than threads hand them over.
 _READ_ARRAYS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -24,7 +27,7 @@ _READ_LAZILY = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 
 
 def train_iterator(
-  source: sources.Source,
+  source: sources.Source | codes.TokenSource,
   *,
   batch_size: int,
   seed: int,
@@ -34,12 +37,20 @@ def train_iterator(
 ) -> grain.DatasetIterator:
   """Endless shuffled batches: "image" uint8 [b, h, w, C], "label" int32 [b].
 
+  In place of "image" a source of tokens gives "tokens", int32 [b, T, F].
   `batch_size` is the global one and b = batch_size // process_count. `flip`
   mirrors each image left to right with probability 1/2. `get_state` returns
   `{"next_index": step}`, which `set_state` takes on any number of processes.
   """
   num_images = len(source)
-  _check_shape(source)
+  tokens = isinstance(source, codes.TokenSource)
+  if tokens and flip:
+    raise ValueError(
+      "flip=True: tokens cannot be mirrored; expected False, the flips are "
+      "among the variants if the images were tokenized with them"
+    )
+  if not tokens:
+    _check_shape(source)
   _check_sharing(num_images, batch_size, process_index, process_count)
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
@@ -47,14 +58,19 @@ def train_iterator(
   # 16-bit permutation until it hits the set), more than all the rest.
   places = grain.MapDataset.range(num_images).repeat()
   places = places.map_with_index(_shuffle(num_images, seed))
+  fetch = _fetch
   if flip:
     places = places.random_map(_draw_mirrored, seed=seed)
+    fetch = _fetch_mirrored
+  elif tokens:
+    draw = functools.partial(_draw_variant, source.num_variants)
+    places = places.random_map(draw, seed=seed)
+    fetch = _fetch_variants
   places = places.batch(
     batch_size // process_count, drop_remainder=True, batch_fn=np.array
   )
   places = places[process_index::process_count]
   in_memory = isinstance(source, sources.ArraySource)
-  fetch = _fetch_mirrored if flip else _fetch
   return iter(
     places.map(functools.partial(fetch, source)).to_iter_dataset(
       _READ_ARRAYS if in_memory else _READ_LAZILY
@@ -134,6 +150,18 @@ def _shuffle(num_images: int, seed: int) -> Callable[[int, int], int]:
 
 def _draw_mirrored(position: int, rng: np.random.Generator) -> tuple[int, bool]:
   return position, rng.random() < 0.5
+
+
+def _draw_variant(
+  num_variants: int, position: int, rng: np.random.Generator
+) -> tuple[int, int]:
+  return position, int(rng.integers(num_variants))
+
+
+def _fetch_variants(
+  source: codes.TokenSource, places: Integer[np.ndarray, "b 2"]
+) -> dict[str, np.ndarray]:
+  return source.fetch(places[:, 0], places[:, 1])
 
 
 def _fetch(

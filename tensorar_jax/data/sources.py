@@ -4,6 +4,9 @@
 | ---------------- | ---------------------------- | ------------------------ |
 | `digits`         | train (1500), test (297)     | scikit-learn's, 8 x 8    |
 | `tfds:<dataset>` | the set's own and its slices | of TensorFlow Datasets   |
+| `folder:<path>`  | subfolders, or none          | files, a folder a class  |
+| `codes:<path>`   | subfolders, or none          | none: published tokens   |
+| `tokens:<path>`  | subfolders, or none          | none: shards of tokens   |
 
 TFDS decodes only a few thousand images per second, so a split that fits in
 memory is decoded once and kept beside the prepared files. A larger one, or one
@@ -15,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import re
 import struct
 import tempfile
 import urllib.parse
@@ -27,6 +31,13 @@ import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Int32, UInt8
 
+from tensorar_jax.data import codes, images, shards
+
+FOLDERS = {
+  "folder": images.open_folder,
+  "codes": codes.open_code_folders,
+  "tokens": shards.open_shards,
+}
 IN_MEMORY_BYTES = 2**31  # decoded images of one split; more stays lazy
 
 # Debian's package `dataset-fashion-mnist` and the gzip time stamps of the files
@@ -62,6 +73,7 @@ class ArraySource:
   images: np.ndarray  # uint8 [n, h, w, C]
   labels: np.ndarray  # int32 [n]
   num_classes: int
+  class_names: tuple[str, ...] = ()  # where they are known
 
   def __post_init__(self):
     images, labels = self.images, self.labels
@@ -91,6 +103,7 @@ class LazySource:
   examples: Any  # what `builder.as_data_source` returns
   image_shape: tuple[int | None, int | None, int]
   num_classes: int
+  class_names: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.examples)
@@ -100,21 +113,46 @@ class LazySource:
     return {"image": example["image"], "label": np.int32(example["label"])}
 
 
-def load(name: str, split: str, *, data_dir: str | None = None) -> Source:
-  """The images of one split.
+def load(
+  name: str, split: str, *, data_dir: str | None = None
+) -> Source | codes.TokenSource:
+  """The images, or tokens, of one split.
 
   `data_dir` is where TFDS keeps its data sets, its own default if None; what is
-  not there yet is prepared. ValueError for a name or split that is not known,
-  RuntimeError if the data cannot be had.
+  not there yet is prepared. ValueError for a name or split that is not known, or
+  data that cannot be had.
   """
   if name == "digits":
     return _load_digits(split)
   if name.startswith("tfds:"):
     return _load_tfds(name.removeprefix("tfds:"), split, data_dir)
+  kind, _, path = name.partition(":")
+  if kind in FOLDERS and path:
+    return FOLDERS[kind](_split_folder(pathlib.Path(path), split))
   raise ValueError(
     f"unknown data set {name!r}; known are 'digits' and 'tfds:<dataset>', such "
-    "as 'tfds:fashion_mnist'"
+    "as 'tfds:fashion_mnist', and 'folder:<path>' of images by class, "
+    "'codes:<path>' of published codes, 'tokens:<path>' of --mode=tokenize"
   )
+
+
+def _split_folder(folder: pathlib.Path, split: str) -> pathlib.Path:
+  """The subfolder of a split, or the folder itself where it has no splits."""
+  folder = folder.expanduser()
+  if not folder.is_dir():
+    raise ValueError(f"{folder} is no folder; expected one that exists")
+  if split and (folder / split).is_dir():
+    return folder / split
+  # Else a misspelt split would be the whole set, or its splits its classes.
+  usual = ("train", "val", "validation", "test")
+  known = [name for name in usual if (folder / name).is_dir()]
+  if known or not re.fullmatch(r"\w*", split):
+    raise ValueError(
+      f"unknown split {split!r} of {folder}; known are "
+      f"{known or 'those with a subfolder, and none has one'}; slices are not "
+      "possible"
+    )
+  return folder
 
 
 def _load_digits(split: str) -> ArraySource:
@@ -153,10 +191,11 @@ def _load_tfds(
   if not num_images:
     raise ValueError(f"split {split!r} of {dataset!r} is empty")
   shape = builder.info.features["image"].shape
-  num_classes = builder.info.features["label"].num_classes
+  label = builder.info.features["label"]
+  classes = label.num_classes, tuple(label.names)
   if None in shape or num_images * math.prod(shape) > IN_MEMORY_BYTES:
-    return LazySource(builder.as_data_source(split), shape, num_classes)
-  return ArraySource(*_decoded(builder, split, num_images), num_classes)
+    return LazySource(builder.as_data_source(split), shape, *classes)
+  return ArraySource(*_decoded(builder, split, num_images), *classes)
 
 
 def _check_features(builder: tfds.core.DatasetBuilder):
@@ -184,7 +223,7 @@ def _prepare(builder: tfds.core.DatasetBuilder):
         options = _fashion_mnist_options(builder, pathlib.Path(folder))
       builder.download_and_prepare(**options)
     except (OSError, tfds.download.DownloadError) as error:
-      raise RuntimeError(
+      raise ValueError(
         f"could not prepare {builder.info.full_name} in {builder.data_path}: "
         f"{error}. Connect to the network, pass a data_dir with it{remedy}"
       ) from error

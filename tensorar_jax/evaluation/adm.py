@@ -208,16 +208,23 @@ def precision_recall(
 
 
 def manifold_members(
-  real: Matrix, fake: Matrix, k: int = 3
-) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " m"]]:
-  """Which fake points lie in the real manifold, which real ones in the fake."""
+  real: Matrix,
+  fake: Matrix,
+  k: int = 3,
+  reach_real: Float64[np.ndarray, " n"] | None = None,
+) -> tuple[Bool[np.ndarray, " m"], Bool[np.ndarray, " n"]]:
+  """Which fake points lie in the real manifold, which real ones in the fake.
+
+  `reach_real` are the squared radii of the real points, where they are known.
+  """
   real, fake = _matrix(real, "real"), _matrix(fake, "fake")
   if real.shape[1] != fake.shape[1]:
     raise ValueError(
       f"real features are {real.shape[1]} wide and fake ones {fake.shape[1]}; "
       "expected one width: take both from one network and one layer."
     )
-  reach_real = squared_radii(real, k)
+  if reach_real is None:
+    reach_real = squared_radii(real, k)
   reach_fake = squared_radii(fake, k)
   in_real, in_fake = np.zeros(len(fake), bool), np.zeros(len(real), bool)
   for rows, columns, distances in _distances(real, fake):

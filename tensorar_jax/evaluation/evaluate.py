@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ class EvaluationConfig:
     scan_images, num_images: images per scan point and per seed.
     seeds: how many sampling seeds.
     batch_size: images per call of the sampler.
+    real_images: at most so many training images are the reference.
   """
 
   classifier: str = "classifier"
@@ -49,16 +51,49 @@ class EvaluationConfig:
   num_images: int = 1000
   seeds: int = 3
   batch_size: int = 250
+  real_images: int = 10_000
+
+  def __post_init__(self):
+    for name in ("scan_images", "num_images", "seeds", "batch_size"):
+      least = 10 if name.endswith("images") else 1
+      if getattr(self, name) < least:
+        raise ValueError(
+          f"evaluation.{name}={getattr(self, name)}: expected at least {least}."
+        )
+    if not self.models or not self.guidance:
+      raise ValueError(
+        f"evaluation.models={self.models}, guidance={self.guidance}: name at"
+        " least one stage and one scale."
+      )
+
+  def check(self, stages: Mapping[str, Mapping]) -> None:
+    """Raises ValueError unless these stages are there and can be measured."""
+    for name in (self.classifier, *self.models):
+      build.choose("evaluation: stage", name, stages)
+      want = "classifier" if name == self.classifier else "tensorar"
+      if stages[name]["objective"] != want:
+        raise ValueError(
+          f"evaluation: stage {name!r} trains a {stages[name]['objective']};"
+          f" expected one whose objective is {want!r}."
+        )
 
 
-@dataclasses.dataclass(frozen=True)
 class Yardstick:
-  """The classifier and the features of the real images."""
+  """The classifier, and what it makes of the real images, computed once."""
 
-  classifier: nnx.Module
-  train_images: np.ndarray
-  test_images: np.ndarray
-  test_labels: np.ndarray
+  def __init__(self, classifier: nnx.Module, stage: Mapping, limit: int):
+    data = stage["data"]
+
+    def images(split):
+      source = sources.load(data["name"], split, data_dir=data.get("data_dir"))
+      return pipeline.as_arrays(source)
+
+    self.classifier = classifier
+    self.test_images, self.test_labels = images(data["test_split"])
+    self.real = self.features(images(data["train_split"])[0][:limit])
+    self.moments = adm.Moments()
+    self.moments.update(self.real)
+    self.radii = adm.squared_radii(self.real)
 
   def features(self, images: np.ndarray) -> np.ndarray:
     """Features [n, num_features] in batches of one compiled shape."""
@@ -71,17 +106,24 @@ class Yardstick:
       out.append(_features(graphdef, state, np.pad(part, pad))[: len(part)])
     return np.concatenate(out)
 
+  def frechet(self, fake: np.ndarray) -> float:
+    """The Frechet distance of features to the real training images'."""
+    moments = adm.Moments()
+    moments.update(fake)
+    return float(adm.frechet_distance(self.moments, moments))
+
   def measure(self, images: np.ndarray, labels: np.ndarray) -> dict:
     """Every metric of a set of images against the real training images."""
-    real = self.features(self.train_images)
     fake = self.features(images)
-    precision, recall = adm.precision_recall(real, fake)
+    inside, covered = adm.manifold_members(
+      self.real, fake, reach_real=self.radii
+    )
     logits = self.classifier.classify(fake)
     return {
-      "frechet": _frechet(real, fake),
+      "frechet": self.frechet(fake),
       "accuracy": float(np.mean(np.argmax(logits, -1) == labels)),
-      "precision": float(precision),
-      "recall": float(recall),
+      "precision": float(np.mean(inside)),
+      "recall": float(np.mean(covered)),
     }
 
 
@@ -95,27 +137,6 @@ _features_jit = jax.jit(
 )
 
 
-def _frechet(real: np.ndarray, fake: np.ndarray) -> float:
-  moments = []
-  for features in (real, fake):
-    moments.append(adm.Moments())
-    moments[-1].update(features)
-  return float(adm.frechet_distance(*moments))
-
-
-def make_yardstick(stage: Mapping, folder: pathlib.Path) -> Yardstick:
-  """The trained classifier of `folder` with the real images of its stage."""
-  data = stage["data"]
-
-  def images(split):
-    source = sources.load(data["name"], split, data_dir=data.get("data_dir"))
-    return pipeline.as_arrays(source)
-
-  train_images, _ = images(data["train_split"])
-  test_images, test_labels = images(data["test_split"])
-  return Yardstick(build.load(folder), train_images, test_images, test_labels)
-
-
 @dataclasses.dataclass(frozen=True)
 class Subject:
   """One trained stage with what sampling it needs."""
@@ -124,76 +145,80 @@ class Subject:
   stage: Mapping
   folder: pathlib.Path
 
-  def load(self):
-    """(model, tokenizer, conditioning)."""
-    ema = self.stage["optim"].get("ema_decay", 0) > 0
-    return (
-      build.load(self.folder, ema=ema),
-      build.frozen_tokenizer(self.stage, self.folder.parent),
-      build.conditioning(self.stage["conditioning"]),
-    )
-
-  def fingerprint(self, settings: EvaluationConfig) -> str:
+  def fingerprint(self, settings: EvaluationConfig, classifier: str) -> str:
     """What a measurement depends on: settings, sampling, and the weights."""
-    found = orbax_io.read_meta(orbax_io.find(self.folder))
+    meta = orbax_io.read_meta(orbax_io.find(self.folder))
     known = [
-      dataclasses.asdict(settings),
-      self.stage.get("sampling", {}),
-      found["config"],
+      {**dataclasses.asdict(settings), "models": None},
+      *(self.stage.get("sampling", {}), self.stage["noise"]),
+      *(classifier, meta["id"], meta.get("lineage"), meta["config"]),
     ]
     text = json.dumps(known, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Sampler:
+  """A subject's model, ready to draw labelled images."""
+
+  def __init__(self, subject: Subject, batch_size: int):
+    stage, folder = subject.stage, subject.folder
+    self.model = build.load_stage(stage, folder)
+    self.tokenizer = build.frozen_tokenizer(stage, folder.parent)
+    self.conditioning = build.conditioning(stage["conditioning"])
+    section = stage.get("sampling", {})
+    self.config = build.call(SamplingConfig, section, "sampling")
+    self.batch_size = batch_size
+
+  def draw(self, scale: float, seed: int, count: int) -> dict:
+    """{"images", "labels", "drafts"} of `count` samples, classes in turn."""
+    config = dataclasses.replace(self.config, guidance=float(scale))
+    labels = np.arange(count) % self.conditioning.num_classes
+    images, drafts = [], []
+    for batch in samples.generate(
+      self.model, self.conditioning, labels, seed, config, self.batch_size
+    ):
+      images.append(samples.decode(self.tokenizer, batch.tokens))
+      drafts.append(np.asarray(batch.drafts))
+    drafts = np.concatenate(drafts)
+    return dict(images=np.concatenate(images), labels=labels, drafts=drafts)
+
+
 def measure_model(
-  subject: Subject, yardstick: Yardstick, settings: EvaluationConfig
+  subject: Subject,
+  yardstick: Yardstick,
+  settings: EvaluationConfig,
+  classifier: str,
 ) -> dict:
-  """The metrics of one model, from `evaluation.json` if they are there."""
+  """The metrics of one model, from `evaluation.json` if they are there.
+
+  `classifier` is the id of the yardstick's weights.
+  """
   path = subject.folder / "evaluation.json"
-  fingerprint = subject.fingerprint(settings)
-  if path.exists():
+  pictures = subject.folder / "samples.npz"
+  fingerprint = subject.fingerprint(settings, classifier)
+  if path.exists() and pictures.exists():
     found = json.loads(path.read_text())
     if found["fingerprint"] == fingerprint:
       logging.info("%s: evaluated before, %s", subject.name, path)
       return found
   started = time.monotonic()
-  model, tokenizer, conditioning = subject.load()
-  sampling = build.call(SamplingConfig, subject.stage["sampling"], "sampling")
-
-  def draw(scale, seed, count):
-    config = dataclasses.replace(sampling, guidance=float(scale))
-    labels = np.arange(count) % conditioning.num_classes
-    images, drafts = [], []
-    for batch in samples.generate(
-      model, conditioning, labels, seed, config, settings.batch_size
-    ):
-      images.append(samples.decode(tokenizer, batch.tokens))
-      drafts.append(np.asarray(batch.drafts))
-    return np.concatenate(images), labels, np.concatenate(drafts)
-
+  sampler = Sampler(subject, settings.batch_size)
   scan = {}
   for scale in settings.guidance:
-    images, labels, _ = draw(scale, SCAN_SEED, settings.scan_images)
-    scan[str(scale)] = yardstick.measure(images, labels)["frechet"]
+    drawn = sampler.draw(scale, SCAN_SEED, settings.scan_images)
+    scan[str(scale)] = yardstick.frechet(yardstick.features(drawn["images"]))
     logging.info("%s: guidance %s: %.3f", subject.name, scale, scan[str(scale)])
   best = float(min(scan, key=scan.get))
   rows = []
   for seed in range(settings.seeds):
-    images, labels, drafts = draw(best, seed, settings.num_images)
-    rows.append(yardstick.measure(images, labels))
+    drawn = sampler.draw(best, seed, settings.num_images)
+    rows.append(yardstick.measure(drawn["images"], drawn["labels"]))
     logging.info("%s: seed %d: %s", subject.name, seed, rows[-1])
     if seed == 0:
-      shown = 10 * conditioning.num_classes
-      np.savez_compressed(
-        subject.folder / "samples.npz",
-        images=images[:shown],
-        labels=labels[:shown],
-        drafts=drafts[:shown],
-      )
+      first = 10 * sampler.conditioning.num_classes
+      _save_arrays(pictures, {k: v[:first] for k, v in drawn.items()})
   result = {name: _spread([row[name] for row in rows]) for name in rows[0]}
-  result["cross_entropy"] = held_out(
-    subject, model, tokenizer, conditioning, yardstick
-  )
+  result["cross_entropy"] = held_out(subject, sampler, yardstick)
   found = {
     "fingerprint": fingerprint,
     "metrics": {**result, "guidance": best},
@@ -204,11 +229,11 @@ def measure_model(
   return found
 
 
-def held_out(subject, model, tokenizer, conditioning, yardstick) -> float:
+def held_out(subject: Subject, sampler: Sampler, yardstick: Yardstick) -> float:
   """Cross-entropy of the committed slot on held-out images, training noise."""
   noise = build.call(NoiseConfig, subject.stage["noise"], "noise")
   loss = build.call(objective.LossConfig, subject.stage["loss"], "loss")
-  skeleton, params, frozen = weights.split(model)
+  skeleton, params, frozen = weights.split(sampler.model)
 
   @jax.jit
   def compute(params, tokenizer, images, cond):
@@ -218,18 +243,25 @@ def held_out(subject, model, tokenizer, conditioning, yardstick) -> float:
     )
     return scalars["ce/0"]
 
-  total, size = 0.0, min(256, len(yardstick.test_images))
-  starts = range(0, len(yardstick.test_images) - size + 1, size)
-  for start in starts:
-    part = slice(start, start + size)
-    cond = conditioning.encode(yardstick.test_labels[part])
+  total, count = 0.0, len(yardstick.test_images)
+  for start in range(0, count, 256):
+    part = slice(start, start + 256)
+    cond = sampler.conditioning.encode(yardstick.test_labels[part])
     images = yardstick.test_images[part]
-    total += float(compute(params, tokenizer, images, cond))
-  return total / len(starts)
+    ce = compute(params, sampler.tokenizer, images, cond)
+    total += len(images) * float(ce)
+  return total / count
+
+
+def _save_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+  temporary = path.with_suffix(".tmp.npz")
+  np.savez_compressed(temporary, **arrays)
+  os.replace(temporary, path)
 
 
 def _spread(values: list[float]) -> dict:
-  std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+  """Mean, sample standard deviation (None for a single value), values."""
+  std = float(np.std(values, ddof=1)) if len(values) > 1 else None
   return {"mean": float(np.mean(values)), "std": std, "values": values}
 
 
@@ -237,13 +269,21 @@ def evaluate(
   stages: Mapping[str, Mapping], settings: EvaluationConfig, workdir
 ) -> dict:
   """Measures every model of `settings`; writes and returns metrics.json."""
-  yardstick = make_yardstick(
-    stages[settings.classifier], workdir / settings.classifier
+  settings.check(stages)
+  for name in (settings.classifier, *settings.models):
+    # Also refuses a stage that is not finished.
+    build.resolve(name, workdir)
+  name = settings.classifier
+  classifier = orbax_io.read_meta(orbax_io.find(workdir / name))["id"]
+  yardstick = Yardstick(
+    build.load_stage(stages[name], workdir / name),
+    stages[name],
+    settings.real_images,
   )
   measured = {}
   for name in settings.models:
     subject = Subject(name, stages[name], workdir / name)
-    measured[name] = measure_model(subject, yardstick, settings)
+    measured[name] = measure_model(subject, yardstick, settings, classifier)
   real = yardstick.measure(yardstick.test_images, yardstick.test_labels)
   result = {
     "models": {name: found["metrics"] for name, found in measured.items()},
@@ -269,6 +309,8 @@ def evaluate(
 def _wall_times(stages, workdir, measured) -> dict[str, float]:
   times = {}
   for name in stages:
+    if not (workdir / name / "checkpoints").exists():
+      continue
     meta = orbax_io.read_meta(orbax_io.find(workdir / name))
     times[f"train {name}"] = meta["seconds"]
   for name, found in measured.items():

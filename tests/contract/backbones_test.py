@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tensorar_jax import interfaces, layers, sampling
+from tensorar_jax import interfaces, layers, sampling, windows
 from tensorar_jax.build import family
 from tensorar_jax.checkpoints import torch_import
 from tensorar_jax.tensorar import TensorAR
@@ -76,9 +76,32 @@ def test_the_null_condition_forgets_the_condition(name):
 
 
 def test_dropout_is_on_with_a_key_only(name):
-  model, cond = families.backbone(name), tiny.cond()
+  model, cond = families.backbone(name, dropout=True), tiny.cond()
   x = model.embed(inputs(model)[:, :-1])
-  np.testing.assert_array_equal(model(cond, x), model(cond, x))
+  plain = families.backbone(name)(cond, x)
+  np.testing.assert_array_equal(model(cond, x), plain)
+  one = model(cond, x, rng=jax.random.key(0))
+  assert np.abs(one - plain).max() > 1e-3
+  assert np.abs(one - model(cond, x, rng=jax.random.key(1))).max() > 1e-3
+  np.testing.assert_array_equal(one, model(cond, x, rng=jax.random.key(0)))
+
+
+def test_bfloat16_stays_bfloat16_and_near_float32(name):
+  """Hidden states in the compute dtype, logits in float32."""
+  model = TensorAR(
+    families.backbone(name, dtype="bfloat16"), window=3, rngs=nnx.Rngs(0)
+  )
+  tokens, cond = inputs(model.backbone), tiny.cond()
+  windows_, valid = windows.unfold(tokens, 3)
+  hidden = model(cond, windows_[:, :-1], valid[:-1])
+  assert hidden.dtype == jnp.bfloat16
+  (logits, *_) = model.logits(hidden[:, :, 0], tokens)
+  assert logits.dtype == jnp.float32
+  base = families.backbone(name)
+  want = base.logits(base(cond, base.embed(tokens[:, :-1])), tokens)[0]
+  assert np.abs(logits - want).mean() < 0.05 * np.abs(want).mean() + 0.05
+  out = sampling.generate(model, cond, None, jax.random.key(0))
+  assert out.tokens.shape == tokens.shape
 
 
 def test_it_wraps_and_samples(name):

@@ -3,6 +3,7 @@
 A new family needs one entry here; the contract tests then run over it.
 """
 
+import dataclasses
 import pkgutil
 
 import jax.numpy as jnp
@@ -37,12 +38,20 @@ _TINY_TOKENIZERS = {
 }
 
 
-def backbone(name: str, seed: int = 0) -> nnx.Module:
-  """A random tiny backbone of the family."""
-  model = family("backbones", name).Model(
-    _TINY_BACKBONES[name], rngs=nnx.Rngs(0)
-  )
-  return tiny.redraw(model, seed)
+def backbone(
+  name: str, seed: int = 0, dropout: bool = False, dtype: str = "float32"
+) -> nnx.Module:
+  """A random tiny backbone; `dropout` keeps the family's own rates."""
+  module = family("backbones", name)
+  config = dataclasses.replace(_TINY_BACKBONES[name], dtype=dtype)
+  if dropout:
+    rates = {
+      field.name: field.default
+      for field in dataclasses.fields(config)
+      if field.name.endswith("dropout")
+    }
+    config = dataclasses.replace(config, **rates)
+  return tiny.redraw(module.Model(config, rngs=nnx.Rngs(0)), seed)
 
 
 def tokenizer(name: str) -> nnx.Module:

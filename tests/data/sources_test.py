@@ -157,7 +157,7 @@ def test_a_set_without_labels_is_refused_before_any_download(
 def test_neither_network_nor_package(tmp_path, monkeypatch, no_network):
   monkeypatch.setattr(sources, "DEBIAN_FOLDER", tmp_path / "missing")
   with pytest.raises(
-    RuntimeError,
+    ValueError,
     match="Connect to the network.*apt-get install dataset-fashion-mnist",
   ):
     sources.load(FASHION_MNIST, "test", data_dir=str(tmp_path))

@@ -88,7 +88,7 @@ def test_sampling_writes_pictures(finished):
     "--classes=3,5",
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  folder = workdir / "tensorar" / "samples"
+  folder = workdir / "tensorar" / "samples" / "000"
   names = {p.name for p in folder.iterdir()}
   assert {"000000.png", "000005.png", "grid.png", "refinement.png"} <= names
 
@@ -148,6 +148,7 @@ def test_a_bad_value_ends_in_one_clear_line(tmp_path, flag, words):
   assert done.returncode != 0
   for word in words:
     assert word in done.stderr, done.stderr[-2000:]
+  assert "Traceback" not in done.stderr
   assert not (tmp_path / "run" / "base").exists()
 
 

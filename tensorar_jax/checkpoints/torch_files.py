@@ -1,0 +1,197 @@
+"""The tensors of PyTorch and safetensors files, read as data and when needed.
+
+Code in a pickle is refused, never run. Files are mapped into memory, not
+loaded: a tensor's values take memory of their own only while they are used.
+(PyTorch's format from before 1.6 cannot be mapped; it is loaded whole.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+# The wrappers that training scripts put around a state dict, in the order in
+# which LlamaGen's sampling scripts look for them; "ema" is read on request.
+CONTAINERS = ("model", "module", "state_dict")
+_SAFETENSORS = {
+  **{"F16": "float16", "BF16": "bfloat16"},
+  **{"F32": "float32", "F64": "float64"},
+}
+_ZIP = b"PK\x03\x04"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor of a file; its values are read when NumPy asks for them."""
+
+  shape: tuple[int, ...]
+  dtype: str
+  read: Callable[[], np.ndarray]
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return np.array(self.read(), dtype=dtype, copy=copy)
+
+
+def load_state_dict(
+  path: str | pathlib.Path, key: str | None = None
+) -> dict[str, Tensor]:
+  """The tensors of a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file.
+
+  `key` names the entry of a PyTorch file to read, such as "ema"; by default the
+  first of CONTAINERS, or the file itself where it is a bare state dict.
+  """
+  return _open(pathlib.Path(path), key)[1]
+
+
+def describe(path: str | pathlib.Path, key: str | None = None) -> dict:
+  """Where weights come from: file, size, sha256, container, tensors, dtypes."""
+  path = pathlib.Path(path)
+  container, tensors = _open(path, key)
+  with path.open("rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  dtypes = collections.Counter(tensor.dtype for tensor in tensors.values())
+  return {
+    "file": path.name,
+    "size": path.stat().st_size,
+    "sha256": digest,
+    "container": container,
+    "num_tensors": len(tensors),
+    "dtypes": dict(sorted(dtypes.items())),
+  }
+
+
+def _open(path, key):
+  """(name of the container or None, its tensors)."""
+  if not path.is_file():
+    raise ValueError(
+      f"{path}: no such file. Download the published checkpoint and pass its"
+      " path."
+    )
+  if not path.stat().st_size:
+    raise ValueError(f"{path}: the file is empty. Download it again.")
+  if path.suffix != ".safetensors":
+    return _open_torch(path, key)
+  if key is not None:
+    raise ValueError(
+      f"{path}: key={key!r}, but a safetensors file holds one state dict only."
+      " Leave the key out."
+    )
+  return None, _open_safetensors(path)
+
+
+def _open_safetensors(path):
+  import safetensors
+
+  try:
+    file = safetensors.safe_open(path, framework="np")
+    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f"{path}: not a readable safetensors file ({error}). It is truncated or"
+      " of another format: download it again, or correct its suffix."
+    ) from error
+  if not parts:
+    raise ValueError(f"{path}: the file holds no tensors. Download it again.")
+  return {
+    name: Tensor(
+      tuple(part.get_shape()),
+      _SAFETENSORS.get(part.get_dtype(), part.get_dtype()),
+      functools.partial(file.get_tensor, name),
+    )
+    for name, part in parts.items()
+  }
+
+
+def import_torch(path: pathlib.Path) -> Any:
+  """The torch package, which is an optional extra."""
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError(
+      f"{path}: PyTorch files need the package torch. Run `pip install"
+      " torch==2.13.0`, or use a .safetensors file."
+    ) from error
+  return torch
+
+
+def _open_torch(path, key):
+  torch = import_torch(path)
+  with path.open("rb") as file:
+    zipped = file.read(len(_ZIP)) == _ZIP  # the older format cannot be mapped
+  try:
+    # weights_only refuses every class but tensors and containers; training
+    # checkpoints also hold their parsed arguments, which are plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+      content = torch.load(
+        path, map_location="cpu", weights_only=True, mmap=zipped
+      )
+  except Exception as error:  # whatever torch raises for bytes it cannot read
+    raise ValueError(f"{path}: {_refusal(str(error))}") from error
+  container, state = _find_state(path, content, key, torch.Tensor)
+  return container, {str(n): _torch_tensor(torch, v) for n, v in state.items()}
+
+
+def _refusal(error: str) -> str:
+  if code := re.search(r"GLOBAL (\S+)", error):
+    return (
+      f"refused, it holds code beside tensors ({code[1]}), which is never run."
+      " If you trust its author, load it with PyTorch and save its state dict"
+      " alone."
+    )
+  reason = error.rpartition("WeightsUnpickler error: ")[2].strip()
+  return (
+    "refused, it is truncated, no PyTorch checkpoint, or holds code beside"
+    " tensors, which is never run. Download it again"
+    f" ({reason.splitlines()[0] if reason else 'the file ends too early'})."
+  )
+
+
+def _find_state(path, content, key, tensor_type):
+  """(container, state dict) of a file's content."""
+
+  def is_state(value):
+    return isinstance(value, Mapping) and any(
+      isinstance(entry, tensor_type) for entry in value.values()
+    )
+
+  entries = content if isinstance(content, Mapping) else {}
+  names = CONTAINERS if key is None else (key,)
+  container = next((n for n in names if is_state(entries.get(n))), None)
+  if container is None and not (key is None and is_state(content)):
+    found = sorted(map(str, entries))[:20] or type(content).__name__
+    raise ValueError(
+      f"{path}: found no tensors under {names}{' or at the top' * (not key)};"
+      f" the file holds {found}. Pass the entry to read as `key`, or another"
+      " file."
+    )
+  state = content if container is None else content[container]
+  odd = [n for n, value in state.items() if not isinstance(value, tensor_type)]
+  if odd:
+    raise ValueError(
+      f"{path}: the entries {odd} of the state dict are no tensors. Remove them"
+      " with PyTorch and save the file again."
+    )
+  return container, state
+
+
+def _torch_tensor(torch, value):
+  dtype = str(value.dtype).removeprefix("torch.")
+  if value.layout != torch.strided or value.is_meta:
+    dtype = f"{'meta' if value.is_meta else value.layout} {dtype}"
+
+  def read():
+    tensor = value.detach()
+    if tensor.dtype == torch.bfloat16:  # NumPy has it from ml_dtypes only
+      return tensor.view(torch.int16).numpy().view("bfloat16")
+    return tensor.numpy()
+
+  return Tensor(tuple(value.shape), dtype, read)

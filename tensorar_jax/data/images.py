@@ -1,0 +1,246 @@
+"""Image files: decoding, folders by class, and the crops that are tokenized.
+
+| recipe   | variants of an image                                          |
+| -------- | ------------------------------------------------------------- |
+| center   | the centre crop                                               |
+| flip     | the centre crop, and the same mirrored                        |
+| ten_crop | ten crops of the centre crop to int(image_size * crop_range), |
+|          | for each range given                                          |
+
+The centre crop is ADM's (openai/guided-diffusion, image_datasets.py), which
+LlamaGen and most class-conditional models share: halve with a box filter while
+the short side is at least twice the target, then bicubic, then crop. The ten
+crops are torchvision's: the corners, the centre, and all five mirrored.
+LlamaGen is trained on those of ranges 1.1 and 1.05, drawn alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any, SupportsIndex
+
+import numpy as np
+from jaxtyping import Array, Float32, Int32, UInt8
+from PIL import Image
+
+RECIPES = {"center": 1, "flip": 2, "ten_crop": 10}
+# What torchvision's ImageFolder takes for an image, so that positions agree.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm")
+EXTENSIONS += (".tif", ".tiff", ".webp")
+# Pillow's decoders raise all of these on damaged bytes.
+_DECODING_ERRORS = (
+  *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError),
+  *(LookupError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+class BrokenImageError(ValueError):
+  """The bytes are no image, or not a whole one; `reason` is Pillow's."""
+
+  def __init__(self, name: str, reason: str):
+    self.reason = reason
+    super().__init__(
+      f"{name}: cannot be decoded ({reason}); expected a complete JPEG, PNG or "
+      "other image that Pillow reads: replace or remove it"
+    )
+
+
+def decode_image(
+  file: str | os.PathLike | bytes,
+) -> UInt8[np.ndarray, "h w 3"]:
+  """The RGB pixels of an image file or of its bytes.
+
+  Raises BrokenImageError, a ValueError that names the file, if they cannot be
+  decoded. A file that cannot be read at all is an OSError: that is the disk's
+  fault, and no reason to go on without the image.
+  """
+  is_bytes = isinstance(file, bytes)
+  data = file if is_bytes else pathlib.Path(file).read_bytes()
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      return np.array(image.convert("RGB"))
+  except _DECODING_ERRORS as error:
+    # Pillow's own message holds the address of our buffer, never the same.
+    known = not isinstance(error, Image.UnidentifiedImageError)
+    reason = str(error) if known else f"{len(data)} bytes of unknown format"
+    name = "these bytes" if is_bytes else os.fspath(file)
+    raise BrokenImageError(name, reason) from error
+
+
+def center_crop(
+  image: UInt8[np.ndarray, "h w C"], size: int
+) -> UInt8[np.ndarray, "s s C"]:
+  """The middle of the image, its short side scaled to `size`."""
+  if size < 1 or 0 in image.shape:
+    raise ValueError(
+      f"cannot crop an image of shape {image.shape} to {size}x{size}; expected"
+      " at least one pixel"
+    )
+  # Pillow has no name for a last axis of 1.
+  picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  while min(picture.size) >= 2 * size:
+    half = tuple(side // 2 for side in picture.size)
+    picture = picture.resize(half, Image.Resampling.BOX)
+  scale = size / min(picture.size)
+  scaled = tuple(round(side * scale) for side in picture.size)
+  picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+  pixels = np.array(picture).reshape(*scaled[::-1], image.shape[-1])
+  top, left = ((side - size) // 2 for side in pixels.shape[:2])
+  return pixels[top : top + size, left : left + size]
+
+
+def ten_crop(
+  image: UInt8[np.ndarray, "h w C"], size: int
+) -> UInt8[np.ndarray, "10 s s C"]:
+  """Top left, top right, bottom left, bottom right, centre; then mirrored.
+
+  The mirrored five are those of the mirrored image: the sixth is its top left.
+  """
+  height, width, _ = image.shape
+  if not 1 <= size <= min(height, width):
+    raise ValueError(
+      f"ten crops of {size}x{size} do not fit an image of {height}x{width}; "
+      "expected one at least as large"
+    )
+  down, right = height - size, width - size
+  # Half to even, as torchvision rounds: a slack of 19 gives 10, of 25 gives 12.
+  corners = ((0, 0), (0, right), (down, 0), (down, right))
+  corners += ((round(down / 2), round(right / 2)),)
+  return np.stack(
+    [
+      view[top : top + size, left : left + size]
+      for view in (image, image[:, ::-1])
+      for top, left in corners
+    ]
+  )
+
+
+def normalise(
+  images: UInt8[Array | np.ndarray, "*n h w C"],
+) -> Float32[Array | np.ndarray, "*n h w C"]:
+  """uint8 -> [-1, 1], in the published order of operations."""
+  return (images.astype(np.float32) / 255 - 0.5) / 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What is cut from an image; see the table above."""
+
+  name: str
+  image_size: int
+  crop_ranges: tuple[float, ...] = (1.1,)
+
+  def __post_init__(self):
+    if self.name not in RECIPES:
+      raise ValueError(
+        f"recipe {self.name!r} is unknown; expected one of {list(RECIPES)}"
+      )
+    if not self.crop_ranges or min(self.crop_ranges) < 1:
+      raise ValueError(
+        f"crop_range={self.crop_ranges}: expected at least 1, such as 1.1"
+      )
+    if self.image_size < 1:
+      raise ValueError(f"image_size={self.image_size}: expected at least 1")
+
+  @property
+  def num_variants(self) -> int:
+    repeats = len(self.crop_ranges) if self.name == "ten_crop" else 1
+    return RECIPES[self.name] * repeats
+
+  def __call__(
+    self, image: UInt8[np.ndarray, "h w C"]
+  ) -> UInt8[np.ndarray, "A s s C"]:
+    """The variants of an image of any size."""
+    size = self.image_size
+    if self.name == "ten_crop":
+      large = (int(size * scale) for scale in self.crop_ranges)
+      crops = (center_crop(image, side) for side in large)
+      return np.concatenate([ten_crop(crop, size) for crop in crops])
+    crop = center_crop(image, size)
+    return np.stack([crop, crop[:, ::-1]] if self.name == "flip" else [crop])
+
+  def settings(self) -> dict[str, Any]:
+    """What of it changes the tokens."""
+    ranges = list(self.crop_ranges) if self.name == "ten_crop" else None
+    return {
+      "recipe": self.name,
+      "image_size": self.image_size,
+      "crop_range": ranges,
+      "num_variants": self.num_variants,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+  """Images of any size under one folder per class, decoded when asked for.
+
+  Classes and files are in torchvision's order. A broken image raises
+  BrokenImageError when it is asked for.
+  """
+
+  folder: pathlib.Path
+  class_names: tuple[str, ...]
+  names: tuple[str, ...]  # of the files, relative to `folder`
+  labels: Int32[np.ndarray, " n"]
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  @property
+  def image_shape(self) -> tuple[None, None, int]:
+    """(h, w, C): the sizes may differ."""
+    return None, None, 3
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+  def __getitem__(self, position: SupportsIndex) -> dict[str, Any]:
+    image = decode_image(self.folder / self.names[position])
+    return {"image": image, "label": self.labels[position]}
+
+  def fingerprint(self) -> str:
+    """A digest of the names: it changes where files are added or removed."""
+    return hashlib.sha256("\0".join(self.names).encode()).hexdigest()
+
+
+def open_folder(folder: pathlib.Path) -> ImageFolder:
+  """The images of `<folder>/<class>/...`; files of other types are passed by.
+
+  ValueError where there is no class, or a class without images.
+  """
+  with os.scandir(folder) as entries:
+    class_names = tuple(sorted(e.name for e in entries if e.is_dir()))
+  if not class_names:
+    raise ValueError(
+      f"{folder} has no subfolders; expected one folder of images per class"
+    )
+  names, counts = [], []
+  for class_name in class_names:
+    found = list(_image_names(folder, class_name))
+    if not found:
+      raise ValueError(
+        f"{folder / class_name} holds no images ({', '.join(EXTENSIONS)}); "
+        "expected some in every class folder: add them or remove the folder"
+      )
+    names += found
+    counts.append(len(found))
+  labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+  return ImageFolder(folder, class_names, tuple(names), labels)
+
+
+def _image_names(folder: pathlib.Path, class_name: str) -> Iterator[str]:
+  """Names relative to `folder`, sorted by directory and then by file."""
+  prefix = len(os.fspath(folder)) + 1
+  walk = os.walk(folder / class_name, followlinks=True)
+  for directory, _, files in sorted(walk):
+    for file in sorted(files):
+      if file.lower().endswith(EXTENSIONS):
+        yield os.path.join(directory, file)[prefix:]

@@ -1,0 +1,245 @@
+"""Images -> token shards: `--mode=tokenize`.
+
+Shard s holds the images s n ... (s + 1) n - 1 of the source, whoever writes it:
+process p of P takes the shards p, p + P, ... A shard gets its name when it is
+complete, so a run that was killed continues with the first one missing, on any
+number of processes, and the files are the same to the byte. `settings.json`
+claims the folder for one source, recipe and tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import logging
+from array_record.python import array_record_module
+
+from tensorar_jax.data import encoder as encoder_lib
+from tensorar_jax.data import images, shards, sources
+from tensorar_jax.interfaces import Tokenizer
+
+SETTINGS = "settings.json"
+LOG_SECONDS = 5
+
+
+def tokenize(
+  source: sources.Source,
+  tokenizer: Tokenizer,
+  folder: str | os.PathLike,
+  *,
+  recipe: str,
+  image_size: int,
+  crop_range: float | Sequence[float] = (1.1,),
+  batch_size: int = 64,
+  process_index: int = 0,
+  process_count: int = 1,
+  shard_size: int = 1024,
+) -> dict[str, Any] | None:
+  """Writes this process's shards, and the manifest once all are there.
+
+  Args:
+    source: images of any size; broken ones are skipped, logged and listed.
+    tokenizer: an nnx module; it runs on the local devices of this process.
+    folder: shared by all processes; see `shards` for what it holds.
+    recipe: "center", "flip" or "ten_crop".
+    image_size: of the square crops; it has to give the tokenizer's grid.
+    crop_range: only for "ten_crop"; several give their crops together.
+    batch_size: crops encoded at once, but all of an image together.
+    process_index: of this process, of process_count with the same arguments.
+    process_count: how many share the work.
+    shard_size: images of a shard: what a killed run may lose.
+
+  Returns:
+    The manifest, or None where other processes have still to finish. ValueError
+    for bad options, a folder of other settings, and where no image is left.
+  """
+  _check_options(batch_size, shard_size, process_index, process_count)
+  ranges = (crop_range,) if isinstance(crop_range, int | float) else crop_range
+  crops = images.Recipe(recipe, image_size, tuple(ranges))
+  channels = source.image_shape[-1]
+  encoder = encoder_lib.Encoder(tokenizer, crops, channels, batch_size)
+  folder = pathlib.Path(folder).expanduser()
+  settings = _settings(source, tokenizer, crops, shard_size)
+  _claim(folder, settings)
+  files = _files(folder, len(source), shard_size)
+  missing = {
+    file: positions
+    for file, positions in list(files.items())[process_index::process_count]
+    if not file.exists()
+  }
+  progress = _Progress(sum(map(len, missing.values())))
+  for file, positions in missing.items():
+    _write_shard(file, positions, source, encoder, progress)
+  return _finish(folder, list(files), settings, progress)
+
+
+def _check_options(batch_size, shard_size, process_index, process_count):
+  if min(batch_size, shard_size) < 1:
+    raise ValueError(
+      f"batch_size={batch_size}, shard_size={shard_size}: expected at least 1"
+    )
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f"process_index={process_index}: expected 0 to {process_count - 1}"
+    )
+
+
+def _files(folder, num_images, shard_size) -> dict[pathlib.Path, range]:
+  """Every shard and the positions of its images."""
+  count = -(-num_images // shard_size)
+  return {
+    folder / f"tokens-{i:05d}-of-{count:05d}.array_record": range(
+      i * shard_size, min((i + 1) * shard_size, num_images)
+    )
+    for i in range(count)
+  }
+
+
+class _Progress:
+  """Counts images, and says every few seconds how it goes."""
+
+  def __init__(self, total: int):
+    self.total, self.done = total, 0
+    self.started = time.monotonic()
+
+  def rate(self) -> float:
+    """Images per second so far, loading and compilation included."""
+    return self.done / max(time.monotonic() - self.started, 1e-9)
+
+  def add_one(self) -> None:
+    self.done += 1
+    rate = self.rate()
+    logging.log_every_n_seconds(
+      logging.INFO,
+      "tokenize: %d of %d images, %.3g images/s, %.1f minutes to go",
+      LOG_SECONDS,
+      *(self.done, self.total, rate, (self.total - self.done) / rate / 60),
+    )
+
+
+def _write_shard(
+  file: pathlib.Path,
+  positions: range,
+  source: sources.Source,
+  encoder: encoder_lib.Encoder,
+  progress: _Progress,
+) -> None:
+  """One shard under its name, or nothing but a `.partial` file."""
+  partial = file.with_name(f"{file.name}.partial")
+  partial.unlink(missing_ok=True)
+  dtype = shards.code_type(encoder.vocab_sizes)
+  num_images, skipped = 0, []
+
+  def on_broken(position, error):
+    logging.warning("skipped: %s", error)
+    name = source.names[position] if hasattr(source, "names") else ""
+    entry = {"position": position, "name": name, "reason": error.reason}
+    skipped.append(entry)
+    progress.add_one()
+
+  writer = array_record_module.ArrayRecordWriter(
+    str(partial), shards.WRITER_OPTIONS
+  )
+  try:
+    examples = encoder_lib.encoded(encoder, source, positions, on_broken)
+    for label, codes in examples:
+      writer.write(shards.pack(label, codes, dtype))
+      num_images += 1
+      progress.add_one()
+  finally:
+    writer.close()
+  report = {"num_images": num_images, "skipped": skipped}
+  _write_json(file.with_suffix(".json"), report)
+  with partial.open("rb") as written:
+    os.fsync(written.fileno())
+  partial.replace(file)
+
+
+def _settings(source, tokenizer, recipe, shard_size) -> dict[str, Any]:
+  """All that the shards depend on: the manifest, but for the results."""
+  files = source.fingerprint() if hasattr(source, "fingerprint") else None
+  settings = {
+    "format": shards.FORMAT,
+    **recipe.settings(),
+    "grid": tokenizer.grid,
+    "vocab_sizes": tokenizer.vocab_sizes,
+    "code_type": shards.code_type(tokenizer.vocab_sizes).name,
+    "num_classes": source.num_classes,
+    "class_names": getattr(source, "class_names", ()),
+    "source": {"num_images": len(source), "sha256": files},
+    "tokenizer": encoder_lib.identity(tokenizer),
+    "shard_size": shard_size,
+  }
+  return json.loads(json.dumps(settings))  # tuples as lists, as they are read
+
+
+def _claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Marks the folder as of these settings; ValueError if it is of others."""
+  file = folder / SETTINGS
+  if not file.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(file, settings)
+  before = json.loads(file.read_text())
+  changed = [
+    f"{key}: was {str(old)[:100]}, is {str(new)[:100]}"
+    for key, old, new in _differences(before, settings)
+  ]
+  if changed:
+    listed = "\n  ".join(changed)
+    raise ValueError(
+      f"{folder} holds other tokens:\n  {listed}\nChoose another folder, or "
+      "undo the change to continue."
+    )
+
+
+def _differences(old, new, prefix="") -> Iterator[tuple[str, Any, Any]]:
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted({*old, *new}):
+      yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}")
+  elif old != new:
+    yield prefix.removeprefix("."), old, new
+
+
+def _finish(folder, files, settings, progress) -> dict[str, Any] | None:
+  """The manifest, written if all shards are there."""
+  if missing := sum(not file.exists() for file in files):
+    logging.info(
+      "%s: done with this process's share; other processes have %d of %d "
+      "shards still to write",
+      *(folder, missing, len(files)),
+    )
+    return None
+  reports = {
+    file.name: json.loads(file.with_suffix(".json").read_text())
+    for file in files
+  }
+  counts = {name: report["num_images"] for name, report in reports.items()}
+  skipped = sum((report["skipped"] for report in reports.values()), [])
+  if not any(counts.values()):
+    raise ValueError(
+      f"none of the {len(skipped)} images could be decoded, the first because "
+      f"of: {skipped[0]['reason']}"
+    )
+  results = {"num_images": sum(counts.values()), "num_skipped": len(skipped)}
+  manifest = settings | results | {"skipped": skipped, "shards": counts}
+  _write_json(folder / shards.MANIFEST, manifest)
+  logging.info(
+    "%s: %d images in %d shards, %d broken images skipped; %d images in this "
+    "run, %.3g images/s",
+    *(folder, manifest["num_images"], len(files), len(skipped)),
+    *(progress.done, progress.rate()),
+  )
+  return manifest
+
+
+def _write_json(file: pathlib.Path, content: Any) -> None:
+  """Under its name only when complete."""
+  partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
+  partial.write_text(json.dumps(content, indent=1) + "\n")
+  partial.replace(file)

@@ -1,0 +1,106 @@
+"""Published PyTorch weights in and out: files -> models, stages, and back."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Mapping
+
+from absl import logging
+from flax import nnx
+
+from tensorar_jax import build, weights
+from tensorar_jax.checkpoints import orbax_io, torch_export, torch_import
+from tensorar_jax.tensorar import TensorAR
+
+KINDS = {
+  "tensorar": ("backbones", "backbone"),
+  "tokenizer": ("tokenizers", "tokenizer"),
+}
+
+
+def import_backbone(
+  name: str, path: str, variant: str | None = None, **fields
+) -> nnx.Module:
+  """A family's backbone with published PyTorch weights in it.
+
+  Args:
+    name: a module of `backbones/`, such as "llamagen".
+    path: the published file; see the family's SOURCES.
+    variant: a published size; `fields` of its Config override it.
+  """
+  return _import("backbones", name, path, variant, fields)
+
+
+def import_tokenizer(
+  name: str, path: str, variant: str | None = None, **fields
+) -> nnx.Module:
+  """A tokenizer with published PyTorch weights; as `import_backbone`."""
+  return _import("tokenizers", name, path, variant, fields)
+
+
+def _import(kind, name, path, variant, fields):
+  module = build.family(kind, name)
+  config = build.component_config(module, variant, fields)
+  abstract = nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0)))
+  rules = module.import_rules(config)
+  return torch_import.fill(abstract, rules, torch_import.load_state_dict(path))
+
+
+def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
+  """Fills a stage's folder from its `source`; complete or not there at all.
+
+  The checkpoint's `meta` says where the weights come from: file, size, sha256.
+  """
+  config = build.training_config(stage)
+  orbax_io.claim(folder, config)
+  source = stage["source"]
+  checkpoints = orbax_io.Checkpoints(folder / "checkpoints")
+  if checkpoints.latest_step() is not None:
+    logging.info("%s: imported before from %s", folder.name, source)
+    checkpoints.close()
+    return
+  started = time.monotonic()
+  build.choose("objective with a source", stage["objective"], KINDS)
+  if stage["objective"] == "tensorar" and stage["tensorar"]["window"] != 1:
+    raise ValueError(
+      f"stage {folder.name} imports {source} with"
+      f" window={stage['tensorar']['window']}: published files hold base"
+      " models. Import with window=1 and start a stage from it with init."
+    )
+  kind, section = KINDS[stage["objective"]]
+  fields = dict(stage[section])
+  name, variant = fields.pop("name"), fields.pop("variant", None)
+  fields.pop("init", None)
+  model = _import(kind, name, source, variant, fields)
+  if stage["objective"] == "tensorar":
+    model = TensorAR(model, window=1)
+  _, params, frozen = weights.split(model)
+  meta = {
+    "config": config,
+    "seconds": time.monotonic() - started,
+    "source": torch_import.describe(source),
+  }
+  checkpoints.save(0, {"params": params, "frozen": frozen}, {}, meta)
+  checkpoints.close()
+  seconds = time.monotonic() - started
+  logging.info("%s: imported %s in %.0f s", folder.name, source, seconds)
+
+
+def export_stage(folder: pathlib.Path, path: pathlib.Path) -> None:
+  """Writes a stage's base weights in the layout they are published in.
+
+  TensorAR's own modules have no place there and stay behind.
+  """
+  meta = orbax_io.read_meta(orbax_io.find(folder))["config"]
+  build.choose("objective to export", meta["objective"], KINDS)
+  kind, section = KINDS[meta["objective"]]
+  fields = dict(meta[section])
+  module = build.family(kind, fields.pop("name"))
+  fields.pop("init", None)
+  config = build.component_config(module, fields.pop("variant", None), fields)
+  model = build.load(folder)
+  model = model.backbone if isinstance(model, TensorAR) else model
+  tensors = torch_export.export_state_dict(model, module.import_rules(config))
+  torch_export.save(path, tensors)
+  logging.info("%s: %d tensors written to %s", folder.name, len(tensors), path)

@@ -1,0 +1,189 @@
+"""Files are read in every form that weights come in, or refused."""
+
+import argparse
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from tensorar_jax.checkpoints import torch_files
+
+
+def assert_holds(path, state):
+  """A file gives the names, shapes, types and bits of a state dict."""
+  found = torch_files.load_state_dict(path)
+  assert found.keys() == state.keys()
+  for name, tensor in state.items():
+    assert found[name].shape == tuple(tensor.shape), name
+    assert found[name].dtype == str(tensor.dtype).removeprefix("torch."), name
+    array = np.asarray(found[name])
+    assert array.dtype == found[name].dtype
+    np.testing.assert_array_equal(
+      array.astype(np.float32), tensor.float().numpy(), err_msg=name
+    )
+
+
+def test_formats_agree_bit_for_bit(state, tmp_path):
+  state["norm.weight"] = state["norm.weight"].bfloat16()
+  paths = [tmp_path / name for name in ("a.pt", "old.bin", "a.safetensors")]
+  torch.save({"model": state}, paths[0])
+  torch.save(state, paths[1], _use_new_zipfile_serialization=False)
+  safetensors.torch.save_file(state, paths[2])
+  for path in paths:
+    assert_holds(path, state)
+
+
+def test_parameters_and_views_are_tensors_like_others(state, tmp_path):
+  views, storage = {}, torch.cat([t.flatten() for t in state.values()])
+  start = 0
+  for name, tensor in state.items():
+    views[name] = storage[start : start + tensor.numel()].view(tensor.shape)
+    start += tensor.numel()
+  name = "output.weight"
+  views[name] = torch.nn.Parameter(state[name].T.contiguous().T)
+  assert not views[name].is_contiguous()
+  torch.save(views, tmp_path / "views.pt")
+  old = dict(_use_new_zipfile_serialization=False)
+  torch.save(views, tmp_path / "old.pt", **old)
+  assert_holds(tmp_path / "views.pt", state)
+  assert_holds(tmp_path / "old.pt", state)
+
+
+def test_describe_says_where_weights_come_from(tmp_path):
+  path = tmp_path / "a.safetensors"
+  tensors = {"a": torch.zeros(2), "b": torch.zeros(3).bfloat16()}
+  safetensors.torch.save_file(tensors, path)
+  found = torch_files.describe(path)
+  digest = found.pop("sha256")
+  shell = subprocess.run(["sha256sum", path], capture_output=True, check=True)
+  assert shell.stdout.decode().startswith(f"{digest} ")
+  assert found == {
+    "file": "a.safetensors",
+    "size": path.stat().st_size,
+    "container": None,
+    "num_tensors": 2,
+    "dtypes": {"bfloat16": 1, "float32": 1},
+  }
+  assert json.loads(json.dumps(found)) == found
+
+
+# --- files that are refused ------------------------------------------------
+
+
+class Malicious:
+  """Unpickling it creates the file `marker`."""
+
+  def __init__(self, marker):
+    self.marker = str(marker)
+
+  def __reduce__(self):
+    return open, (self.marker, "w")
+
+
+class Innocent(argparse.Namespace):
+  """Not the class that is allowed, though it looks like it."""
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["zip", "legacy", 0, 2, 4])
+def test_code_in_a_pickle_is_refused_and_never_runs(form, state, tmp_path):
+  path, marker = tmp_path / "a.pt", tmp_path / "marker"
+  content = {"model": state, "args": Malicious(marker)}
+  if isinstance(form, int):
+    path.write_bytes(pickle.dumps(Malicious(marker), protocol=form))
+  else:
+    torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+  with pytest.raises(ValueError, match="refused.*code.*never run"):
+    torch_files.load_state_dict(path)
+  assert not marker.exists()
+  if form in ("zip", 2):  # what the test would miss if the file were harmless
+    load = pickle.load if form == 2 else torch.load
+    with path.open("rb") as file:
+      load(file, **({} if form == 2 else {"weights_only": False}))
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+  "entry", [Innocent(a=1), pathlib.PurePosixPath("a"), torch.nn.Linear(1, 1)]
+)
+def test_other_classes_are_refused_by_name(entry, state, tmp_path):
+  torch.save({"model": state, "args": entry}, tmp_path / "a.pt")
+  with pytest.raises(ValueError, match=f"refused.*{type(entry).__name__}"):
+    torch_files.load_state_dict(tmp_path / "a.pt")
+
+
+def test_parsed_arguments_are_plain_data(state, tmp_path):
+  content = {"model": state, "args": argparse.Namespace(lr=1e-4)}
+  torch.save(content, tmp_path / "a.pt")
+  assert torch_files.load_state_dict(tmp_path / "a.pt").keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "old.pt"])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.95])
+def test_a_truncated_file_is_refused(name, kept, state, tmp_path):
+  path = tmp_path / name
+  if path.suffix == ".safetensors":
+    safetensors.torch.save_file(state, path)
+  else:
+    torch.save(state, path, _use_new_zipfile_serialization=name != "old.pt")
+  data = path.read_bytes()
+  path.write_bytes(data[: int(len(data) * kept)])
+  want = "truncated.*[Dd]ownload it again" if kept else "is empty"
+  with pytest.raises(ValueError, match=want):
+    torch_files.load_state_dict(path)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "bin", "safetensors"])
+def test_a_file_of_another_kind_is_refused(suffix, tmp_path):
+  path = tmp_path / f"a.{suffix}"
+  for data in (b"<html>Not found</html>\n", b"\x89PNG\r\n\x1a\n" + bytes(99)):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="truncated"):
+      torch_files.load_state_dict(path)
+  with pytest.raises(ValueError, match="no such file"):
+    torch_files.load_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "content", [{}, {"model": {}, "steps": 3}, [1, 2], torch.zeros(3), "text"]
+)
+def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
+  torch.save(content, tmp_path / "a.pt")
+  with pytest.raises(ValueError, match="found no tensors"):
+    torch_files.load_state_dict(tmp_path / "a.pt")
+
+
+def test_a_safetensors_file_without_tensors_or_with_a_key(tmp_path):
+  path = tmp_path / "a.safetensors"
+  safetensors.torch.save_file({}, path)
+  with pytest.raises(ValueError, match="holds no tensors"):
+    torch_files.load_state_dict(path)
+  with pytest.raises(ValueError, match="Leave the key out"):
+    torch_files.load_state_dict(path, key="ema")
+
+
+def test_what_is_no_tensor_is_named(state, tmp_path):
+  torch.save({"model": {**state, "scale": 2.0}}, tmp_path / "a.pt")
+  with pytest.raises(ValueError, match=r"\['scale'\].*no tensors"):
+    torch_files.load_state_dict(tmp_path / "a.pt")
+
+
+def test_without_torch_the_reader_says_so(state, tmp_path, monkeypatch):
+  torch.save(state, tmp_path / "a.pt")
+  safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(ValueError, match="need the package torch.*pip install"):
+    torch_files.load_state_dict(tmp_path / "a.pt")
+  torch_files.load_state_dict(tmp_path / "a.safetensors")
+
+
+def test_a_file_with_nothing_but_an_average_is_no_model(state, tmp_path):
+  torch.save({"ema": state, "steps": 7}, tmp_path / "a.pt")
+  with pytest.raises(ValueError, match="found no tensors"):
+    torch_files.load_state_dict(tmp_path / "a.pt")

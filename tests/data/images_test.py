@@ -1,0 +1,202 @@
+"""Crops against the published arrays, decoding, and folders by class."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tensorar_jax.data import images, sources
+
+
+def picture(height, width, channels=3, seed=0):
+  shape = (height, width, channels)
+  return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(pixels, kind="PNG", **options) -> bytes:
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, kind, **options)
+  return file.getvalue()
+
+
+def test_parity_of_crop_and_normalisation(parity):
+  io_ = np.load(parity / "llamagen" / "postprocess" / "io.npz")
+  sizes = io_["crop_sizes"].tolist()
+  # Halving twice, once and never, enlarging, both orientations.
+  for i, size in enumerate(sizes):
+    crop = images.center_crop(io_[f"crop_in_{i}"], size)
+    np.testing.assert_array_equal(crop, io_[f"crop_out_{i}"])
+    chw = images.normalise(crop).transpose(2, 0, 1)
+    np.testing.assert_array_equal(chw, io_[f"norm_out_{i}"])
+    assert chw.dtype == np.float32
+  ours = {f"crop_{end}_{i}" for end in ("in", "out") for i in range(len(sizes))}
+  ours |= {f"norm_out_{i}" for i in range(len(sizes))} | {"crop_sizes"}
+  rest = {name for name in io_ if not name.startswith(("resize_", "uint8_"))}
+  assert rest == ours
+
+
+@pytest.mark.parametrize("case", ["vq16", "vq8"])
+def test_parity_of_the_recipes(parity, case):
+  io_ = np.load(parity / "llamagen" / case / "io.npz")
+  image, size = io_["src_image"], int(io_["src_image_size"])
+  ranges = (float(io_["src_crop_range"]),)
+  large = int(size * ranges[0])
+  assert large == io_["src_crop_size"]
+  crop = images.center_crop(image, large)
+  np.testing.assert_array_equal(crop, io_["src_center_crop_big"])
+  ten = images.Recipe("ten_crop", size, ranges)(image)
+  np.testing.assert_array_equal(ten, io_["src_ten_crop"])
+  center = images.Recipe("center", size)(image)
+  np.testing.assert_array_equal(center, io_["src_center_crop"][None])
+  flip = images.Recipe("flip", size)(image)
+  np.testing.assert_array_equal(flip[0], io_["src_center_crop"])
+  np.testing.assert_array_equal(flip[1], io_["src_center_crop"][:, ::-1])
+  nchw = images.normalise(center).transpose(0, 3, 1, 2)
+  np.testing.assert_array_equal(nchw, io_["src_normalised"])
+
+
+@pytest.mark.parametrize(
+  ("size", "slack", "offset"), [(384, 19, 10), (256, 25, 12), (5, 3, 2)]
+)
+def test_the_middle_of_ten_crops_is_rounded_half_to_even(size, slack, offset):
+  image = picture(size + slack, size + slack, 1)
+  crops = images.ten_crop(image, size)
+  window = slice(offset, offset + size)
+  np.testing.assert_array_equal(crops[4], image[window, window])
+  # Of the mirrored image, which an odd slack tells from mirrored crops.
+  np.testing.assert_array_equal(crops[9], image[:, ::-1][window, window])
+
+
+def test_ten_crops_of_an_oblong_image():
+  image = picture(5, 7)
+  crops = images.ten_crop(image, 3)
+  mirrored = image[:, ::-1]
+  for source, five in ((image, crops[:5]), (mirrored, crops[5:])):
+    expected = [source[:3, :3], source[:3, 4:], source[2:, :3]]
+    expected += [source[2:, 4:], source[1:4, 2:5]]
+    np.testing.assert_array_equal(five, expected)
+
+
+def test_several_ranges_give_their_crops_together():
+  image = picture(29, 31)
+  both = images.Recipe("ten_crop", 20, (1.1, 1.05))
+  assert both.num_variants == 20
+  expected = [images.Recipe("ten_crop", 20, (r,))(image) for r in (1.1, 1.05)]
+  np.testing.assert_array_equal(both(image), np.concatenate(expected))
+
+
+def test_small_and_grey_images():
+  image = picture(8, 8, 1)
+  np.testing.assert_array_equal(images.center_crop(image, 8), image)
+  assert images.center_crop(picture(3, 2, 1), 7).shape == (7, 7, 1)
+  grey = np.repeat(picture(50, 40, 1), 3, axis=-1)
+  np.testing.assert_array_equal(
+    images.center_crop(grey, 11)[..., :1],
+    images.center_crop(grey[..., :1], 11),
+  )
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: images.center_crop(picture(3, 5), 0), "to 0x0"),
+    (lambda: images.center_crop(picture(0, 5), 2), r"\(0, 5, 3\)"),
+    (lambda: images.ten_crop(picture(3, 5), 4), "4x4 do not fit.*3x5"),
+    (lambda: images.Recipe("nine", 4), "'nine' is unknown.*ten_crop"),
+    (lambda: images.Recipe("ten_crop", 4, (0.9,)), "at least 1"),
+  ],
+)
+def test_bad_options_are_errors(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+  pixels = picture(5, 7)
+  for kind in ("PNG", "BMP", "TIFF", "PPM"):
+    decoded = images.decode_image(encoded(pixels, kind))
+    np.testing.assert_array_equal(decoded, pixels)
+  grey = images.decode_image(encoded(pixels[..., 0]))
+  np.testing.assert_array_equal(grey, np.repeat(pixels[..., :1], 3, -1))
+  with_alpha = np.concatenate([pixels, pixels[..., :1]], -1)
+  decoded = images.decode_image(encoded(with_alpha))
+  np.testing.assert_array_equal(decoded, pixels)
+  file = tmp_path / "a.jpg"
+  file.write_bytes(encoded(pixels, "JPEG"))
+  assert images.decode_image(file).shape == (5, 7, 3)
+  assert images.decode_image(str(file)).dtype == np.uint8
+
+
+def damaged():
+  whole = {k: encoded(picture(64, 64), k) for k in ("PNG", "JPEG", "WEBP")}
+  for kind, data in whole.items():
+    yield f"half a {kind}", data[: len(data) // 2]
+    yield f"the start of a {kind}", data[:20]
+  yield "text", b"class,label\n1,2\n"
+  yield "nothing", b""
+  yield "page", b"<html>404 Not Found</html>"
+  yield "wrong length", whole["PNG"][:8] + b"\xff" * 60
+  yield "wrong crc", whole["PNG"][:40] + b"\xff\x00" * 9 + whole["PNG"][58:]
+
+
+@pytest.mark.parametrize(
+  "data", [pytest.param(data, id=name) for name, data in damaged()]
+)
+def test_broken_images_are_named(tmp_path, data):
+  file = tmp_path / "n01440764_18.JPEG"
+  file.write_bytes(data)
+  with pytest.raises(ValueError, match=f"{file}: cannot be decoded") as one:
+    images.decode_image(file)
+  with pytest.raises(images.BrokenImageError, match="these bytes") as other:
+    images.decode_image(data)
+  assert one.value.reason == other.value.reason  # the same in every run
+
+
+def test_what_cannot_be_read_is_not_a_broken_image(tmp_path):
+  with pytest.raises(FileNotFoundError):
+    images.decode_image(tmp_path / "missing.png")
+
+
+def test_a_folder_is_in_the_order_of_torchvision(tmp_path):
+  names = ("b/2.png", "b/10.PNG", "a/x/1.jpeg", "a/z.png", "B/1.png")
+  for i, name in enumerate((*names, "b/notes.txt", "readme.txt")):
+    file = tmp_path / "train" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(encoded(picture(3 + i, 5), "PNG"))
+  source = sources.load(f"folder:{tmp_path}", "train")
+  assert isinstance(source, sources.Source)
+  # Capitals first; a directory's own files before those further down.
+  assert source.class_names == ("B", "a", "b")
+  assert source.names == ("B/1.png", "a/z.png", "a/x/1.jpeg", "b/10.PNG") + (
+    "b/2.png",
+  )
+  assert source.labels.tolist() == [0, 1, 1, 2, 2]
+  assert (len(source), source.num_classes) == (5, 3)
+  assert source.image_shape == (None, None, 3)
+  for name, example in zip(source.names, source):
+    assert example["image"].shape == (3 + names.index(name), 5, 3)
+  assert example["label"] == 2 and example["label"].dtype == np.int32
+  whole = sources.load(f"folder:{tmp_path / 'train'}", "train")
+  assert whole.names == source.names
+  assert whole.fingerprint() == source.fingerprint()
+  (tmp_path / "train" / "b" / "2.png").unlink()
+  fewer = sources.load(f"folder:{tmp_path}", "train")
+  assert fewer.fingerprint() != source.fingerprint()
+
+
+def test_bad_folders_are_errors(tmp_path):
+  def load(split="train", path=tmp_path):
+    sources.load(f"folder:{path}", split)
+
+  with pytest.raises(ValueError, match="missing is no folder"):
+    load(path=tmp_path / "missing")
+  with pytest.raises(ValueError, match="has no subfolders.*per class"):
+    load()
+  (tmp_path / "train" / "cat").mkdir(parents=True)
+  with pytest.raises(ValueError, match=r"cat holds no images \(.jpg"):
+    load()
+  with pytest.raises(ValueError, match=r"'valid' of .*known are \['train'\]"):
+    load("valid")
+  with pytest.raises(ValueError, match="slices are not"):
+    load("train[:7]", tmp_path / "train")
