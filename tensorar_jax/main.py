@@ -49,6 +49,12 @@ _NUM_IMAGES = flags.DEFINE_integer(
 _CLASSES = flags.DEFINE_list(
   "classes", None, "Class ids to sample in turn. Default: all."
 )
+_RESIZE = flags.DEFINE_integer(
+  "resize",
+  None,
+  "Side of the samples in pixels; 384 px models are judged at 256.",
+  lower_bound=1,
+)
 _OUTPUT = flags.DEFINE_string(
   "output",
   None,
@@ -124,6 +130,7 @@ def sample_stage(stages: dict, folder: pathlib.Path) -> None:
     num_images=_NUM_IMAGES.value,
     classes=_CLASSES.value,
     seed=_SEED.value,
+    resize=_RESIZE.value,
   )
 
 

@@ -138,6 +138,7 @@ def sample(
   num_images: int,
   classes: Sequence[str] | None,
   seed: int,
+  resize: int | None = None,
 ) -> None:
   """Samples a trained stage into a new folder `<stage>/samples/<number>/`."""
   drawable = [n for n, s in stages.items() if s["objective"] == "tensorar"]
@@ -159,7 +160,8 @@ def sample(
   for batch in samples.generate(
     model, conditioning, labels, seed, settings, batch_size=min(100, num_images)
   ):
-    images = samples.decode(tokenizer, batch.tokens)
+    size = (resize, resize) if resize else None
+    images = samples.decode(tokenizer, batch.tokens, size)
     if done == 0:
       _save_overview(folder, tokenizer, images, np.asarray(batch.drafts))
     for image in images:

@@ -119,8 +119,8 @@ def load(
   """The images, or tokens, of one split.
 
   `data_dir` is where TFDS keeps its data sets, its own default if None; what is
-  not there yet is prepared. ValueError for a name or split that is not known, or
-  data that cannot be had.
+  not there yet is prepared. ValueError for a name or split that is not known,
+  or data that cannot be had.
   """
   if name == "digits":
     return _load_digits(split)

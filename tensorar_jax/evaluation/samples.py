@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from tensorar_jax import sampling
+from tensorar_jax.evaluation.resize import resize_bicubic
 from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.tensorar import TensorAR
 
@@ -21,16 +22,19 @@ def to_uint8(images: Float[Array, "B h w C"]) -> UInt8[Array, "B h w C"]:
   return jnp.clip(127.5 * images + 128.0, 0, 255).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _decode(graphdef, state, tokens):
-  return to_uint8(nnx.merge(graphdef, state).decode(tokens))
+@functools.partial(jax.jit, static_argnames=("graphdef", "size"))
+def _decode(graphdef, state, tokens, size):
+  images = nnx.merge(graphdef, state).decode(tokens)
+  return to_uint8(resize_bicubic(images, size) if size else images)
 
 
 def decode(
-  tokenizer: Tokenizer, tokens: Int[Array, "B T F"]
+  tokenizer: Tokenizer,
+  tokens: Int[Array | np.ndarray, "B T F"],
+  size: tuple[int, int] | None = None,
 ) -> UInt8[np.ndarray, "B h w C"]:
-  """The images of tokens, on the host."""
-  return np.asarray(_decode(*nnx.split(tokenizer), tokens))
+  """The images of tokens, on the host; bicubic to `size` if it is given."""
+  return np.asarray(_decode(*nnx.split(tokenizer), jnp.asarray(tokens), size))
 
 
 def generate(

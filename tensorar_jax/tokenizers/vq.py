@@ -324,11 +324,15 @@ def import_rules(config: Config) -> list[Rule]:
   """Published names -> paths of `Model`."""
   side, n = r"(?P<side>encoder|decoder)", r"(?P<n>\d+)"
   level = rf"{side}\.conv_blocks\.(?P<level>\d+)"
+  down, up = (
+    level.replace("encoder|decoder", one) for one in ("encoder", "decoder")
+  )
   last = len(config.channel_multipliers) - 1
   norms = {rf"{side}\.norm_out": "{side}/norm_out"}
   convs = {
     rf"{side}\.(?P<end>conv_in|conv_out)": "{side}/{end}",
-    rf"{level}\.(?:down|up)sample\.conv": "{side}/resamples/{level}",
+    rf"{down}\.downsample\.conv": "{side}/resamples/{level}",
+    rf"{up}\.upsample\.conv": "{side}/resamples/{level}",
     rf"{level}\.res\.{n}\.nin_shortcut": "{side}/levels/{level}/{n}/shortcut",
     "quant_conv": "to_code",
     "post_quant_conv": "from_code",

@@ -56,25 +56,7 @@ def tokenizer(folder):
     norm_groups=meta["norm_groups"],
     image_size=(64, 64),
   )
-  rules = [r for rule in vq.import_rules(config) for r in by_side(rule)]
-  return vq.Model, config, rules
-
-
-def by_side(rule):
-  """A rule for down- or up-sampling as two, each for the side that has it."""
-  if "(?:down|up)" not in rule.source:
-    return [rule]
-  one = rule.source.replace("(?:down|up)", "{resample}").replace(
-    "encoder|decoder", "{side}"
-  )
-  return [
-    Rule(
-      one.replace("{side}", side).replace("{resample}", resample),
-      rule.target,
-      rule.axes,
-    )
-    for side, resample in (("encoder", "down"), ("decoder", "up"))
-  ]
+  return vq.Model, config, vq.import_rules(config)
 
 
 def fill(family, tensors, dtype=None):

@@ -33,7 +33,7 @@ def fill(path, dtype=None, key=None):
 
 
 def weight_dicts(*models):
-  """The weights of each model as {path: float32 array}, and their dtypes."""
+  """The weights of each model as {path: array}."""
   for model in models:
     flat = nnx.to_flat_state(nnx.state(model))
     yield {path: np.asarray(leaf[...]) for path, leaf in flat}
