@@ -87,5 +87,6 @@ def get_config() -> ConfigDict:
     num_images=900,
     seeds=3,
     batch_size=300,
+    real_images=10_000,
   )
   return config

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +136,8 @@ def init_state(
 ) -> tuple[weights.Skeleton, TrainState]:
   """(skeleton, state before the first step)."""
   skeleton, params, frozen = weights.split(model)
+  # An initialiser may leave a weak type, which the first update makes strong.
+  params = {path: jnp.asarray(p, p.dtype) for path, p in params.items()}
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -165,6 +168,7 @@ def make_train_step(
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
@@ -178,7 +182,9 @@ def make_train_step(
     )
     return state, scalars
 
-  return jax.jit(train_step, donate_argnums=0)
+  # Batches have one shape: a second trace would be a bug, and a slow one.
+  once = chex.assert_max_traces(train_step, n=1)
+  return jax.jit(once, donate_argnums=0)
 
 
 def check(stage: Mapping) -> None:

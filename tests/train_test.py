@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +149,7 @@ def test_a_run_resumed_from_a_checkpoint_equals_a_straight_one(
   ).read_text()
   a = orbax_io.read_weights(orbax_io.find(folder))
   b = orbax_io.read_weights(orbax_io.find(trained))
-  jax.tree.map(np.testing.assert_array_equal, a, b)
+  chex.assert_trees_all_equal(a, b)
   assert set(a) == {"params", "ema"}
 
 
