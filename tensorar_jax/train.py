@@ -183,7 +183,7 @@ def make_train_step(
     return state, scalars
 
   # Batches have one shape: a second trace would be a bug, and a slow one. chex
-  # counts by the function's address, which may have been another stage's.
+  # counts by source line, so every stage's step counts afresh.
   chex.clear_trace_counter()
   once = chex.assert_max_traces(train_step, n=1)
   return jax.jit(once, donate_argnums=0)
