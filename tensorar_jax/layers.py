@@ -60,8 +60,8 @@ def rotary_table_2d(
   """cos and sin of every pair, `prefix` rows of zeros, then the grid's rows.
 
   The first half of the pairs turns with the row, the second with the column.
-  The prefix is zero, not the identity: LlamaGen and Open-MAGVIT2 erase prefix
-  queries and keys this way.
+  The prefix is zero, not the identity: it erases prefix queries and keys, as
+  the published models that use this table were trained.
   """
   half = head_dim // 2
   freqs = base ** (-np.arange(0, half, 2, dtype=np.float64) / half)

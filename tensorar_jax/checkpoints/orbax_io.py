@@ -142,7 +142,7 @@ def read_meta(path: pathlib.Path) -> dict:
   """The metadata of a checkpoint folder."""
   try:
     return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "meta")
-  except Exception as error:
+  except Exception as error:  # whatever Orbax and TensorStore raise
     raise ValueError(_unreadable(path, error)) from error
 
 
@@ -164,7 +164,7 @@ def read_weights(path: pathlib.Path) -> dict[str, dict[str, jax.Array]]:
           partial_restore=True,
         ),
       )
-  except Exception as error:
+  except Exception as error:  # whatever Orbax and TensorStore raise
     raise ValueError(_unreadable(path, error)) from error
 
 
