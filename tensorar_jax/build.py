@@ -13,6 +13,7 @@ import inspect
 import json
 import pathlib
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,31 +64,40 @@ def call(make: Callable, section: Mapping, where: str, *args, **kwargs) -> Any:
   given = {}
   for key, value in dict(section).items():
     choose(f"{where}: key", key, {k: k for k in parameters})
-    given[key] = _typed(f"{where}.{key}", value, parameters[key].default)
+    given[key] = _typed(f"{where}.{key}", value, parameters[key])
   try:
     return make(*args, **kwargs, **given)
   except TypeError as error:
     raise ValueError(f"{where}: {error}. Given: {given}.") from error
 
 
-def _typed(where: str, value: Any, default: Any) -> Any:
-  """`value` as the type of `default`: NumPy's numbers, lists and ints pass."""
-  if isinstance(value, np.ndarray | np.generic):
-    value = value.tolist()
-  if isinstance(value, list | tuple):
-    value = tuple(_typed(where, v, inspect.Parameter.empty) for v in value)
+def _typed(where: str, value: Any, parameter: inspect.Parameter) -> Any:
+  """`value` as the type of the default: NumPy's numbers, lists, ints pass."""
+  default = parameter.default
+  value = _plain(value)
+  # Annotations such as `float | tuple[float, ...]` allow several values.
+  if isinstance(value, tuple) and re.search(
+    r"tuple|Sequence", str(parameter.annotation)
+  ):
+    return value
   kinds = {bool: bool, int: int, float: (int, float), str: str, tuple: tuple}
   kind = kinds.get(type(default))
   wrong = kind and not isinstance(value, kind)
   if isinstance(value, bool) and type(default) in (int, float):
     wrong = True
-  # A schedule is a name or a list; None stands for a default of its own.
-  if wrong and not (isinstance(default, str) and isinstance(value, tuple)):
+  if wrong:
     raise ValueError(
       f"{where}={value!r}: expected a {type(default).__name__}, such as"
       f" {default!r}."
     )
   return float(value) if isinstance(default, float) else value
+
+
+def _plain(value: Any) -> Any:
+  """NumPy's numbers and arrays, and lists, as plain numbers and tuples."""
+  if isinstance(value, np.ndarray | np.generic):
+    value = value.tolist()
+  return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def family(kind: str, name: str):

@@ -26,7 +26,9 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 # A condition: arrays with a leading batch axis. "is_null" (bool[B]) marks the
-# rows whose condition is replaced by the backbone's null embedding.
+# rows whose condition is replaced by the backbone's null embedding. "order"
+# (int32[B, T], where a backbone knows it) is the raster position of the token
+# at each place of the sequence; without it the order is raster.
 Cond = dict[str, Array]
 # What the data pipeline yields: "image" (uint8 [B, h, w, C]) or "tokens"
 # (int32 [B, T, F]), and "label" (int32 [B]).
@@ -113,9 +115,16 @@ class Backbone(Protocol):
     ...
 
   def logits(
-    self, hidden: Float[Array, "*n D"], tokens: Int[Array, "*n F"]
+    self,
+    hidden: Float[Array, "*n D"],
+    tokens: Int[Array, "*n F"],
+    *,
+    rng: Key | None = None,
   ) -> tuple[Float[Array, "*n _"], ...]:
-    """F arrays; `logits[f]` reads nothing but `tokens[..., :f]`."""
+    """F arrays; `logits[f]` reads nothing but `tokens[..., :f]`.
+
+    `rng` switches the head's own dropout on, where a family has one.
+    """
     ...
 
 
@@ -125,6 +134,7 @@ class Tokenizer(Protocol):
 
   grid: tuple[int, int]
   vocab_sizes: tuple[int, ...]
+  uint8_offset: float  # bytes are 127.5 x + offset, truncated: 128 rounds
 
   def encode(self, images: Float[Array, "B h w C"]) -> Int[Array, "B T F"]:
     """The tokens of each image."""

@@ -93,11 +93,13 @@ def attention(
   k: Float[Array, "B G S H"],
   v: Float[Array, "B G S H"],
   mask: Bool[Array, "..."],
+  rate: float = 0.0,
+  rng: Key | None = None,
 ) -> Float[Array, "B N M H"]:
   """softmax(q k^T / sqrt(H)) v with query heads grouped over G key heads.
 
   `mask` broadcasts to `[B, M, S]`; True may attend. A row that sees nothing
-  attends uniformly.
+  attends uniformly. `rate` is the dropout of the weights, on with `rng`.
   """
   b, n, m, h = q.shape
   groups = k.shape[1]
@@ -108,7 +110,7 @@ def attention(
   scores *= h**-0.5
   mask = jnp.broadcast_to(mask, (b, m, k.shape[2]))[:, None, None]
   scores = jnp.where(mask, scores, jnp.finfo("float32").min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  weights = dropout(jax.nn.softmax(scores, axis=-1), rate, rng).astype(v.dtype)
   return jnp.einsum("bgrms,bgsh->bgrmh", weights, v).reshape(b, n, m, h)
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from tensorar_jax.interfaces import Key
+
 WEIGHTS = ("rdm", "paper", "uniform")
 
 
@@ -65,22 +67,28 @@ def tensor_cross_entropy(
   targets: Int[Array, "B T k F"],
   valid: Bool[Array, "T k"],
   weights: Float[np.ndarray, "k"],
+  rng: Key | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """The loss and, per slot j, "ce/j" and "accuracy/j" over its valid targets.
 
-  `logits(hidden, tokens)` is the head. One slot at a time under checkpoint:
-  the peak of the logits' memory is that of the base model.
+  `logits(hidden, tokens, rng=rng)` is the head. One slot at a time under
+  checkpoint: the peak of the logits' memory is that of the base model.
   """
 
   @jax.checkpoint
-  def slot(hidden, targets, valid):
-    ce, correct = cross_entropy(logits(hidden, targets), targets)
+  def slot(hidden, targets, valid, rng):
+    ce, correct = cross_entropy(logits(hidden, targets, rng=rng), targets)
     return jnp.sum(ce * valid), jnp.sum(correct & valid)
 
   batch, length, window = targets.shape[:3]
   loss, metrics = 0.0, {}
   for j in range(window):
-    ce, correct = slot(hidden[:, :, j], targets[:, :, j], valid[:, j])
+    ce, correct = slot(
+      hidden[:, :, j],
+      targets[:, :, j],
+      valid[:, j],
+      None if rng is None else jax.random.fold_in(rng, j),
+    )
     loss += weights[j] * ce / (batch * length)
     count = batch * (length - j)
     metrics[f"ce/{j}"] = ce / count

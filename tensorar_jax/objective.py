@@ -109,9 +109,9 @@ def tensorar_loss(
   `cond` has been dropped already. `rng` decides noise and dropout; None, for
   evaluation, fixes the noise and switches the dropout off.
   """
-  rng_noise, rng_dropout = jax.random.key(0), None
+  rng_noise, rng_dropout, rng_head = jax.random.key(0), None, None
   if rng is not None:
-    rng_noise, rng_dropout = jax.random.split(rng)
+    rng_noise, rng_dropout, rng_head = jax.random.split(rng, 3)
   targets, valid = windows.unfold(tokens, model.window)
   noised, extra = corrupt(
     model, cond, targets[:, :-1], valid[:-1], rng_noise, noise
@@ -123,6 +123,7 @@ def tensorar_loss(
     targets,
     valid,
     slot_weights(model.window, noise, loss),
+    rng_head,
   )
 
 

@@ -26,46 +26,58 @@ from tensorar_jax.interfaces import Cond, Key, Samples
 from tensorar_jax.tensorar import TensorAR
 from tensorar_jax.windows import valid_slots
 
+_PER_SUB_TOKEN = {  # and the type of each
+  "temperature": float,
+  "draft_temperature": float,
+  "guidance": float,
+  "top_k": int,
+  "top_p": float,
+}
+_UNGUIDED = dict(guidance=1.0, guidance_power=0.0, guidance_interval=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
   """How tokens are drawn.
 
+  The starred attributes are one value, or one for each sub-token.
+
   Attributes:
-    temperature: divides the logits; 0 means argmax.
-    draft_temperature: the same for the slots >= 1; None: as the committed one.
-    guidance: scale s of uncond + s (cond - uncond); 1 is no guidance.
+    temperature*: divides the logits; 0 means argmax.
+    draft_temperature*: the same for the slots >= 1; None: as the committed one.
+    guidance*: scale s of uncond + s (cond - uncond); 1 is no guidance.
+    guidance_power: p; the scale of token n of T is
+      1 + (s - 1) (1 - cos(pi (n / T)^p)) / 2. 0 is s everywhere.
     guidance_interval: (first, end): only tokens first <= n < end are guided,
       the others see the conditional logits alone. None guides all.
-    top_k: keeps logits not below the k-th largest; 0 keeps all. Ties survive.
-    top_p: keeps the fewest tokens whose probability reaches p; 1 keeps all.
+    top_k*: keeps logits not below the k-th largest; 0 keeps all. Ties survive.
+    top_p*: keeps the fewest tokens whose probability reaches p; 1 keeps all.
       Applied to what top-k left, the token that crosses p included.
     return_logits: whether `Samples.logits` is filled.
   """
 
-  temperature: float = 1.0
-  draft_temperature: float | None = None
-  guidance: float = 1.0
+  temperature: float | tuple[float, ...] = 1.0
+  draft_temperature: float | tuple[float, ...] | None = None
+  guidance: float | tuple[float, ...] = 1.0
+  guidance_power: float = 0.0
   guidance_interval: tuple[int, int] | None = None
-  top_k: int = 0
-  top_p: float = 1.0
+  top_k: int | tuple[int, ...] = 0
+  top_p: float | tuple[float, ...] = 1.0
   return_logits: bool = False
 
   def __post_init__(self):
-    for name in ("temperature", "draft_temperature", "guidance", "top_p"):
-      if getattr(self, name) is not None:  # plain numbers can be hashed
-        object.__setattr__(self, name, float(getattr(self, name)))
-    object.__setattr__(self, "top_k", int(self.top_k))
-    for name in ("temperature", "draft_temperature"):
-      value = getattr(self, name)
-      if value is not None and not value >= 0:
-        raise ValueError(f"{name}={value}: expected 0 (argmax) or more.")
-    if self.top_k < 0:
-      raise ValueError(f"top_k={self.top_k}: expected 0 (keep all) or more.")
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p={self.top_p}: expected 0 < top_p <= 1.")
-    if not np.isfinite(self.guidance):
-      raise ValueError(f"guidance={self.guidance}: expected a finite scale.")
+    # Plain numbers and tuples can be hashed, and equal ones are equal.
+    for name, kind in _PER_SUB_TOKEN.items():
+      if (value := getattr(self, name)) is not None:
+        many = np.ndim(value) > 0
+        plain = tuple(map(kind, value)) if many else kind(value)
+        object.__setattr__(self, name, plain)
+    self._expect("temperature", lambda t: t >= 0, "0 (argmax) or more")
+    self._expect("draft_temperature", lambda t: t >= 0, "0 (argmax) or more")
+    self._expect("top_k", lambda k: k >= 0, "0 (keep all) or more")
+    self._expect("top_p", lambda p: 0 < p <= 1, "0 < top_p <= 1")
+    self._expect("guidance", np.isfinite, "a finite scale")
+    self._expect("guidance_power", lambda p: 0 <= p < np.inf, "0 or more")
     if self.guidance_interval is not None:
       first, end = self.guidance_interval
       if not 0 <= first <= end:
@@ -75,17 +87,48 @@ class SamplingConfig:
         )
       object.__setattr__(self, "guidance_interval", (int(first), int(end)))
 
+  def _expect(self, name, is_right, words):
+    value = getattr(self, name)
+    if value is not None and not all(map(is_right, np.atleast_1d(value))):
+      raise ValueError(f"{name}={value}: expected {words}.")
+
+  def check(self, factors: int) -> None:
+    """ValueError if a tuple has not one value for each of the sub-tokens."""
+    for name in _PER_SUB_TOKEN:
+      value = getattr(self, name)
+      if isinstance(value, tuple) and len(value) != factors:
+        raise ValueError(
+          f"{name}={value}: this model has {factors} sub-tokens. Give one"
+          " number, or one for each of them."
+        )
+
+  def sub_token(self, f: int) -> SamplingConfig:
+    """The settings of sub-token f alone."""
+    values = {name: getattr(self, name) for name in _PER_SUB_TOKEN}
+    own = {n: v[f] for n, v in values.items() if isinstance(v, tuple)}
+    return dataclasses.replace(self, **own)
+
+  @property
+  def guided(self) -> bool:
+    return bool((np.asarray(self.guidance) != 1).any())
+
 
 def guidance_scales(
-  config: SamplingConfig, num_tokens: int
-) -> Float[np.ndarray, "T"]:
-  """The guidance scale of each token; 1 where the token is unguided."""
-  scales = np.full(num_tokens, config.guidance, np.float32)
+  config: SamplingConfig, num_tokens: int, factors: int = 1
+) -> Float[np.ndarray, "T F"]:
+  """The guidance scale of each sub-token; 1 where it is unguided.
+
+  The power-cosine rise is RAR's (Yu et al., 2024), whose tokens start unguided.
+  """
+  token = np.arange(num_tokens)
+  rise = (token / num_tokens) ** config.guidance_power  # 0^0 is 1: constant
+  rise = (1 - np.cos(np.pi * rise)) / 2
+  scale = np.broadcast_to(np.asarray(config.guidance), (factors,))
+  scales = 1 + (scale - 1) * rise[:, None]
   if config.guidance_interval is not None:
     first, end = config.guidance_interval
-    token = np.arange(num_tokens)
     scales[(token < first) | (token >= end)] = 1.0
-  return scales
+  return scales.astype(np.float32)
 
 
 def guide(
@@ -157,24 +200,25 @@ def _draw_window(model, hidden, keys, step, scale, config):
   factors = len(model.vocab_sizes)
   uniform = _uniforms(keys, step, model.window, factors)
   tokens = jnp.zeros((keys.shape[0], model.window, factors), jnp.int32)
-  draft = config.draft_temperature
-  draft = config.temperature if draft is None else draft
   kept = []
   for f in range(factors):
     both = jnp.concatenate([tokens, tokens]) if guided else tokens
     logits = model.logits(u, both)[f]
-    logits = guide(logits, scale) if guided else logits
+    logits = guide(logits, scale[f]) if guided else logits
     kept.append(logits)
-    if draft == config.temperature or model.window == 1:
-      new = draw_token(uniform[..., f], logits, config.temperature, config)
-    else:
-      first = draw_token(
-        uniform[:, :1, f], logits[:, :1], config.temperature, config
-      )
-      rest = draw_token(uniform[:, 1:, f], logits[:, 1:], draft, config)
-      new = jnp.concatenate([first, rest], axis=1)
+    new = _draw_slots(uniform[..., f], logits, config.sub_token(f))
     tokens = tokens.at[..., f].set(new)
   return tokens, tuple(kept)
+
+
+def _draw_slots(uniform, logits, config):
+  """A token for every slot [B, k], drafts at a temperature of their own."""
+  temperature, draft = config.temperature, config.draft_temperature
+  if draft in (None, temperature) or logits.shape[1] == 1:
+    return draw_token(uniform, logits, temperature, config)
+  first = draw_token(uniform[:, :1], logits[:, :1], temperature, config)
+  rest = draw_token(uniform[:, 1:], logits[:, 1:], draft, config)
+  return jnp.concatenate([first, rest], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "unrolled"))
@@ -249,8 +293,9 @@ def generate(
     raise ValueError(
       f"image_index has {len(image_index)} entries for {batch} conditions."
     )
-  scales = guidance_scales(config, model.num_tokens)
-  if null is None and config.guidance != 1:
+  config.check(len(model.vocab_sizes))
+  scales = guidance_scales(config, model.num_tokens, len(model.vocab_sizes))
+  if null is None and config.guided:
     raise ValueError(
       f"guidance={config.guidance} needs the unconditional half: pass"
       " null=conditioning.null(cond), or set guidance=1."
@@ -263,7 +308,7 @@ def generate(
     )
   model.backbone.check(cond if null is None else null)
   # The scales are an array of their own: one program serves every guidance.
-  config = dataclasses.replace(config, guidance=1.0, guidance_interval=None)
+  config = dataclasses.replace(config, **_UNGUIDED)
   graphdef, state = nnx.split(model)
   return _generate(
     graphdef,

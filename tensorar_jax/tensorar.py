@@ -213,10 +213,14 @@ class TensorAR(nnx.Module):
     return self.decoder(hidden)
 
   def logits(
-    self, hidden: Float[Array, "*n D"], tokens: Int[Array, "*n F"]
+    self,
+    hidden: Float[Array, "*n D"],
+    tokens: Int[Array, "*n F"],
+    *,
+    rng: Key | None = None,
   ) -> tuple[Float[Array, "*n _"], ...]:
     """The base model's own head."""
-    return self.backbone.logits(hidden, tokens)
+    return self.backbone.logits(hidden, tokens, rng=rng)
 
   def __call__(
     self,

@@ -218,8 +218,9 @@ def check(stage: Mapping) -> None:
   loss = build.call(objective.LossConfig, stage["loss"], "loss")
   objective.slot_weights(model.window, noise, loss)
   sampling = build.call(SamplingConfig, stage.get("sampling", {}), "sampling")
+  sampling.check(len(model.vocab_sizes))
   cond = conditioning.example()
-  if loss.condition_dropout > 0 or sampling.guidance != 1:
+  if loss.condition_dropout > 0 or sampling.guided:
     cond = conditioning.null(cond)
   model.backbone.check(cond)
 

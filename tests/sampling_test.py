@@ -115,9 +115,36 @@ def test_guidance_combines_and_the_interval_switches_it_off():
   np.testing.assert_array_equal(
     sampling.guidance_scales(
       SamplingConfig(guidance=3.0, guidance_interval=(2, 4)), 6
-    ),
+    )[:, 0],
     [1, 1, 3, 3, 1, 1],
   )
+
+
+def test_power_cosine_guidance_is_the_published_schedule(parity):
+  io = np.load(parity / "rar" / "schedules" / "io.npz")
+  for i, (scale, power, steps) in enumerate(io["cfg_params"]):
+    config = SamplingConfig(guidance=scale, guidance_power=power)
+    got = sampling.guidance_scales(config, int(steps))[:, 0]
+    np.testing.assert_allclose(got, io[f"cfg_{i:02d}"], rtol=1e-6)
+
+
+def test_settings_may_differ_between_sub_tokens():
+  config = SamplingConfig(
+    temperature=(1.0, 0.0), guidance=(1.9, 2.0), top_k=(0, 3)
+  )
+  first, second = config.sub_token(0), config.sub_token(1)
+  assert (first.temperature, second.temperature) == (1.0, 0.0)
+  assert (first.top_k, second.top_k) == (0, 3)
+  assert first.top_p == second.top_p == 1.0
+  assert config.guided and hash(config) == hash(config)
+  np.testing.assert_allclose(
+    sampling.guidance_scales(config, 3, 2), [[1.9, 2.0]] * 3
+  )
+  config.check(2)
+  with pytest.raises(ValueError, match="this model has 1 sub-tokens"):
+    generate(tiny.wrapped(2), top_p=(0.9, 1.0))
+  with pytest.raises(ValueError, match=r"top_p=\(1.0, 0.0\)"):
+    SamplingConfig(top_p=(1.0, 0.0))
 
 
 def test_guidance_one_is_unguided_sampling():

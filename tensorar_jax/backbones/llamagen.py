@@ -129,6 +129,11 @@ class Model(nnx.Module):
     return layers.RMSNorm(self.width, self.config.norm_eps)
 
   def check(self, cond: Cond) -> None:
+    if "order" in cond:
+      raise ValueError(
+        "order: the tokens of this backbone come in raster order. Set"
+        " loss.random_order=None."
+      )
     if isinstance(cond["label"], jax.core.Tracer):
       return  # inside someone's jit: nothing to look at
     known, label = self.config.num_classes, np.asarray(cond["label"])
@@ -149,9 +154,13 @@ class Model(nnx.Module):
     return self.token_embed(tokens[..., 0])
 
   def logits(
-    self, hidden: Float[Array, "*n D"], tokens: Int[Array, "*n 1"]
+    self,
+    hidden: Float[Array, "*n D"],
+    tokens: Int[Array, "*n 1"],
+    *,
+    rng: Key | None = None,
   ) -> tuple[Float[Array, "*n _"], ...]:
-    del tokens  # one sub-token: nothing to condition on
+    del tokens, rng  # one sub-token, and a head without dropout
     return (self.head(hidden).astype(jnp.float32),)
 
   def __call__(

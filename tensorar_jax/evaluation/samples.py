@@ -17,15 +17,23 @@ from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.tensorar import TensorAR
 
 
-def to_uint8(images: Float[Array, "B h w C"]) -> UInt8[Array, "B h w C"]:
-  """[-1, 1] -> uint8 as LlamaGen does it: 127.5 x + 128, clipped, truncated."""
-  return jnp.clip(127.5 * images + 128.0, 0, 255).astype(jnp.uint8)
+def to_uint8(
+  images: Float[Array, "B h w C"], offset: float
+) -> UInt8[Array, "B h w C"]:
+  """[-1, 1] -> bytes: 127.5 x + offset, clipped, truncated.
+
+  128 rounds, 127.5 does not; the published codes differ, and so do `Tokenizer`s
+  in their `uint8_offset`.
+  """
+  return jnp.clip(127.5 * images + offset, 0, 255).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "size"))
 def _decode(graphdef, state, tokens, size):
-  images = nnx.merge(graphdef, state).decode(tokens)
-  return to_uint8(resize_bicubic(images, size) if size else images)
+  tokenizer = nnx.merge(graphdef, state)
+  images = tokenizer.decode(tokens)
+  images = resize_bicubic(images, size) if size else images
+  return to_uint8(images, tokenizer.uint8_offset)
 
 
 def decode(

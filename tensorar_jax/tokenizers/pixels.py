@@ -50,6 +50,8 @@ def import_rules(config: Config) -> list[Rule]:
 class Model(nnx.Module):
   """The tokenizer; see `interfaces.Tokenizer`."""
 
+  uint8_offset = 128.0
+
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     del rngs  # No parameters.
     self.config = config

@@ -267,6 +267,8 @@ class Quantizer(nnx.Module):
 class Model(nnx.Module):
   """The tokenizer; see `interfaces.Tokenizer` and `interfaces.Trainable`."""
 
+  uint8_offset = 128.0
+
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
     self.grid = config.grid_of(*config.image_size)

@@ -4,6 +4,8 @@ A new family needs one entry here; the contract tests then run over it.
 """
 
 import dataclasses
+import json
+import pathlib
 import pkgutil
 
 import jax.numpy as jnp
@@ -36,6 +38,14 @@ _TINY_TOKENIZERS = {
     image_size=(6, 6),
   ),
 }
+
+
+def manifest(parity: pathlib.Path, name: str, file: str) -> dict[str, tuple]:
+  """Tensor name -> shape of a published file, by its manifest."""
+  folder = parity / name / "real_checkpoint_manifest"
+  content = json.loads((folder / file).with_suffix(".json").read_text())
+  keys = content.get("keys") or content.get("state_dict") or content
+  return {key: tuple(shape) for key, (shape, _) in keys.items()}
 
 
 def backbone(

@@ -23,9 +23,11 @@ def test_parity(parity, case):
   np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
   sure = io[f"uint8_frac_margin_{case}"] > 1e-3
   assert sure.mean() > 0.8  # what is clipped lies on an integer
-  pixels = np.asarray(to_uint8(out))
+  pixels = np.asarray(to_uint8(out, 128.0))
   np.testing.assert_array_equal(pixels[sure], io[f"uint8_{case}"][sure])
-  np.testing.assert_array_equal(to_uint8(images), io[f"uint8_direct_{case}"])
+  np.testing.assert_array_equal(
+    to_uint8(images, 128.0), io[f"uint8_direct_{case}"]
+  )
 
 
 def test_parity_leaves_no_array_out(parity):

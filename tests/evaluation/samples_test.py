@@ -33,5 +33,8 @@ def test_images_are_resized_on_request():
 
 def test_uint8_truncates_and_clips():
   values = jax.numpy.asarray([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])
-  got = samples.to_uint8(values[:, None, None, None])[:, 0, 0, 0]
+  values = values[:, None, None, None]
+  got = samples.to_uint8(values, 128.0)[:, 0, 0, 0]
   np.testing.assert_array_equal(got, [0, 0, 128, 255, 255, 255])
+  got = samples.to_uint8(values, 127.5)[:, 0, 0, 0]
+  np.testing.assert_array_equal(got, [0, 0, 127, 254, 255, 255])
