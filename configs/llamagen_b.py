@@ -28,6 +28,8 @@ def variant(name: str, size: str, guidance: float) -> ConfigDict:
   pixels = int(size)
   config = ConfigDict()
   config.seed = 0
+  # Of the weights that imported stages hold; training always is in float32.
+  config.source_dtype = "float32"
   config.data = dict(
     name=f"tokens:data/imagenet{size}_tokens", train_split="train"
   )

@@ -35,7 +35,7 @@ OBJECTIVES = {
   "tokenizer": ("tokenizer",),
   "classifier": ("classifier",),
 }
-ALWAYS = ("seed", "objective", "init", "source")
+ALWAYS = ("seed", "objective", "init", "source", "source_dtype")
 TRAINING = ("data", "optim", "train")  # what imported weights do not need
 SECTIONS = {
   *(name for names in OBJECTIVES.values() for name in names),
@@ -193,7 +193,10 @@ def parents(stage: Mapping) -> dict[str, str]:
 
 
 def _merge(shared: dict, override: dict, where: str) -> dict:
-  defaults = {"objective": "tensorar", "init": None, "source": None}
+  defaults = {
+    **{"objective": "tensorar", "init": None},
+    **{"source": None, "source_dtype": None},
+  }
   merged = {**defaults, **copy.deepcopy(shared)}
   for key, value in override.items():
     choose(where, key, {s: s for s in SECTIONS - {"stages"}})
@@ -270,7 +273,9 @@ def initial_model(stage: Mapping, workdir: pathlib.Path) -> nnx.Module:
       f"init={stage['init']!r} ({source}) does not fit this stage's model"
       f" ({len(problems)} problems):\n  {listed}"
     )
-  return weights_lib.update(fresh, found)
+  # Weights imported in another dtype are trained in the model's own.
+  cast = {path: array.astype(want[path].dtype) for path, array in found.items()}
+  return weights_lib.update(fresh, cast)
 
 
 def load(path: str | pathlib.Path, *, ema: bool = False) -> nnx.Module:

@@ -20,7 +20,12 @@ KINDS = {
 
 
 def import_backbone(
-  name: str, path: str, variant: str | None = None, **fields
+  name: str,
+  path: str,
+  variant: str | None = None,
+  *,
+  weights_dtype: str | None = None,
+  **fields,
 ) -> nnx.Module:
   """A family's backbone with published PyTorch weights in it.
 
@@ -28,29 +33,38 @@ def import_backbone(
     name: a module of `backbones/`, such as "llamagen".
     path: the published file; see the family's SOURCES.
     variant: a published size; `fields` of its Config override it.
+    weights_dtype: one of torch_import.DTYPES, that of the weights in memory;
+      None: the model's own, float32.
   """
-  return _import("backbones", name, path, variant, fields)
+  return _import("backbones", name, path, variant, fields, weights_dtype)
 
 
 def import_tokenizer(
-  name: str, path: str, variant: str | None = None, **fields
+  name: str,
+  path: str,
+  variant: str | None = None,
+  *,
+  weights_dtype: str | None = None,
+  **fields,
 ) -> nnx.Module:
   """A tokenizer with published PyTorch weights; as `import_backbone`."""
-  return _import("tokenizers", name, path, variant, fields)
+  return _import("tokenizers", name, path, variant, fields, weights_dtype)
 
 
-def _import(kind, name, path, variant, fields):
+def _import(kind, name, path, variant, fields, dtype):
   module = build.family(kind, name)
   config = build.component_config(module, variant, fields)
   abstract = nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0)))
   rules = module.import_rules(config)
-  return torch_import.fill(abstract, rules, torch_import.load_state_dict(path))
+  tensors = torch_import.load_state_dict(path)
+  return torch_import.fill(abstract, rules, tensors, dtype)
 
 
 def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
   """Fills a stage's folder from its `source`; complete or not there at all.
 
-  The checkpoint's `meta` says where the weights come from: file, size, sha256.
+  The checkpoint's `meta` says where the weights come from: file, size, sha256,
+  and what they have become: variant, dtype.
   """
   config = build.training_config(stage)
   orbax_io.claim(folder, config)
@@ -72,7 +86,8 @@ def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
   fields = dict(stage[section])
   name, variant = fields.pop("name"), fields.pop("variant", None)
   fields.pop("init", None)
-  model = _import(kind, name, source, variant, fields)
+  dtype = stage["source_dtype"] or "float32"
+  model = _import(kind, name, source, variant, fields, dtype)
   if stage["objective"] == "tensorar":
     model = TensorAR(model, window=1)
   _, params, frozen = weights.split(model)
@@ -80,6 +95,8 @@ def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
     "config": config,
     "seconds": time.monotonic() - started,
     "source": torch_import.describe(source),
+    "variant": variant,
+    "dtype": dtype,
   }
   checkpoints.save(0, {"params": params, "frozen": frozen}, {}, meta)
   checkpoints.close()

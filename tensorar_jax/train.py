@@ -24,7 +24,7 @@ from flax import nnx, struct
 from jaxtyping import Array
 
 from tensorar_jax import build, metrics, objective, optim, published, weights
-from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.checkpoints import orbax_io, torch_import
 from tensorar_jax.data import codes, pipeline, sources
 from tensorar_jax.interfaces import Batch
 from tensorar_jax.noising import NoiseConfig
@@ -195,6 +195,7 @@ def check(stage: Mapping) -> None:
   No array is made: an error in the last stage should show in the first second.
   """
   build.training_config(stage)
+  torch_import.check_dtype(stage["source_dtype"])
   if not stage["source"]:
     config = build.call(TrainConfig, stage["train"], "train")
     optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")

@@ -20,7 +20,7 @@ from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints import torch_files, torch_import
 from tensorar_jax.interfaces import Rule
 
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _TOKEN = re.compile(
   r"\(\?P<(?P<group>\w+)>(?P<body>[^()]*)\)"
   r"|\\(?P<escaped>[^\w{}])|(?P<plain>[^\\.^$*+?{}\[\]|()])"

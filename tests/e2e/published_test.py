@@ -77,6 +77,68 @@ def test_the_manifest_traces_the_weights(project):
   source = pathlib.Path(meta["config"]["source"])
   digest = hashlib.sha256(source.read_bytes()).hexdigest()
   assert meta["source"]["sha256"] == digest
+  assert meta["source"]["file"] == "checkpoint.pt"
+  assert meta["dtype"] == "float32" and meta["variant"] is None
+
+
+def test_weights_can_be_kept_in_another_dtype(project):
+  """Half the bytes to sample from; what is trained from them is float32."""
+  import tensorar_jax as tj
+  from tensorar_jax import weights
+
+  run, workdir = project
+  flags = ("--config.source_dtype=bfloat16", f"--workdir={workdir}_bf16")
+  assert run("--mode=import", *flags).returncode == 0
+  params = weights.split(tj.load(f"{workdir}_bf16/base"))[1]
+  assert {str(p.dtype) for p in params.values()} == {"bfloat16"}
+  assert run("--mode=train", *flags).returncode == 0
+  params = weights.split(tj.load(f"{workdir}_bf16/tensorar"))[1]
+  assert {str(p.dtype) for p in params.values()} == {"float32"}
+  done = run("--mode=import", f"--workdir={workdir}_bf16")
+  assert done.returncode != 0 and "source_dtype: was 'bfloat16'" in done.stderr
+  done = run(
+    "--mode=import", "--config.source_dtype=int8", "--workdir=/nowhere"
+  )
+  assert done.returncode != 0 and "int8" in done.stderr
+
+
+# Dies when Orbax is about to give a checkpoint its final name.
+KILLED = """
+import os
+from absl import app
+from tensorar_jax import main
+
+def dying(rename):
+  def call(source, target, *args, **kwargs):
+    if "orbax-checkpoint-tmp" in str(source):
+      os._exit(9)
+    return rename(source, target, *args, **kwargs)
+  return call
+
+os.rename, os.replace = dying(os.rename), dying(os.replace)
+app.run(main.main, flags_parser=main.parse_flags)
+"""
+
+
+def test_an_interrupted_import_leaves_nothing_that_looks_complete(
+  project, parity
+):
+  run, workdir = project
+  workdir = pathlib.Path(f"{workdir}_killed")
+  flags = [
+    f"--config=tests/e2e/tiny_published.py:{parity}",
+    f"--workdir={workdir}",
+  ]
+  done = subprocess.run(
+    [sys.executable, "-c", KILLED, "--mode=import", *flags], cwd=ROOT
+  )
+  assert done.returncode == 9
+  written = [p.name for p in (workdir / "base" / "checkpoints").iterdir()]
+  assert written and not any(name.isdigit() for name in written)
+  done = run("--mode=sample", "--stage=base", f"--workdir={workdir}")
+  assert done.returncode != 0 and "found no checkpoint" in done.stderr
+  assert run("--mode=import", f"--workdir={workdir}").returncode == 0
+  assert (workdir / "base" / "checkpoints" / "0").is_dir()
 
 
 def test_a_missing_or_wrong_file_is_one_clear_line(project):

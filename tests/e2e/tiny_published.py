@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 def get_config(parity: str) -> ConfigDict:
   config = ConfigDict()
   config.seed = 0
+  config.source_dtype = "float32"
   config.data = dict(name="digits", train_split="train", test_split="test")
   config.tokenizer = dict(name="pixels", image_size=(4, 4), levels=96)
   config.conditioning = dict(name="class", num_classes=10)
