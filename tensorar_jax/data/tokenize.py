@@ -63,6 +63,7 @@ def tokenize(
   ranges = (crop_range,) if isinstance(crop_range, int | float) else crop_range
   crops = images.Recipe(recipe, image_size, tuple(ranges))
   channels = source.image_shape[-1]
+  batch_size = min(batch_size, len(source) * crops.num_variants)
   encoder = encoder_lib.Encoder(tokenizer, crops, channels, batch_size)
   folder = pathlib.Path(folder).expanduser()
   settings = _settings(source, tokenizer, crops, shard_size)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from tensorar_jax import backbones, tokenizers
+from tensorar_jax.backbones import rar
 from tensorar_jax.build import family
 from tests import tiny
 
@@ -24,7 +25,20 @@ def names(package) -> list[str]:
 BACKBONES = names(backbones)
 TOKENIZERS = names(tokenizers)
 
-_TINY_BACKBONES = {"llamagen": tiny.CONFIG}
+_TINY_BACKBONES = {
+  "llamagen": tiny.CONFIG,
+  "rar": rar.Config(
+    vocab_size=11,
+    grid=(3, 3),
+    width=16,
+    num_layers=3,
+    num_heads=2,
+    num_classes=5,
+    attention_dropout=0.0,
+    residual_dropout=0.0,
+    mlp_dropout=0.0,
+  ),
+}
 _TINY_TOKENIZERS = {
   "pixels": dict(image_size=(3, 3), levels=11),
   "vq": dict(
