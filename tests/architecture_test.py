@@ -36,7 +36,7 @@ LAYERS = (
     "evaluation.classifier",
   },
   {"tensorar", "losses", "weights", "conditioning"},
-  {"windows", "noising", "layers"},
+  {"windows", "noising", "layers", "convolutions"},
   {"interfaces"},
 )
 FAMILIES = ("backbones", "tokenizers")
@@ -92,7 +92,8 @@ def test_imports_point_to_the_right(path):
     return
   for other in ours(path):
     if module.split(".")[0] in FAMILIES:
-      assert other in ("layers", "interfaces"), f"{module} -> {other}"
+      shared = ("layers", "convolutions", "interfaces")
+      assert other in shared, f"{module} -> {other}"
       continue
     assert other.split(".")[0] not in FAMILIES, f"{module} -> {other}"
     assert layer(module) is not None, f"place {module} in LAYERS"

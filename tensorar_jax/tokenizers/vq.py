@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -23,16 +22,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from tensorar_jax import convolutions
+from tensorar_jax.convolutions import HIGHEST, Conv, Grid, GroupNorm
 from tensorar_jax.interfaces import CONV, Batch, Key, Rule
 
-HIGHEST = jax.lax.Precision.HIGHEST  # TF32 products would change tokens.
 ENTROPY_TEMPERATURE = 0.01
-# The fast variance, E[x^2] - E[x]^2, cancels digits where the mean is big.
-GroupNorm = functools.partial(
-  nnx.GroupNorm, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32
-)
 
-Grid = tuple[int, int]  # rows, columns
 Images = Float[Array, "B h w C"]
 Tokens = Int[Array, "B T 1"]
 Codes = Int[Array, "B r c"]  # the same on the grid of r rows and c columns
@@ -63,11 +58,7 @@ class Config:
   dtype: str = "float32"
 
   def __post_init__(self):
-    if bad := [w for w in self.widths if w % self.norm_groups]:
-      raise ValueError(
-        f"norm_groups={self.norm_groups} does not divide the level widths {bad}"
-        f"; choose a divisor of all, for example {math.gcd(*self.widths)}."
-      )
+    convolutions.check_norm_groups(self.norm_groups, self.widths)
     self.grid_of(*self.image_size)
 
   @property
@@ -78,12 +69,7 @@ class Config:
   def grid_of(self, height: int, width: int) -> Grid:
     """Rows and columns of tokens; ValueError where the image does not fit."""
     side = 2 ** (len(self.channel_multipliers) - 1)
-    if min(height, width) < side or height % side or width % side:
-      raise ValueError(
-        f"image size {height}x{width}: expected multiples of {side}; crop or"
-        " resize the images, or change the number of channel_multipliers."
-      )
-    return height // side, width // side
+    return convolutions.token_grid(height, width, side)
 
 
 VARIANTS = {"vq16": Config(), "vq8": Config(channel_multipliers=(1, 2, 2, 4))}
@@ -94,38 +80,17 @@ SOURCES: dict[str, str] = {  # published file -> variant
 }
 
 
-class Conv(nnx.Conv):
-  """A convolution with PyTorch's initialisation, U(-b, b), b = fan_in^-1/2.
-
-  `resample` "up" doubles the image first, to the nearest neighbour; "down" has
-  stride 2 and pads at the bottom and the right only, as published.
-  """
-
-  def __init__(self, inputs, outputs, size, config, rngs, resample=""):
-    def uniform(key, shape, dtype, bound=(inputs * size * size) ** -0.5):
-      return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    init = {"kernel_init": uniform, "bias_init": uniform, "rngs": rngs}
-    kind = {"dtype": jnp.dtype(config.dtype), "precision": HIGHEST}
-    if resample == "down":
-      kind |= {"strides": 2, "padding": ((0, 1), (0, 1))}
-    self.up = resample == "up"
-    super().__init__(inputs, outputs, (size, size), **init, **kind)
-
-  def __call__(self, x: Array) -> Array:
-    return super().__call__(x.repeat(2, 1).repeat(2, 2) if self.up else x)
-
-
 class ResidualBlock(nnx.Module):
   """Two (norm, swish, 3x3) and a skip, 1x1 where the width changes."""
 
   def __init__(self, inputs: int, width: int, config: Config, rngs: nnx.Rngs):
+    made = {"dtype": config.dtype, "rngs": rngs}
     self.norm1 = GroupNorm(inputs, config.norm_groups, rngs=rngs)
-    self.conv1 = Conv(inputs, width, 3, config, rngs)
+    self.conv1 = Conv(inputs, width, 3, **made)
     self.norm2 = GroupNorm(width, config.norm_groups, rngs=rngs)
-    self.conv2 = Conv(width, width, 3, config, rngs)
+    self.conv2 = Conv(width, width, 3, **made)
     widens = inputs != width
-    self.shortcut = Conv(inputs, width, 1, config, rngs) if widens else None
+    self.shortcut = Conv(inputs, width, 1, **made) if widens else None
 
   def __call__(self, x: Array) -> Array:
     h = self.conv1(nnx.swish(self.norm1(x)))
@@ -139,7 +104,8 @@ class AttentionBlock(nnx.Module):
   def __init__(self, width: int, config: Config, rngs: nnx.Rngs):
     self.norm = GroupNorm(width, config.norm_groups, rngs=rngs)
     for name in ("q", "k", "v", "proj_out"):
-      setattr(self, name, Conv(width, width, 1, config, rngs))
+      conv = Conv(width, width, 1, dtype=config.dtype, rngs=rngs)
+      setattr(self, name, conv)
 
   def __call__(self, x: Array) -> Array:
     h = self.norm(x)
@@ -164,22 +130,25 @@ class Stack(nnx.Module):
     widths = config.widths[::-1] if decoder else config.widths
     lowest, depth = config.widths[-1], config.num_res_blocks + decoder
     width = lowest if decoder else config.channels
-    resample = "up" if decoder else "down"
+    conv = functools.partial(Conv, dtype=config.dtype, rngs=rngs)
+    # As published, the halving ones pad at the bottom and the right only.
+    halve = {"strides": 2, "padding": ((0, 1), (0, 1))}
+    resample = {"upsample": True} if decoder else halve
     self.decoder = decoder
-    self.conv_in = Conv(ends[decoder], width, 3, **made)
+    self.conv_in = conv(ends[decoder], width, 3)
     self.levels, self.resamples = nnx.List(), nnx.List()
     for i, level_width in enumerate(widths):
       path = itertools.pairwise([width] + [level_width] * depth)
       self.levels.append(nnx.List(ResidualBlock(*ab, **made) for ab in path))
       width = level_width
       if i < len(widths) - 1:
-        self.resamples.append(Conv(width, width, 3, **made, resample=resample))
+        self.resamples.append(conv(width, width, 3, **resample))
     block = functools.partial(ResidualBlock, lowest, lowest, **made)
     attention = functools.partial(AttentionBlock, lowest, **made)
     self.attentions = nnx.List(attention() for _ in range(depth))
     self.mid = nnx.List([block(), attention(), block()])
     self.norm_out = GroupNorm(width, config.norm_groups, rngs=rngs)
-    self.conv_out = Conv(width, ends[not decoder], 3, **made)
+    self.conv_out = conv(width, ends[not decoder], 3)
 
   def steps(self) -> Iterator[tuple[str, Callable[[Array], Array]]]:
     """Every layer in order, named by its path; one by one they give taps."""
@@ -230,16 +199,7 @@ class Quantizer(nnx.Module):
   def nearest(self, latents: Latents) -> Codes:
     """The code of each latent, whatever its length."""
     table = _unit(self.codebook[...])
-    lengths = jnp.sum(table**2, axis=-1)
-
-    def nearest_in_row(row):
-      dots = jnp.einsum("bcd,kd->bck", row, table, precision=HIGHEST)
-      return jnp.argmin(lengths - 2 * dots, axis=-1).astype(jnp.int32)
-
-    # Only 1/r of the distances are alive at once, and the batch axis, which may
-    # be sharded, is left alone.
-    codes = jax.lax.map(nearest_in_row, _unit(latents).swapaxes(0, 1))
-    return codes.swapaxes(0, 1)
+    return convolutions.nearest_rows(_unit(latents), table)
 
   def __call__(self, latents: Latents) -> tuple[Codes, Latents, dict]:
     """Codes, rows with straight-through gradient, losses times weights."""
@@ -275,19 +235,16 @@ class Model(nnx.Module):
     self.vocab_sizes = (config.codebook_size,)
     ends = config.latent_channels, config.code_dim
     self.encoder = Stack(config, decoder=False, rngs=rngs)
-    self.to_code = Conv(*ends, 1, config, rngs)
+    made = {"dtype": config.dtype, "rngs": rngs}
+    self.to_code = Conv(*ends, 1, **made)
     self.quantizer = Quantizer(config, rngs)
-    self.from_code = Conv(*ends[::-1], 1, config, rngs)
+    self.from_code = Conv(*ends[::-1], 1, **made)
     self.decoder = Stack(config, decoder=True, rngs=rngs)
 
   def latents(self, images: Images) -> Latents:
     """What the quantiser sees: float32, not yet normalised."""
     self.config.grid_of(*images.shape[1:3])
-    if images.shape[-1] != (channels := self.config.image_channels):
-      raise ValueError(
-        f"images {images.shape}: expected {channels} channels in the last axis;"
-        " convert them or set image_channels."
-      )
+    convolutions.check_channels(images, self.config.image_channels)
     return self.to_code(self.encoder(images)).astype(jnp.float32)
 
   def pixels(self, latents: Latents) -> Images:
@@ -301,11 +258,8 @@ class Model(nnx.Module):
 
   def decode(self, tokens: Tokens, grid: Grid | None = None) -> Images:
     """Images, not clipped; `grid` is (rows, cols), by default `self.grid`."""
-    if tokens.shape[1] != math.prod(grid := grid or self.grid):
-      raise ValueError(
-        f"tokens {tokens.shape}: expected {math.prod(grid)} per image for the"
-        f" grid {grid}; pass the grid (rows, cols) of the encoded images."
-      )
+    grid = grid or self.grid
+    convolutions.check_length(tokens, grid)
     return self.pixels(self.quantizer.lookup(tokens.reshape(-1, *grid)))
 
   def loss(self, batch: Batch, rng: Key) -> tuple[Scalar, dict[str, Scalar]]:

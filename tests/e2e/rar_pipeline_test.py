@@ -1,0 +1,106 @@
+"""RAR from class ids to bytes: backbone, sampler and tokenizer together.
+
+The fixture was written by the reference's own sampling function, with argmax
+in place of the draw; README.md beside it states the tolerances used here.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tensorar_jax as tj
+from tensorar_jax.evaluation import samples
+
+
+@pytest.fixture(scope="module")
+def folder(parity):
+  return parity / "rar" / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def io(folder):
+  return dict(np.load(folder / "io.npz"))
+
+
+@pytest.fixture(scope="module")
+def settings(folder):
+  return json.loads((folder / "config.json").read_text())
+
+
+def sizes(path):
+  return json.loads((path.parent / "config.json").read_text())
+
+
+def import_tokenizer(path):
+  meta = sizes(path)
+  return tj.import_tokenizer(
+    "maskgit_vq",
+    str(path),
+    channels=meta["hidden_channels"],
+    channel_multipliers=meta["channel_mult"],
+    num_res_blocks=meta["num_res_blocks"],
+    code_dim=meta["z_channels"],
+    codebook_size=meta["codebook_size"],
+    image_channels=meta["num_channels"],
+    image_size=(meta["resolution"],) * 2,
+  )
+
+
+def import_backbone(path):
+  meta = sizes(path)
+  side = round(meta["image_seq_len"] ** 0.5)
+  return tj.import_backbone(
+    "rar",
+    str(path),
+    vocab_size=meta["codebook_size"],
+    grid=(side, side),
+    width=meta["hidden_size"],
+    num_layers=meta["num_hidden_layers"],
+    num_heads=meta["num_attention_heads"],
+    mlp_width=meta["intermediate_size"],
+    num_classes=meta["condition_num_classes"],
+  )
+
+
+def assert_bytes_agree(got, want):
+  """Where a float is cut off at an integer, rounding may cost one level."""
+  assert (got.dtype, got.shape) == (np.uint8, want.shape)
+  levels = np.abs(got.astype(int) - want)
+  assert levels.max() <= 1 and (levels > 0).mean() < 0.002
+
+
+def test_bytes_of_the_decoded_images(folder, io, settings):
+  tokenizer = import_tokenizer(folder / settings["tokenizer"])
+  images = jnp.asarray(2 * io["images_float"].transpose(0, 2, 3, 1) - 1)
+  got = np.asarray(samples.to_uint8(images, tokenizer.uint8_offset))
+  assert_bytes_agree(got, io["images_uint8"])
+  saved = np.load(folder / "adm_samples.npz")
+  np.testing.assert_array_equal(saved["arr_0"], io["images_uint8"])
+
+
+def test_class_ids_to_images(folder, io, settings):
+  backbone = import_backbone(folder / settings["generator"])
+  tokenizer = import_tokenizer(folder / settings["tokenizer"])
+  classes = tj.ClassConditioning(
+    sizes(folder / settings["generator"])["condition_num_classes"]
+  )
+  cond = classes.encode(io["class_ids"])
+  config = tj.SamplingConfig(
+    temperature=0.0,  # argmax, which no other temperature changes
+    guidance=settings["guidance_scale"],
+    guidance_power=settings["guidance_scale_pow"],
+  )
+  out = tj.generate(
+    tj.TensorAR(backbone, window=1),
+    cond,
+    classes.null(cond),
+    jax.random.key(0),
+    config,
+  )
+  images = np.asarray(tokenizer.decode(out.tokens)).transpose(0, 3, 1, 2)
+  pixels = (images.clip(-1, 1) + 1) / 2
+  np.testing.assert_allclose(pixels, io["images_float"], rtol=0, atol=1e-4)
+  assert_bytes_agree(samples.decode(tokenizer, out.tokens), io["images_uint8"])
