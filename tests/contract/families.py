@@ -40,6 +40,14 @@ _TINY_BACKBONES = {
   ),
 }
 _TINY_TOKENIZERS = {
+  "lfq": dict(
+    channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    bits=(2, 3),
+    norm_groups=4,
+    image_size=(6, 6),
+  ),
   "maskgit_vq": dict(
     channels=8,
     channel_multipliers=(1, 2),
