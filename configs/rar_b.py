@@ -15,6 +15,9 @@ from ml_collections import ConfigDict
 IMAGENET = 1_281_167  # training images
 STEPS_PER_EPOCH = IMAGENET // 256
 
+# The published groups go by upstream's names, with these results.
+NO_DECAY = r"(^|/)(scale|bias|\w+_table|embedding)$|/final_modulation/"
+
 
 def get_config(size: str = "256") -> ConfigDict:
   return variant("B", size, guidance=16.0, power=2.75, temperature=1.0)
@@ -28,6 +31,8 @@ def variant(
     raise ValueError(f"size {size!r}: published models are of 256 px.")
   config = ConfigDict()
   config.seed = 0
+  # Of the weights that imported stages hold; training always is in float32.
+  config.source_dtype = "float32"
   config.data = dict(
     name="tokens:data/imagenet256_maskgit_tokens", train_split="train"
   )
@@ -58,14 +63,18 @@ def variant(
       objective="tokenizer",
       source="weights/maskgit-vqgan-imagenet-f16-256.bin",
     ),
-    # An empty source trains the base from nothing, at the published rates.
+    # An empty source trains the base from nothing, in random order at first,
+    # as published.
     base=dict(
       source=f"weights/rar_{name.lower()}.bin",
+      loss=dict(random_order=(125_000, 187_500)),
       optim=dict(
         backbone_learning_rate=4e-4,
         backbone_schedule="cosine",
+        final_rate=0.025,
         warmup_steps=62_500,
         weight_decay=0.03,
+        no_decay=NO_DECAY,
         beta2=0.96,
       ),
       train=dict(batch_size=2048, num_steps=250_000),

@@ -17,10 +17,19 @@ from tensorar_jax.tensorar import TensorAR
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """Slot weights ("rdm", "paper", "uniform") and condition dropout."""
+  """What is learned.
+
+  Attributes:
+    weights: of the slots, "rdm", "paper" or "uniform".
+    condition_dropout: the share of conditions that turn to null.
+    random_order: (first, last) step of RAR's annealing, for base models: before
+      `first` every image's tokens come in an order of their own, after `last`
+      none's. None: always raster.
+  """
 
   weights: str = "rdm"
   condition_dropout: float = 0.1
+  random_order: tuple[int, int] | None = None
 
   def __post_init__(self):
     if self.weights not in losses.WEIGHTS:
@@ -31,6 +40,32 @@ class LossConfig:
       raise ValueError(
         f"condition_dropout={self.condition_dropout}: expected a probability."
       )
+    if (
+      self.random_order and not 0 <= self.random_order[0] < self.random_order[1]
+    ):
+      raise ValueError(
+        f"random_order={self.random_order}: expected two steps, the second"
+        " after the first."
+      )
+
+
+def random_rate(
+  config: LossConfig, step: Int[Array, ""] | Int[np.ndarray, "n"]
+) -> Float[Array, "..."]:
+  """The share of images whose tokens come in a random order at a step."""
+  first, last = config.random_order
+  return jnp.clip(1 - (step - first) / (last - first), 0, 1)
+
+
+def draw_order(
+  rng: Key, shape: tuple[int, int], rate: Float[Array, ""]
+) -> Int[Array, "B T"]:
+  """A random order of T tokens for a share `rate` of B images, else raster."""
+  rng_rate, rng_order = jax.random.split(rng)
+  raster = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+  order = jax.random.permutation(rng_order, raster, axis=1, independent=True)
+  random = jax.random.bernoulli(rng_rate, rate, (shape[0], 1))
+  return jnp.where(random, order, raster)
 
 
 def corrupt(

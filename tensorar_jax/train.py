@@ -84,9 +84,9 @@ class TrainState:
 class Task:
   """What a stage trains on.
 
-  `loss(model, context, batch, rng) -> (loss, metrics)`; `context` are frozen
-  modules that it reads (the tokenizer); `prepare` makes its batch from the
-  pipeline's; `tokens` is the number of predictions in one image.
+  `loss(model, context, batch, rng, step) -> (loss, metrics)`; `context` are
+  frozen modules that it reads (the tokenizer); `prepare` makes its batch from
+  the pipeline's; `tokens` is the number of predictions in one image.
   """
 
   loss: Callable
@@ -106,7 +106,7 @@ def make_task(
   """The task of a stage's objective on batches of images, or of tokens."""
   if stage["objective"] != "tensorar":
     # Tokenizers and classifiers are `Trainable`: they carry their own loss.
-    def own_loss(model, context, batch, rng):
+    def own_loss(model, context, batch, rng, step):
       return model.loss(batch, rng)
 
     return Task(own_loss, None, lambda batch: batch, 1)
@@ -115,14 +115,19 @@ def make_task(
   noise = build.call(NoiseConfig, stage["noise"], "noise")
   config = build.call(objective.LossConfig, stage["loss"], "loss")
 
-  def loss(model, tokenizer, batch, rng):
-    rng_drop, rng = jax.random.split(rng)
+  def loss(model, tokenizer, batch, rng, step):
+    rng_drop, rng_order, rng = jax.random.split(rng, 3)
     tokens = batch.get("tokens")
     if tokens is None:
       tokens = tokenizer.encode(to_float(batch["image"]))
     tokens = jax.lax.stop_gradient(tokens)
     cond = batch["cond"]
     cond = conditioning.drop(rng_drop, cond, config.condition_dropout)
+    if config.random_order:
+      rate = objective.random_rate(config, step)
+      order = objective.draw_order(rng_order, tokens.shape[:2], rate)
+      tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+      cond = {**cond, "order": order}
     return objective.tensorar_loss(model, cond, tokens, rng, noise, config)
 
   def prepare(batch):
@@ -161,7 +166,8 @@ def make_train_step(
     rng = jax.random.fold_in(state.rng, state.step)
 
     def compute(params):
-      return loss(skeleton.merge(params, state.frozen), context, batch, rng)
+      model = skeleton.merge(params, state.frozen)
+      return loss(model, context, batch, rng, state.step)
 
     (value, scalars), grads = jax.value_and_grad(compute, has_aux=True)(
       state.params
@@ -223,6 +229,13 @@ def check(stage: Mapping) -> None:
   cond = conditioning.example()
   if loss.condition_dropout > 0 or sampling.guided:
     cond = conditioning.null(cond)
+  if loss.random_order:
+    if model.window > 1:
+      raise ValueError(
+        f"random_order={loss.random_order} with window={model.window}: windows"
+        " are of neighbours in raster order. Set loss.random_order=None."
+      )
+    cond["order"] = np.arange(model.num_tokens)[None]
   model.backbone.check(cond)
 
 

@@ -34,7 +34,7 @@ def trace(parity):
   tokens = jnp.asarray(io["token_ids"], jnp.int32)[..., None]
   cond = tj.ClassConditioning(c["num_classes"]).encode(io["class_ids"])
 
-  def loss(model, context, batch, rng):
+  def loss(model, context, batch, rng, step):
     hidden = model(cond, model.embed(tokens[:, :-1]))
     ce, _ = losses.cross_entropy(model.logits(hidden, tokens), tokens)
     return ce.mean(), {}
@@ -56,7 +56,7 @@ def trace(parity):
   def named(params):
     return torch_export.export_state_dict(skeleton.merge(params), rules)
 
-  compute = lambda params: loss(skeleton.merge(params), None, None, None)[0]
+  compute = lambda params: loss(skeleton.merge(params), *[None] * 4)[0]
   got = {"gradients": named(jax.grad(compute)(weights.split(model)[1]))}
   step = train.make_train_step(skeleton, loss, tx, settings["ema_decay"])
   rows = []
