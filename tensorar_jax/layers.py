@@ -184,6 +184,16 @@ class Layers(nnx.Module):
     (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), numbered)
     return x, cache.replace(k=k, v=v)
 
+  def each(self) -> list[nnx.Module]:
+    """The layers one by one, with slices of the stacked parameters."""
+    if isinstance(self.stacked, nnx.List):
+      return list(self.stacked)
+    graphdef, params = nnx.split(self.stacked)
+    return [
+      nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
+      for i in range(self.num_layers)
+    ]
+
   def init_cache(self, shape: tuple[int, int, int, int], dtype) -> Cache:
     """An empty cache; shape = [B, N, S, H] of one layer."""
     end = jnp.zeros((), jnp.int32)
@@ -203,12 +213,8 @@ def unroll(model: nnx.Module) -> nnx.Module:
   """
   model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
-    if isinstance(module, Layers) and not isinstance(module.stacked, nnx.List):
-      graphdef, params = nnx.split(module.stacked)
-      module.stacked = nnx.List(
-        nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
-        for i in range(module.num_layers)
-      )
+    if isinstance(module, Layers):
+      module.stacked = nnx.List(module.each())
   return model
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from tensorar_jax import backbones, tokenizers
-from tensorar_jax.backbones import rar
+from tensorar_jax.backbones import open_magvit2, rar
 from tensorar_jax.build import family
 from tests import tiny
 
@@ -27,6 +27,19 @@ TOKENIZERS = names(tokenizers)
 
 _TINY_BACKBONES = {
   "llamagen": tiny.CONFIG,
+  "open_magvit2": open_magvit2.Config(
+    vocab_sizes=(5, 11),
+    grid=(3, 3),
+    width=16,
+    num_layers=3,
+    num_inner_layers=2,
+    num_heads=2,
+    num_classes=5,
+    mlp_multiple=8,
+    token_dropout=0.0,
+    residual_dropout=0.0,
+    mlp_dropout=0.0,
+  ),
   "rar": rar.Config(
     vocab_size=11,
     grid=(3, 3),
