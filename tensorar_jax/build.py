@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -115,6 +116,18 @@ def component(kind: str, section: Mapping, rngs: nnx.Rngs) -> nnx.Module:
   module = family(kind, fields.pop("name", None))
   config = component_config(module, fields.pop("variant", None), fields)
   return module.Model(config, rngs=rngs)
+
+
+def abstract(kind: str, section: Mapping) -> nnx.Module:
+  """The model of a section without its arrays."""
+  return _abstract(kind, json.dumps(section))
+
+
+@functools.cache  # the stages of a config share their tokenizer
+def _abstract(kind, section):
+  return nnx.eval_shape(
+    lambda: component(kind, json.loads(section), nnx.Rngs(0))
+  )
 
 
 def component_config(module, variant, fields):

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clu import parameter_overview
 from flax import nnx
 
 import tensorar_jax as tj
@@ -202,37 +201,13 @@ def test_no_array_is_left_out(case):
   assert not [name for name in case.io.files if not pattern.fullmatch(name)]
 
 
-def sizes(model) -> int:
-  return parameter_overview.count_parameters(weights.split(model)[1])
-
-
-def abstract(config, **options):
-  """The model of a config, wrapped if there are options; shapes only."""
-
-  def make():
-    model = llamagen.Model(config, rngs=nnx.Rngs(0))
-    return tj.TensorAR(model, rngs=nnx.Rngs(0), **options) if options else model
-
-  return nnx.eval_shape(make)
-
-
 def test_parameter_counts_are_the_published_ones(parity):
   folder = parity / "llamagen" / "real_checkpoint_manifest"
   for file, variant in llamagen.SOURCES.items():
     manifest = json.loads((folder / file.replace(".pt", ".json")).read_text())
-    count = sizes(abstract(llamagen.VARIANTS[variant]))
-    assert count == manifest["total_parameters"], file
-
-
-@pytest.mark.parametrize("variant", llamagen.VARIANTS)
-@pytest.mark.parametrize("recipe", [(1, 0.25, 9), (2, 4.0, 48)])
-def test_wrapped_counts_are_the_papers(variant, recipe):
-  """P2 adds 9 D^2, P1 48 D^2, and at most 0.1 M of small things."""
-  depth, mlp_ratio, squares = recipe
-  config = llamagen.VARIANTS[variant]
-  wrapped = abstract(config, window=4, depth=depth, mlp_ratio=mlp_ratio)
-  extra = sizes(wrapped) - sizes(abstract(config)) - squares * config.width**2
-  assert 0 < extra < 100_000
+    config = llamagen.VARIANTS[variant]
+    model = nnx.eval_shape(lambda c=config: llamagen.Model(c, rngs=nnx.Rngs(0)))
+    assert weights.count(model) == manifest["total_parameters"], file
 
 
 def test_training_from_nothing_starts_as_upstream_does():

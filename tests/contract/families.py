@@ -28,7 +28,7 @@ TOKENIZERS = names(tokenizers)
 _TINY_BACKBONES = {
   "llamagen": tiny.CONFIG,
   "open_magvit2": open_magvit2.Config(
-    vocab_sizes=(5, 11),
+    vocab_sizes=(4, 8),
     grid=(3, 3),
     width=16,
     num_layers=3,
@@ -51,6 +51,12 @@ _TINY_BACKBONES = {
     residual_dropout=0.0,
     mlp_dropout=0.0,
   ),
+}
+# The tokenizer that each family's images go through.
+TOKENIZER_OF = {
+  "llamagen": "vq",
+  "open_magvit2": "lfq",
+  "rar": "maskgit_vq",
 }
 _TINY_TOKENIZERS = {
   "lfq": dict(

@@ -3,15 +3,13 @@
 Backbone and tokenizer come out of one file, as the published ones do.
 """
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tensorar_jax as tj
-from tensorar_jax import build, losses, train
+from tensorar_jax import losses
 from tensorar_jax.evaluation import samples
 from tests.backbones.open_magvit2_case import Case
 
@@ -79,14 +77,3 @@ def test_images_become_a_loss(case, tokenizer):
     close(ce.mean(), case.io[f"out/e2e_loss_{half}"], 5e-6)
   ce, _ = losses.cross_entropy(logits, tokens)
   close(ce.mean(), case.io["out/e2e_loss"], 5e-6)
-
-
-@pytest.mark.parametrize("size", ["b", "l", "xl"])
-def test_the_configs_fit_together(size):
-  config = importlib.import_module(f"configs.open_magvit2_{size}").get_config()
-  stages = build.stages(config)
-  assert list(stages) == ["tokenizer", "base", "tensorar"]
-  for stage in stages.values():
-    train.check(stage)
-  from_nothing = {**stages["base"], "source": None}
-  train.check(from_nothing)
