@@ -143,4 +143,4 @@ def test_parameter_counts_are_the_papers(name):
     assert base is None or abs(counts[0] / 1e6 - base) < 1
     for printed, found in zip(wrapped, counts[1:]):
       added = (found - counts[0]) / 1e6
-      assert printed is None or abs(added - (printed - base)) < 1, variant
+      assert printed is None or abs(added - (printed - base)) < 1.5, variant
