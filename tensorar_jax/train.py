@@ -151,7 +151,9 @@ def init_state(
     ema=jax.tree.map(jnp.copy, params) if ema else None,
     rng=jax.random.key(seed),
   )
-  return skeleton, state
+  # Imported arrays are bound to a device, new ones are not. A step binds all:
+  # without this the second step would be compiled again.
+  return skeleton, jax.device_put(state, jax.devices()[0])
 
 
 def make_train_step(

@@ -63,6 +63,21 @@ def test_a_run_resumed_from_a_checkpoint_equals_a_straight_one(
   assert set(a) == {"params", "ema"}
 
 
+def test_the_step_compiles_once_from_fresh_and_from_given_weights(
+  trained, tmp_path, monkeypatch
+):
+  steps, make = [], train.make_train_step
+
+  def spy(*args):
+    steps.append(make(*args))
+    return steps[-1]
+
+  monkeypatch.setattr(train, "make_train_step", spy)
+  train.fit(stage(2, optim=dict(ema_decay=0.0)), tmp_path / "fresh")
+  train.fit(stage(2, init=str(trained)), tmp_path / "given")
+  assert [step._cache_size() for step in steps] == [1, 1]
+
+
 def test_load_gives_the_trained_model_and_its_average(trained):
   model, average = tj.load(trained), tj.load(trained, ema=True)
   assert model.window == 3
