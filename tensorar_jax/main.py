@@ -137,7 +137,7 @@ def sample_stage(stages: dict, folder: pathlib.Path) -> None:
 def tokenize_images(stages: dict, folder: pathlib.Path) -> None:
   """--mode=tokenize, with the tokenizer of --stage or of the last stage."""
   from tensorar_jax import build
-  from tensorar_jax.data import sources, tokenize
+  from tensorar_jax.data import codes, sources, tokenize
 
   if not (_IMAGES.value and _OUTPUT.value):
     raise ValueError("--mode=tokenize needs --images and --output.")
@@ -147,8 +147,11 @@ def tokenize_images(stages: dict, folder: pathlib.Path) -> None:
   rows, cols = tokenizer.config.image_size
   if rows != cols:
     raise ValueError(f"image_size {rows} x {cols}: crops are square.")
+  source = sources.load(_IMAGES.value, "train")
+  if isinstance(source, codes.TokenSource):
+    raise ValueError(f"--images={_IMAGES.value}: these are tokens already.")
   tokenize.tokenize(
-    sources.load(_IMAGES.value, "train"),
+    source,
     tokenizer,
     _OUTPUT.value,
     recipe=_RECIPE.value,

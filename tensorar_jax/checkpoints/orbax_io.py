@@ -8,9 +8,9 @@ model). Saves are asynchronous and become visible only when complete.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -94,7 +94,7 @@ def claim(
   before = read_meta(find(folder))["config"]
   changed = [
     f"{key}: was {old!r}, is {new!r}"
-    for key, old, new in _differences(before, config)
+    for key, old, new in differences(before, config)
     if key not in free_keys
   ]
   if changed:
@@ -105,10 +105,13 @@ def claim(
     )
 
 
-def _differences(old, new, prefix=""):
+def differences(
+  old: Any, new: Any, prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+  """(dotted key, old, new) of whatever is not the same JSON."""
   if isinstance(old, dict) and isinstance(new, dict):
     for key in sorted({*old, *new}):
-      yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}")
+      yield from differences(old.get(key), new.get(key), f"{prefix}.{key}")
   elif json.dumps(old) != json.dumps(new):
     yield prefix.lstrip("."), old, new
 
@@ -170,6 +173,7 @@ def read_weights(path: pathlib.Path) -> dict[str, dict[str, jax.Array]]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON so that a reader sees the old file or the new one."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(temporary, path)
+  # A name of its own: several processes may write the same file at once.
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+  partial.write_text(json.dumps(value, indent=2) + "\n")
+  partial.replace(path)

@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt8
 from PIL import Image
 
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by channels
 RECIPES = {"center": 1, "flip": 2, "ten_crop": 10}
 # What torchvision's ImageFolder takes for an image, so that positions agree.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm")
@@ -45,27 +46,30 @@ class BrokenImageError(ValueError):
   """The bytes are no image, or not a whole one; `reason` is Pillow's."""
 
   def __init__(self, name: str, reason: str):
-    self.reason = reason
+    self.name, self.reason = name, reason
     super().__init__(
       f"{name}: cannot be decoded ({reason}); expected a complete JPEG, PNG or "
-      "other image that Pillow reads: replace or remove it"
+      "other image that Pillow reads: replace or remove it; "
+      "--mode=tokenize skips it"
     )
 
 
 def decode_image(
-  file: str | os.PathLike | bytes,
-) -> UInt8[np.ndarray, "h w 3"]:
-  """The RGB pixels of an image file or of its bytes.
+  file: str | os.PathLike | bytes, channels: int = 3
+) -> UInt8[np.ndarray, "h w {channels}"]:
+  """The pixels of an image file or of its bytes, RGB or of other `MODES`.
 
   Raises BrokenImageError, a ValueError that names the file, if they cannot be
   decoded. A file that cannot be read at all is an OSError: that is the disk's
   fault, and no reason to go on without the image.
   """
+  mode = MODES[channels]
   is_bytes = isinstance(file, bytes)
   data = file if is_bytes else pathlib.Path(file).read_bytes()
   try:
     with Image.open(io.BytesIO(data)) as image:
-      return np.array(image.convert("RGB"))
+      pixels = np.array(image.convert(mode))
+      return pixels.reshape(*pixels.shape[:2], channels)
   except _DECODING_ERRORS as error:
     # Pillow's own message holds the address of our buffer, never the same.
     known = not isinstance(error, Image.UnidentifiedImageError)

@@ -7,6 +7,7 @@
 | `folder:<path>`  | subfolders, or none          | files, a folder a class  |
 | `codes:<path>`   | subfolders, or none          | none: published tokens   |
 | `tokens:<path>`  | subfolders, or none          | none: shards of tokens   |
+| `jsonl:<file>`   | none: any name will do       | none: lines of tokens    |
 
 TFDS decodes only a few thousand images per second, so a split that fits in
 memory is decoded once and kept beside the prepared files. A larger one, or one
@@ -23,7 +24,6 @@ import struct
 import tempfile
 import urllib.parse
 import urllib.request
-import uuid
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
@@ -31,13 +31,14 @@ import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Int32, UInt8
 
-from tensorar_jax.data import codes, images, shards
+from tensorar_jax.data import cache, codes, images, jsonl, shards
 
 FOLDERS = {
   "folder": images.open_folder,
   "codes": codes.open_code_folders,
   "tokens": shards.open_shards,
 }
+FILES = {"jsonl": jsonl.open_jsonl}
 IN_MEMORY_BYTES = 2**31  # decoded images of one split; more stays lazy
 
 # Debian's package `dataset-fashion-mnist` and the gzip time stamps of the files
@@ -98,19 +99,37 @@ class ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class LazySource:
-  """Images that TFDS reads and decodes each time they are asked for."""
+  """Images that TFDS reads each time they are asked for.
 
-  examples: Any  # what `builder.as_data_source` returns
+  They are decoded here: TFDS's own errors are the same whether an image is
+  broken, which raises BrokenImageError, or the disk.
+  """
+
+  examples: Any  # of `builder.as_data_source`, each "image" still encoded
   image_shape: tuple[int | None, int | None, int]
   num_classes: int
   class_names: tuple[str, ...] = ()
+  name: str = "images"
 
   def __len__(self) -> int:
     return len(self.examples)
 
   def __getitem__(self, position: SupportsIndex) -> dict[str, Any]:
     example = self.examples[position]
-    return {"image": example["image"], "label": np.int32(example["label"])}
+    try:
+      image = images.decode_image(example["image"], self.image_shape[-1])
+    except images.BrokenImageError as error:
+      where = f"{self.name}, example {position}{_file_name(example)}"
+      raise images.BrokenImageError(where, error.reason) from error
+    return {"image": image, "label": np.int32(example["label"])}
+
+
+def _file_name(example: dict[str, Any]) -> str:
+  """The name in brackets, if the data set keeps it, whatever it calls it."""
+  for key, value in example.items():
+    if key.endswith(("file_name", "filename")) and isinstance(value, bytes):
+      return f" ({value.decode(errors='replace')})"
+  return ""
 
 
 def load(
@@ -129,11 +148,24 @@ def load(
   kind, _, path = name.partition(":")
   if kind in FOLDERS and path:
     return FOLDERS[kind](_split_folder(pathlib.Path(path), split))
+  if kind in FILES and path:
+    return FILES[kind](_whole_file(pathlib.Path(path), split))
   raise ValueError(
     f"unknown data set {name!r}; known are 'digits' and 'tfds:<dataset>', such "
     "as 'tfds:fashion_mnist', and 'folder:<path>' of images by class, "
-    "'codes:<path>' of published codes, 'tokens:<path>' of --mode=tokenize"
+    "'codes:<path>' of published codes, 'tokens:<path>' of --mode=tokenize, "
+    "'jsonl:<file>' of published lines of tokens"
   )
+
+
+def _whole_file(file: pathlib.Path, split: str) -> pathlib.Path:
+  """The file, for a split of any name: it holds only one."""
+  if not re.fullmatch(r"\w*", split):
+    raise ValueError(
+      f"unknown split {split!r} of {file}: a file has no splits; expected a "
+      "plain name, such as 'train': slices are not possible"
+    )
+  return file.expanduser()
 
 
 def _split_folder(folder: pathlib.Path, split: str) -> pathlib.Path:
@@ -193,20 +225,37 @@ def _load_tfds(
   shape = builder.info.features["image"].shape
   label = builder.info.features["label"]
   classes = label.num_classes, tuple(label.names)
+  decoders = {"image": tfds.decode.SkipDecoding()}
+  examples = builder.as_data_source(split, decoders=decoders)
+  lazy = LazySource(
+    examples, shape, *classes, f"{builder.info.full_name} {split}"
+  )
   if None in shape or num_images * math.prod(shape) > IN_MEMORY_BYTES:
-    return LazySource(builder.as_data_source(split), shape, *classes)
-  return ArraySource(*_decoded(builder, split, num_images), *classes)
+    return lazy
+  cache_file = f"decoded-{urllib.parse.quote(split, '')}.npz"
+  try:
+    return ArraySource(
+      *_decoded(lazy, builder.data_path / cache_file), *classes
+    )
+  except images.BrokenImageError as error:
+    # Who asks for this image hears of it; `tokenize` can do without.
+    logging.warning("decoded only when asked for: %s", error)
+    return lazy
 
 
 def _check_features(builder: tfds.core.DatasetBuilder):
   features = dict(builder.info.features.items())
   image, label = features.get("image"), features.get("label")
-  if not (
-    isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
-  ) or not isinstance(label, tfds.features.ClassLabel):
+  if (
+    not isinstance(image, tfds.features.Image)
+    or image.np_dtype != np.uint8
+    or image.shape[-1] not in images.MODES
+    or not isinstance(label, tfds.features.ClassLabel)
+  ):
     raise ValueError(
       f"data set {builder.info.full_name!r} cannot be used: it needs a uint8 "
-      f"'image' and a class 'label', its features are {features}"
+      f"'image' and a class 'label', and 1 to 4 channels; "
+      f"its features are {features}"
     )
 
 
@@ -254,36 +303,26 @@ def _fashion_mnist_options(
 
 
 def _decoded(
-  builder: tfds.core.DatasetBuilder, split: str, num_images: int
+  lazy: LazySource, cache_file: pathlib.PurePath
 ) -> tuple[UInt8[np.ndarray, "n h w C"], Int32[np.ndarray, " n"]]:
   """All images and labels of a split, from the cache or else into it."""
-  cache = builder.data_path / f"decoded-{urllib.parse.quote(split, '')}.npz"
-  if cache.exists():
-    with cache.open("rb") as file, np.load(file) as stored:
+  num_images = len(lazy)
+  if cache_file.exists():
+    with cache_file.open("rb") as file, np.load(file) as stored:
       images, labels = stored["images"], stored["labels"]
     if not len(images) == len(labels) == num_images:
       raise ValueError(
-        f"{cache} holds {len(images)} images and {len(labels)} labels, expected"
-        f" {num_images} of {split!r}: delete it, it will be written anew"
+        f"{cache_file} holds {len(images)} images and {len(labels)} labels, "
+        f"expected {num_images}: delete it, it will be written anew"
       )
     return images, labels
-  examples = builder.as_data_source(split)
-  shape = builder.info.features["image"].shape
-  images = np.empty((num_images, *shape), np.uint8)
+  images = np.empty((num_images, *lazy.image_shape), np.uint8)
   labels = np.empty(num_images, np.int32)
-  for i, example in enumerate(examples):
+  for i in range(num_images):
+    example = lazy[i]
     images[i], labels[i] = example["image"], example["label"]
     logging.log_every_n_seconds(
-      logging.INFO, "%s: decoded %d of %d", 5, cache.name, i + 1, num_images
+      logging.INFO, "%s: decoded %d of %d", 5, lazy.name, i + 1, num_images
     )
-  # Renamed when complete: another process never sees half a file.
-  partial = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.partial")
-  try:
-    with partial.open("wb") as file:
-      np.savez(file, images=images, labels=labels)
-    partial.replace(cache)
-  except OSError as error:  # a read-only or full disk costs time, not data
-    logging.warning("%s will be decoded again next time: %s", cache, error)
-    if partial.exists():
-      partial.unlink()
+  cache.save(cache_file, images=images, labels=labels)
   return images, labels

@@ -13,13 +13,13 @@ import json
 import os
 import pathlib
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
 from array_record.python import array_record_module
 
+from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import encoder as encoder_lib
 from tensorar_jax.data import images, shards, sources
 from tensorar_jax.interfaces import Tokenizer
@@ -139,7 +139,9 @@ def _write_shard(
 
   def on_broken(position, error):
     logging.warning("skipped: %s", error)
-    name = source.names[position] if hasattr(source, "names") else ""
+    # The names of files are relative: the folder may be moved.
+    names = getattr(source, "names", None)
+    name = names[position] if names else error.name
     entry = {"position": position, "name": name, "reason": error.reason}
     skipped.append(entry)
     progress.add_one()
@@ -156,7 +158,7 @@ def _write_shard(
   finally:
     writer.close()
   report = {"num_images": num_images, "skipped": skipped}
-  _write_json(file.with_suffix(".json"), report)
+  orbax_io.write_json(file.with_suffix(".json"), report)
   with partial.open("rb") as written:
     os.fsync(written.fileno())
   partial.replace(file)
@@ -185,11 +187,11 @@ def _claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
   file = folder / SETTINGS
   if not file.exists():
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(file, settings)
+    orbax_io.write_json(file, settings)
   before = json.loads(file.read_text())
   changed = [
     f"{key}: was {str(old)[:100]}, is {str(new)[:100]}"
-    for key, old, new in _differences(before, settings)
+    for key, old, new in orbax_io.differences(before, settings)
   ]
   if changed:
     listed = "\n  ".join(changed)
@@ -197,14 +199,6 @@ def _claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
       f"{folder} holds other tokens:\n  {listed}\nChoose another folder, or "
       "undo the change to continue."
     )
-
-
-def _differences(old, new, prefix="") -> Iterator[tuple[str, Any, Any]]:
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted({*old, *new}):
-      yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}")
-  elif old != new:
-    yield prefix.removeprefix("."), old, new
 
 
 def _finish(folder, files, settings, progress) -> dict[str, Any] | None:
@@ -229,7 +223,7 @@ def _finish(folder, files, settings, progress) -> dict[str, Any] | None:
     )
   results = {"num_images": sum(counts.values()), "num_skipped": len(skipped)}
   manifest = settings | results | {"skipped": skipped, "shards": counts}
-  _write_json(folder / shards.MANIFEST, manifest)
+  orbax_io.write_json(folder / shards.MANIFEST, manifest)
   logging.info(
     "%s: %d images in %d shards, %d broken images skipped; %d images in this "
     "run, %.3g images/s",
@@ -237,10 +231,3 @@ def _finish(folder, files, settings, progress) -> dict[str, Any] | None:
     *(progress.done, progress.rate()),
   )
   return manifest
-
-
-def _write_json(file: pathlib.Path, content: Any) -> None:
-  """Under its name only when complete."""
-  partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
-  partial.write_text(json.dumps(content, indent=1) + "\n")
-  partial.replace(file)

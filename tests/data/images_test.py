@@ -56,6 +56,36 @@ def test_parity_of_the_recipes(parity, case):
   np.testing.assert_array_equal(nchw, io_["src_normalised"])
 
 
+def test_parity_of_the_crop_before_tokenizing(parity):
+  io_ = np.load(parity / "rar" / "pretokenize" / "io.npz")
+  cases = range(3)
+  for i in cases:
+    image, size = io_[f"image_{i}"], int(io_[f"size_{i}"])
+    crop = io_[f"crop_{i}"]
+    np.testing.assert_array_equal(images.center_crop(image, size), crop)
+    for name in ("center", "flip"):
+      ours = images.Recipe(name, size)(image)
+      np.testing.assert_array_equal(ours[0], crop)
+  claimed = {f"{kind}_{i}" for kind in ("image", "size", "crop") for i in cases}
+  assert set(io_) == claimed
+
+
+def test_the_published_recipes_of_json_lines():
+  """RAR's: TenCrop(256) of a centre crop to 281, or a crop and its mirror."""
+  image = picture(300, 410)
+  large = images.center_crop(image, 281)
+  expected = []
+  for view in (large, large[:, ::-1]):
+    # TenCrop's order, as torchvision 0.28 gives it.
+    for top, left in ((0, 0), (0, 25), (25, 0), (25, 25), (12, 12)):
+      expected.append(view[top : top + 256, left : left + 256])
+  ours = images.Recipe("ten_crop", 256, (1.1,))(image)
+  np.testing.assert_array_equal(ours, expected)
+  crop = images.center_crop(image, 256)
+  ours = images.Recipe("flip", 256)(image)
+  np.testing.assert_array_equal(ours, [crop, crop[:, ::-1]])
+
+
 @pytest.mark.parametrize(
   ("size", "slack", "offset"), [(384, 19, 10), (256, 25, 12), (5, 3, 2)]
 )
@@ -122,6 +152,10 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
   with_alpha = np.concatenate([pixels, pixels[..., :1]], -1)
   decoded = images.decode_image(encoded(with_alpha))
   np.testing.assert_array_equal(decoded, pixels)
+  grey = images.decode_image(encoded(pixels), channels=1)
+  assert grey.shape == (5, 7, 1) and grey.dtype == np.uint8
+  alpha = images.decode_image(encoded(with_alpha), channels=4)
+  np.testing.assert_array_equal(alpha, with_alpha)
   file = tmp_path / "a.jpg"
   file.write_bytes(encoded(pixels, "JPEG"))
   assert images.decode_image(file).shape == (5, 7, 3)
