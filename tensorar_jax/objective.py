@@ -22,9 +22,9 @@ class LossConfig:
   Attributes:
     weights: of the slots, "rdm", "paper" or "uniform".
     condition_dropout: the share of conditions that turn to null.
-    random_order: (first, last) step of RAR's annealing, for base models: before
-      `first` every image's tokens come in an order of their own, after `last`
-      none's. None: always raster.
+    random_order: (first, last) step of an annealing for base models (Yu et al.,
+      arXiv:2411.00776): before `first` every image's tokens come in an order of
+      their own, after `last` none's. None: always raster.
   """
 
   weights: str = "rdm"

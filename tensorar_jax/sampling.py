@@ -118,7 +118,8 @@ def guidance_scales(
 ) -> Float[np.ndarray, "T F"]:
   """The guidance scale of each sub-token; 1 where it is unguided.
 
-  The power-cosine rise is RAR's (Yu et al., 2024), whose tokens start unguided.
+  With the power-cosine rise (Yu et al., arXiv:2411.00776) the first token is
+  unguided, and the last nearly has the whole scale.
   """
   token = np.arange(num_tokens)
   rise = (token / num_tokens) ** config.guidance_power  # 0^0 is 1: constant

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 # The wrappers that training scripts put around a state dict, in the order in
-# which LlamaGen's sampling scripts look for them; "ema" is read on request.
+# which the published sampling scripts look for them; "ema" is read on request.
 CONTAINERS = ("model", "module", "state_dict")
 _SAFETENSORS = {
   **{"F16": "float16", "BF16": "bfloat16"},
