@@ -27,14 +27,14 @@ NUM_IMAGES = 4
 
 
 def write_weights(config, folder: pathlib.Path) -> None:
-  """A file of random weights for each stage that has a `source`."""
+  """Random weights for each stage that has a `source`; some share a file."""
   import jax
   from flax import nnx
 
   from tensorar_jax import build, published, weights
   from tensorar_jax.checkpoints import torch_export
 
-  rng = np.random.default_rng(0)
+  rng, files = np.random.default_rng(0), {}
 
   def draw(path, like):
     scale = np.float32(0.02)
@@ -54,7 +54,9 @@ def write_weights(config, folder: pathlib.Path) -> None:
     values = {p: draw(p, like) for p, like in {**params, **frozen}.items()}
     rules = module.import_rules(own)
     tensors = torch_export.export_state_dict(skeleton.merge(values), rules)
-    torch_export.save(folder / pathlib.Path(stage["source"]).name, tensors)
+    files.setdefault(pathlib.Path(stage["source"]).name, {}).update(tensors)
+  for name, tensors in files.items():
+    torch_export.save(folder / name, tensors)
 
 
 def write_images(folder: pathlib.Path) -> None:
