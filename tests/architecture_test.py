@@ -36,6 +36,8 @@ LAYERS = (
     "data.sources",
     "evaluation.adm",
     "evaluation.classifier",
+    "evaluation.extractor",
+    "evaluation.inception",
   },
   {"tensorar", "losses", "weights", "conditioning"},
   {"windows", "noising", "layers", "convolutions"},
