@@ -311,8 +311,12 @@ def load(path: str | pathlib.Path, *, ema: bool = False) -> nnx.Module:
 
 def load_stage(stage: Mapping, folder: pathlib.Path) -> nnx.Module:
   """A trained stage's model as it is sampled: averaged, if it keeps an EMA."""
-  ema = not stage["source"] and stage["optim"].get("ema_decay", 0) > 0
-  return load(folder, ema=ema)
+  return load(folder, ema=is_averaged(stage))
+
+
+def is_averaged(stage: Mapping) -> bool:
+  """Whether a stage is sampled with its averaged weights."""
+  return not stage["source"] and stage["optim"].get("ema_decay", 0) > 0
 
 
 def frozen_tokenizer(stage: Mapping, workdir: pathlib.Path) -> nnx.Module:

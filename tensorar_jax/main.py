@@ -4,8 +4,11 @@ Modes:
   run        (default) train every stage of the config, evaluate, and draw the
              report. What is done is skipped, what was interrupted continues.
   train      train the stages only; --stage picks one.
-  sample     draw images from a trained stage: a grid, the refinement strip, and
-             single PNGs. --stage, --num_images, --classes, --seed.
+  sample     draw images from a trained stage: samples.npz as the ADM suite has
+             it, manifest.json, a grid, the refinement strip, and PNGs. --stage,
+             --num_images, --classes, --seed, --resize, --batch_size, --pngs,
+             --output=FOLDER or FILE.npz. The same command continues a run that
+             was stopped; all local devices share the work.
   evaluate   sample the config's models and measure them: metrics.json.
   visualize  draw the pictures and report.html from what is there.
   import     fill the stages that have a `source` from published PyTorch files.
@@ -49,6 +52,15 @@ _NUM_IMAGES = flags.DEFINE_integer(
 _CLASSES = flags.DEFINE_list(
   "classes", None, "Class ids to sample in turn. Default: all."
 )
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size",
+  None,
+  "Images sampled at once, over the local devices. Default: 32 for each.",
+  lower_bound=1,
+)
+_PNGS = flags.DEFINE_bool(
+  "pngs", None, "Whether every sample is a PNG too. Default: up to 1000."
+)
 _RESIZE = flags.DEFINE_integer(
   "resize",
   None,
@@ -58,7 +70,8 @@ _RESIZE = flags.DEFINE_integer(
 _OUTPUT = flags.DEFINE_string(
   "output",
   None,
-  "Of --mode=export: a .pt or .safetensors file. Of --mode=tokenize: a folder.",
+  "Of --mode=export: a .pt or .safetensors file. Of --mode=tokenize: a folder."
+  " Of --mode=sample: a folder or a .npz file; default: a numbered folder.",
 )
 _IMAGES = flags.DEFINE_string(
   "images", None, "Images to tokenize: folder:DIR, or tfds:NAME."
@@ -121,16 +134,23 @@ def run(config, folder: pathlib.Path) -> None:
 
 def sample_stage(stages: dict, folder: pathlib.Path) -> None:
   """--mode=sample."""
-  from tensorar_jax import report
+  from tensorar_jax.evaluation import sample_files
 
-  report.sample(
+  classes = _CLASSES.value
+  try:
+    classes = tuple(map(int, classes)) if classes is not None else None
+  except ValueError as error:
+    raise ValueError(f"--classes={classes}: expected integers.") from error
+  sample_files.sample(
     stages,
     folder,
+    sample_files.Request(
+      _NUM_IMAGES.value, classes, _SEED.value, _RESIZE.value
+    ),
     stage=_STAGE.value,
-    num_images=_NUM_IMAGES.value,
-    classes=_CLASSES.value,
-    seed=_SEED.value,
-    resize=_RESIZE.value,
+    output=_OUTPUT.value,
+    batch_size=_BATCH_SIZE.value,
+    pngs=_PNGS.value,
   )
 
 

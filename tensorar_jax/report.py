@@ -8,16 +8,13 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 
-from tensorar_jax import build, metrics, visualize, windows
+from tensorar_jax import build, metrics, visualize
 from tensorar_jax.evaluation import samples
-from tensorar_jax.interfaces import Tokenizer
-from tensorar_jax.sampling import SamplingConfig
 
 _ARROWS = {True: " \u2191", False: " \u2193", None: ""}  # higher is better
 _LEGEND = """\u2191 higher is better, \u2193 lower is better; mean \u00b1
@@ -55,7 +52,6 @@ CAPTIONS = {
   ),
   "curves.png": "Training: cross-entropy of the committed slot and the others.",
 }
-STRIPS = 6  # images in a refinement strip
 
 
 def draw(stages: Mapping[str, Mapping], workdir: pathlib.Path, command: str):
@@ -110,78 +106,10 @@ def _draw_refinement(stages, found, workdir: pathlib.Path) -> None:
     if data["drafts"].shape[2] == 1:
       continue
     tokenizer = build.frozen_tokenizer(stages[name], workdir)
-    strips[name], changed[name] = refinement(tokenizer, data["drafts"][:STRIPS])
+    drafts = data["drafts"][: samples.STRIPS]
+    strips[name], changed[name] = samples.refinement(tokenizer, drafts)
   if strips:
     visualize.save_refinement(workdir / "refinement.png", strips, changed)
-
-
-def refinement(
-  tokenizer: Tokenizer, drafts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Pictures after each look [n, k, h, w, C], changed cells [n, k, r, c]."""
-  window = drafts.shape[2]
-  looks = [
-    np.asarray(windows.after_looks(drafts, n)) for n in range(1, window + 1)
-  ]
-  images = np.stack([samples.decode(tokenizer, t) for t in looks], axis=1)
-  tokens = np.stack(looks, axis=1)  # [n, k, T, F]
-  changed = np.zeros(tokens.shape[:3], bool)
-  changed[:, 1:] = (tokens[:, 1:] != tokens[:, :-1]).any(axis=-1)
-  return images, changed.reshape(*changed.shape[:2], *tokenizer.grid)
-
-
-def sample(
-  stages: Mapping[str, Mapping],
-  workdir: pathlib.Path,
-  *,
-  stage: str | None,
-  num_images: int,
-  classes: Sequence[str] | None,
-  seed: int,
-  resize: int | None = None,
-) -> None:
-  """Samples a trained stage into a new folder `<stage>/samples/<number>/`."""
-  drawable = [n for n, s in stages.items() if s["objective"] == "tensorar"]
-  name = build.choose("--stage", stage or drawable[-1], drawable)
-  config = stages[name]
-  model = build.load_stage(config, workdir / name)
-  tokenizer = build.frozen_tokenizer(config, workdir)
-  conditioning = build.conditioning(config["conditioning"])
-  settings = build.call(SamplingConfig, config.get("sampling", {}), "sampling")
-  try:
-    chosen = [int(c) for c in classes or range(conditioning.num_classes)]
-  except ValueError as error:
-    raise ValueError(f"--classes={classes}: expected integers.") from error
-  labels = np.resize(chosen, num_images)
-  before = [int(p.name) for p in (workdir / name / "samples").glob("[0-9]*")]
-  folder = workdir / name / "samples" / f"{max(before, default=-1) + 1:03d}"
-  folder.mkdir(parents=True)
-  done = 0
-  for batch in samples.generate(
-    model, conditioning, labels, seed, settings, batch_size=min(100, num_images)
-  ):
-    size = (resize, resize) if resize else None
-    images = samples.decode(tokenizer, batch.tokens, size)
-    if done == 0:
-      _save_overview(folder, tokenizer, images, np.asarray(batch.drafts))
-    for image in images:
-      visualize.save_image(folder / f"{done:06d}.png", image)
-      done += 1
-    logging.info("%d of %d images", done, num_images)
-  print(f"{done} images of {name}: {folder}")
-
-
-def _save_overview(folder, tokenizer, images, drafts) -> None:
-  """The grid of the first batch and, for k > 1, its refinement."""
-  cols = min(10, len(images))
-  rows = len(images) // cols
-  grid = images[: rows * cols].reshape(rows, cols, *images.shape[1:])
-  visualize.save_sample_grids(folder / "grid.png", {"": grid}, [""] * rows)
-  if drafts.shape[2] > 1:
-    strip, changed = refinement(tokenizer, drafts[:STRIPS])
-    visualize.save_refinement(
-      folder / "refinement.png", {"": strip}, {"": changed}
-    )
 
 
 # --- the comparison ---------------------------------------------------------

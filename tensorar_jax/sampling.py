@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tensorar_jax import layers
@@ -222,10 +223,49 @@ def _draw_slots(uniform, logits, config):
   return jnp.concatenate([first, rest], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "config", "unrolled"))
+def _batch_mesh(cond: Cond) -> Mesh | None:
+  """The devices that the batch is split over, or None if it is on one."""
+  sharding = getattr(jax.tree.leaves(cond)[0], "sharding", None)
+  if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
+    return None
+  split = tuple(sharding.spec[:1]) == sharding.mesh.axis_names
+  return sharding.mesh if split else None
+
+
+@functools.partial(
+  jax.jit, static_argnames=("graphdef", "config", "unrolled", "mesh")
+)
 def _generate(
-  graphdef, state, cond, null, rng, image_index, scales, config, unrolled
+  graphdef,
+  state,
+  cond,
+  null,
+  rng,
+  image_index,
+  scales,
+  config,
+  unrolled,
+  mesh,
 ):
+  run = functools.partial(_generate_rows, graphdef, config, unrolled)
+  if mesh:
+    # Left to the partitioner, [cond | null] would be one batch to split, and
+    # the halves of an image would meet across devices at every token.
+    one, rows = PartitionSpec(), PartitionSpec(mesh.axis_names[0])
+    run = jax.shard_map(
+      run,
+      mesh=mesh,
+      in_specs=(one, rows, rows, one, rows, one),
+      out_specs=rows,
+      check_vma=False,
+    )
+  return run(state, cond, null, rng, image_index, scales)
+
+
+def _generate_rows(
+  graphdef, config, unrolled, state, cond, null, rng, image_index, scales
+):
+  """Samples of the rows of one device."""
   model = nnx.merge(graphdef, state)
   model = layers.unroll(model) if unrolled else model
   keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(image_index)
@@ -275,7 +315,7 @@ def generate(
 
   Args:
     model: a `TensorAR`; window=1 samples the base model.
-    cond: from `Conditioning.encode`.
+    cond: from `Conditioning.encode`; rows on several devices stay there.
     null: from `Conditioning.null`; None samples without guidance.
     rng: the key of the whole run.
     config: how tokens are drawn.
@@ -321,4 +361,5 @@ def generate(
     jnp.asarray(scales),
     config,
     unrolled=jax.default_backend() == "cpu",
+    mesh=_batch_mesh(cond),
   )

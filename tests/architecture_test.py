@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from layers to its right, and from its own.
 LAYERS = (
   {"main"},
-  {"report"},
+  {"report", "evaluation.sample_files"},
   {"visualize", "evaluation.evaluate", "data.tokenize"},
   {"train", "evaluation.samples"},
   {"published"},
@@ -25,6 +25,7 @@ LAYERS = (
     "checkpoints.torch_import",
     "checkpoints.torch_export",
     "checkpoints.torch_files",
+    "evaluation.npz",
     "evaluation.resize",
     "data.encoder",
     "data.cache",
@@ -40,7 +41,7 @@ LAYERS = (
     "evaluation.inception",
   },
   {"tensorar", "losses", "weights", "conditioning"},
-  {"windows", "noising", "layers", "convolutions"},
+  {"windows", "noising", "layers", "convolutions", "resumable"},
   {"interfaces"},
 )
 FAMILIES = ("backbones", "tokenizers")

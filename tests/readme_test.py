@@ -14,7 +14,7 @@ def section(title: str) -> str:
 
 def test_the_page_on_backbones_names_every_member_and_is_short():
   page = section("Add your own backbone")
-  assert len(page.splitlines()) <= 40
+  assert len(page.strip().splitlines()) < 40  # with its title
   members = {*interfaces.Backbone.__annotations__, *vars(interfaces.Backbone)}
   members = {m for m in members if not m.startswith("_")} | {"__call__"}
   assert not [m for m in members if not re.search(rf"\b{m}\b", page)]

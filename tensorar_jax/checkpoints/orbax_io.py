@@ -7,14 +7,14 @@ model). Saves are asynchronous and become visible only when complete.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from tensorar_jax.resumable import differences, write_json
 
 ITEMS = ("state", "data", "meta")
 
@@ -105,17 +105,6 @@ def claim(
     )
 
 
-def differences(
-  old: Any, new: Any, prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-  """(dotted key, old, new) of whatever is not the same JSON."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted({*old, *new}):
-      yield from differences(old.get(key), new.get(key), f"{prefix}.{key}")
-  elif json.dumps(old) != json.dumps(new):
-    yield prefix.lstrip("."), old, new
-
-
 def find(path: str | pathlib.Path) -> pathlib.Path:
   """The checkpoint folder that a work directory, a stage or a step names."""
   path = pathlib.Path(path).absolute()
@@ -151,7 +140,7 @@ def read_meta(path: pathlib.Path) -> dict:
 
 def read_weights(path: pathlib.Path) -> dict[str, dict[str, jax.Array]]:
   """The `params`, `frozen` and `ema` entries of a checkpoint folder."""
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       tree = checkpointer.metadata(path / "state").item_metadata.tree
@@ -169,11 +158,3 @@ def read_weights(path: pathlib.Path) -> dict[str, dict[str, jax.Array]]:
       )
   except Exception as error:  # whatever Orbax and TensorStore raise
     raise ValueError(_unreadable(path, error)) from error
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new one."""
-  # A name of its own: several processes may write the same file at once.
-  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-  partial.write_text(json.dumps(value, indent=2) + "\n")
-  partial.replace(path)

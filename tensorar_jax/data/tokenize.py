@@ -12,20 +12,16 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
 from array_record.python import array_record_module
 
-from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax import resumable
 from tensorar_jax.data import encoder as encoder_lib
 from tensorar_jax.data import images, shards, sources
 from tensorar_jax.interfaces import Tokenizer
-
-SETTINGS = "settings.json"
-LOG_SECONDS = 5
 
 
 def tokenize(
@@ -67,14 +63,11 @@ def tokenize(
   encoder = encoder_lib.Encoder(tokenizer, crops, channels, batch_size)
   folder = pathlib.Path(folder).expanduser()
   settings = _settings(source, tokenizer, crops, shard_size)
-  _claim(folder, settings)
-  files = _files(folder, len(source), shard_size)
-  missing = {
-    file: positions
-    for file, positions in list(files.items())[process_index::process_count]
-    if not file.exists()
-  }
-  progress = _Progress(sum(map(len, missing.values())))
+  resumable.claim(folder, settings, "tokens")
+  name = "tokens-{}.array_record"
+  files = resumable.shards(folder, name, len(source), shard_size)
+  missing = resumable.to_do(files, process_index, process_count)
+  progress = resumable.Progress("tokenize", sum(map(len, missing.values())))
   for file, positions in missing.items():
     _write_shard(file, positions, source, encoder, progress)
   return _finish(folder, list(files), settings, progress)
@@ -85,43 +78,7 @@ def _check_options(batch_size, shard_size, process_index, process_count):
     raise ValueError(
       f"batch_size={batch_size}, shard_size={shard_size}: expected at least 1"
     )
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f"process_index={process_index}: expected 0 to {process_count - 1}"
-    )
-
-
-def _files(folder, num_images, shard_size) -> dict[pathlib.Path, range]:
-  """Every shard and the positions of its images."""
-  count = -(-num_images // shard_size)
-  return {
-    folder / f"tokens-{i:05d}-of-{count:05d}.array_record": range(
-      i * shard_size, min((i + 1) * shard_size, num_images)
-    )
-    for i in range(count)
-  }
-
-
-class _Progress:
-  """Counts images, and says every few seconds how it goes."""
-
-  def __init__(self, total: int):
-    self.total, self.done = total, 0
-    self.started = time.monotonic()
-
-  def rate(self) -> float:
-    """Images per second so far, loading and compilation included."""
-    return self.done / max(time.monotonic() - self.started, 1e-9)
-
-  def add_one(self) -> None:
-    self.done += 1
-    rate = self.rate()
-    logging.log_every_n_seconds(
-      logging.INFO,
-      "tokenize: %d of %d images, %.3g images/s, %.1f minutes to go",
-      LOG_SECONDS,
-      *(self.done, self.total, rate, (self.total - self.done) / rate / 60),
-    )
+  resumable.check_share(process_index, process_count)
 
 
 def _write_shard(
@@ -129,7 +86,7 @@ def _write_shard(
   positions: range,
   source: sources.Source,
   encoder: encoder_lib.Encoder,
-  progress: _Progress,
+  progress: resumable.Progress,
 ) -> None:
   """One shard under its name, or nothing but a `.partial` file."""
   partial = file.with_name(f"{file.name}.partial")
@@ -144,7 +101,7 @@ def _write_shard(
     name = names[position] if names else error.name
     entry = {"position": position, "name": name, "reason": error.reason}
     skipped.append(entry)
-    progress.add_one()
+    progress.add()
 
   writer = array_record_module.ArrayRecordWriter(
     str(partial), shards.WRITER_OPTIONS
@@ -154,11 +111,11 @@ def _write_shard(
     for label, codes in examples:
       writer.write(shards.pack(label, codes, dtype))
       num_images += 1
-      progress.add_one()
+      progress.add()
   finally:
     writer.close()
   report = {"num_images": num_images, "skipped": skipped}
-  orbax_io.write_json(file.with_suffix(".json"), report)
+  resumable.write_json(file.with_suffix(".json"), report)
   with partial.open("rb") as written:
     os.fsync(written.fileno())
   partial.replace(file)
@@ -182,33 +139,9 @@ def _settings(source, tokenizer, recipe, shard_size) -> dict[str, Any]:
   return json.loads(json.dumps(settings))  # tuples as lists, as they are read
 
 
-def _claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Marks the folder as of these settings; ValueError if it is of others."""
-  file = folder / SETTINGS
-  if not file.exists():
-    folder.mkdir(parents=True, exist_ok=True)
-    orbax_io.write_json(file, settings)
-  before = json.loads(file.read_text())
-  changed = [
-    f"{key}: was {str(old)[:100]}, is {str(new)[:100]}"
-    for key, old, new in orbax_io.differences(before, settings)
-  ]
-  if changed:
-    listed = "\n  ".join(changed)
-    raise ValueError(
-      f"{folder} holds other tokens:\n  {listed}\nChoose another folder, or "
-      "undo the change to continue."
-    )
-
-
 def _finish(folder, files, settings, progress) -> dict[str, Any] | None:
   """The manifest, written if all shards are there."""
-  if missing := sum(not file.exists() for file in files):
-    logging.info(
-      "%s: done with this process's share; other processes have %d of %d "
-      "shards still to write",
-      *(folder, missing, len(files)),
-    )
+  if not resumable.all_there(folder, files):
     return None
   reports = {
     file.name: json.loads(file.with_suffix(".json").read_text())
@@ -223,7 +156,7 @@ def _finish(folder, files, settings, progress) -> dict[str, Any] | None:
     )
   results = {"num_images": sum(counts.values()), "num_skipped": len(skipped)}
   manifest = settings | results | {"skipped": skipped, "shards": counts}
-  orbax_io.write_json(folder / shards.MANIFEST, manifest)
+  resumable.write_json(folder / shards.MANIFEST, manifest)
   logging.info(
     "%s: %d images in %d shards, %d broken images skipped; %d images in this "
     "run, %.3g images/s",

@@ -1,20 +1,28 @@
-"""Labels -> images, any number, in batches of one compiled shape."""
+"""Labels -> images, any number, in batches of one compiled shape.
+
+The local devices share every batch, and each has a copy of the weights.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from tensorar_jax import sampling
+from tensorar_jax import sampling, windows
 from tensorar_jax.evaluation.resize import resize_bicubic
 from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.tensorar import TensorAR
+
+STRIPS = 6  # images in a refinement strip
 
 
 def to_uint8(
@@ -45,6 +53,89 @@ def decode(
   return np.asarray(_decode(*nnx.split(tokenizer), jnp.asarray(tokens), size))
 
 
+def refinement(
+  tokenizer: Tokenizer, drafts: Int[np.ndarray, "n T k F"]
+) -> tuple[UInt8[np.ndarray, "n k h w C"], Bool[np.ndarray, "n k r c"]]:
+  """Pictures after each look, and the cells that the look has changed."""
+  window = drafts.shape[2]
+  looks = [
+    np.asarray(windows.after_looks(jnp.asarray(drafts), n))
+    for n in range(1, window + 1)
+  ]
+  images = np.stack([decode(tokenizer, t) for t in looks], axis=1)
+  tokens = np.stack(looks, axis=1)  # [n, k, T, F]
+  changed = np.zeros(tokens.shape[:3], bool)
+  changed[:, 1:] = (tokens[:, 1:] != tokens[:, :-1]).any(axis=-1)
+  return images, changed.reshape(*changed.shape[:2], *tokenizer.grid)
+
+
+def everywhere(module: nnx.Module) -> nnx.Module:
+  """The module with a copy of its arrays on every local device."""
+  graphdef, state = nnx.split(module)
+  return nnx.merge(graphdef, jax.device_put(state, _local(PartitionSpec())))
+
+
+def _local(spec: PartitionSpec) -> jax.sharding.Sharding:
+  devices = np.array(jax.local_devices())
+  return NamedSharding(Mesh(devices, ("batch",)), spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """A model and what it takes to draw the labelled images of a run."""
+
+  model: TensorAR
+  conditioning: Conditioning
+  config: sampling.SamplingConfig
+  seed: int
+
+  def batches(
+    self, labels: Int[np.ndarray, "n"], batch_size: int, first: int = 0
+  ) -> Iterator[tuple[sampling.Samples, int]]:
+    """(samples, how many of them count) for images first, first + 1, ...
+
+    They are still on their way. A short batch is filled up, so there is one
+    compiled shape: batch_size, or the next multiple of the local devices.
+    """
+    model, rng = everywhere(self.model), jax.random.key(self.seed)
+    devices = jax.local_device_count()
+    batch_size = -(-batch_size // devices) * devices
+    for start in range(0, len(labels), batch_size):
+      count = min(batch_size, len(labels) - start)
+      index = start + np.arange(batch_size)
+      rows = np.minimum(index, len(labels) - 1)
+      cond = self.conditioning.encode(labels[rows])
+      place = _local(PartitionSpec("batch"))
+      cond, index = jax.device_put((cond, first + index), place)
+      null = self.conditioning.null(cond)
+      yield sampling.generate(model, cond, null, rng, self.config, index), count
+
+  def images(
+    self,
+    tokenizer: Tokenizer,
+    labels: Int[np.ndarray, "n"],
+    batch_size: int,
+    first: int = 0,
+    size: tuple[int, int] | None = None,
+  ) -> Iterator[tuple[UInt8[np.ndarray, "b h w C"], sampling.Samples]]:
+    """(images, samples) a batch at a time, the next one always under way."""
+    graphdef, state = nnx.split(everywhere(tokenizer))
+    started = (
+      (_decode(graphdef, state, out.tokens, size), out, count)
+      for out, count in self.batches(labels, batch_size, first)
+    )
+    # The None at the end takes the last batch out.
+    ahead = itertools.pairwise(itertools.chain(started, [None]))
+    for (images, out, count), _ in ahead:
+      yield np.asarray(images)[:count], _cut(out, count)
+
+
+def _cut(out: sampling.Samples, count: int) -> sampling.Samples:
+  if count == len(out.tokens):
+    return out
+  return jax.tree.map(lambda a: a[:count], out)
+
+
 def generate(
   model: TensorAR,
   conditioning: Conditioning,
@@ -57,14 +148,6 @@ def generate(
 
   Image i of the run is the same for every batch size.
   """
-  rng = jax.random.key(seed)
-  batch_size = min(batch_size, len(labels))
-  for start in range(0, len(labels), batch_size):
-    index = np.arange(start, start + batch_size)
-    rows = np.minimum(index, len(labels) - 1)  # pads the last batch
-    cond = conditioning.encode(labels[rows])
-    out = sampling.generate(
-      model, cond, conditioning.null(cond), rng, config, index
-    )
-    count = min(batch_size, len(labels) - start)
-    yield jax.tree.map(lambda a, count=count: a[:count], out)
+  sampler = Sampler(model, conditioning, config, seed)
+  for out, count in sampler.batches(labels, min(batch_size, len(labels))):
+    yield _cut(out, count)

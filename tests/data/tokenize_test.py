@@ -158,24 +158,6 @@ def test_what_it_says_on_the_way(source, tokenizer, tmp_path, caplog):
   assert "images/s" in lines[-1]
 
 
-def test_progress_shows_rate_and_time_to_go(monkeypatch, caplog):
-  caplog.set_level(logging.INFO)
-  clock = iter([100.0, 110.0, 110.0])
-  monkeypatch.setattr(tokenize.time, "monotonic", lambda: next(clock))
-  monkeypatch.setattr(
-    tokenize.logging,
-    "log_every_n_seconds",
-    lambda level, message, seconds, *args: tokenize.logging.log(
-      level, message, *args
-    ),
-  )
-  progress = tokenize._Progress(total=61)
-  progress.add_one()
-  progress.add_one()
-  assert "1 of 61 images, 0.1 images/s, 10.0 minutes to go" in caplog.text
-  assert "2 of 61 images, 0.2 images/s, 4.9 minutes to go" in caplog.text
-
-
 @pytest.mark.parametrize("at", [0, 4, 6, 11, 22])
 def test_a_killed_run_continues(source, tokenizer, whole, tmp_path, at):
   """Killed at the last of a shard, in the middle, and again and again."""

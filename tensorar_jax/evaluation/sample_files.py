@@ -1,0 +1,376 @@
+"""Labels -> image files: `--mode=sample`, for ten images or for 50,000.
+
+A folder of samples holds
+
+  settings.json   what the images depend on; claims the folder
+  images-*.npy    shards, until the run is complete
+  samples.npz     arr_0 uint8 [n, h, w, C], arr_1 int64 [n], not compressed:
+                  the layout of the ADM evaluation suite
+  manifest.json   the settings, and the digest of the npz; written last
+  grid.png, refinement.png, 000000.png, ...
+
+Image i comes from (seed, i) and its class alone, so shards can be drawn by any
+process on any devices, and what is missing after a kill is drawn again to the
+same bytes. Memory holds two batches, whatever the number of images; the disk
+twice the images while the npz is put together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import Int, UInt8
+
+from tensorar_jax import build, resumable, visualize
+from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.data import encoder
+from tensorar_jax.evaluation import npz, samples
+from tensorar_jax.interfaces import Samples, Tokenizer
+from tensorar_jax.sampling import SamplingConfig
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SHARD_SIZE = 500  # images: what a killed run may lose
+BATCH_PER_DEVICE = 32
+PNGS_UP_TO = 1000  # images are also written one by one, unless told otherwise
+GRID = 100  # images in the grid
+
+Images = UInt8[np.ndarray, "b h w C"]
+# (labels, first) -> batches of the images first, first + 1, ...
+Draw = Callable[[Int[np.ndarray, "n"], int], Iterator[tuple[Images, Samples]]]
+Overview = Callable[[Images, Int[np.ndarray, "n T k F"]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Which images: `classes` in turn (None: all), at `resize` pixels a side."""
+
+  num_images: int = 100
+  classes: tuple[int, ...] | None = None
+  seed: int = 0
+  resize: int | None = None
+
+  def __post_init__(self):
+    sizes = [n for n in (self.num_images, self.resize) if n is not None]
+    if min(sizes) < 1:
+      raise ValueError(
+        f"num_images={self.num_images}, resize={self.resize}: expected at least"
+        " 1."
+      )
+    if self.classes is not None and not self.classes:
+      raise ValueError("classes: expected at least one, or None for all.")
+
+  def labels(self, num_classes: int) -> Int[np.ndarray, "n"]:
+    """The class of each image; their counts differ by one at most."""
+    chosen = range(num_classes) if self.classes is None else self.classes
+    return np.resize(np.asarray(chosen, np.int64), self.num_images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where the files of a run are."""
+
+  folder: pathlib.Path
+  npz: pathlib.Path
+
+  @property
+  def complete(self) -> bool:
+    return self.npz.exists() and (self.folder / MANIFEST).exists()
+
+
+def sample(
+  stages: Mapping[str, Mapping],
+  workdir: pathlib.Path,
+  request: Request,
+  *,
+  stage: str | None = None,
+  output: str | os.PathLike | None = None,
+  batch_size: int | None = None,
+  pngs: bool | None = None,
+) -> Place:
+  """Samples a trained stage into files, or goes on where that was stopped.
+
+  Args:
+    stages: of `build.stages`.
+    workdir: the folder that holds the stages'.
+    request: which images.
+    stage: its name; by default the last one that can be sampled.
+    output: a folder, or NAME.npz with the other files in the folder NAME; by
+      default `<stage>/samples/<number>`, a new number for other settings.
+    batch_size: images at once, over the local devices.
+    pngs: whether every image is a PNG too; by default up to PNGS_UP_TO images.
+  """
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+  drawable = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  name = build.choose("--stage", stage or drawable[-1], drawable)
+  config, home = stages[name], workdir / name
+  tokenizer = build.frozen_tokenizer(config, workdir)
+  conditioning = build.conditioning(config["conditioning"])
+  sampling = build.call(SamplingConfig, config.get("sampling", {}), "sampling")
+  labels = request.labels(conditioning.num_classes)
+  conditioning.encode(np.unique(labels))  # refuses before anything is written
+  settings = {
+    **{"format": FORMAT, "stage": name, "shard_size": SHARD_SIZE},
+    **dataclasses.asdict(request),
+    "num_classes": conditioning.num_classes,
+    "sampling": dataclasses.asdict(sampling),
+    "checkpoint": _checkpoint(config, home),
+    "tokenizer": encoder.identity(tokenizer),
+    "software": _software(),
+  }
+  settings = json.loads(json.dumps(settings))  # tuples as lists, as when read
+  share = jax.process_index(), jax.process_count()
+  place = claim(output, home / "samples", settings, share[1])
+  last = share[0] == 0
+  if not place.complete:
+    model = build.load_stage(config, home)
+    sampler = samples.Sampler(model, conditioning, sampling, request.seed)
+    draw = _drawing(sampler, tokenizer, request, batch_size)
+    overview = functools.partial(_save_overview, place.folder, tokenizer)
+    last = write(draw, labels, place, settings, overview=overview, share=share)
+  if last and (len(labels) <= PNGS_UP_TO if pngs is None else pngs):
+    write_pngs(place, len(labels))
+  if place.complete:
+    print(f"{len(labels)} images of {name}: {place.npz}")
+  return place
+
+
+def _drawing(sampler, tokenizer, request, batch_size) -> Draw:
+  """What draws the images of a shard, in batches of about equal size."""
+  shard = min(SHARD_SIZE, request.num_images)
+  most = batch_size or BATCH_PER_DEVICE * jax.local_device_count()
+  batch_size = -(-shard // -(-shard // most))
+  size = (request.resize, request.resize) if request.resize else None
+  # Once here, and not for every shard.
+  sampler = dataclasses.replace(
+    sampler, model=samples.everywhere(sampler.model)
+  )
+  tokenizer = samples.everywhere(tokenizer)
+  return lambda labels, first: sampler.images(
+    tokenizer, labels, batch_size, first, size
+  )
+
+
+def _checkpoint(config: Mapping, folder: pathlib.Path) -> dict[str, Any]:
+  """Which weights: the metadata of the checkpoint, its step, EMA or not."""
+  found = orbax_io.find(folder)
+  own = {"step": int(found.name), "ema": build.is_averaged(config)}
+  return own | orbax_io.read_meta(found)
+
+
+def _software() -> dict[str, Any]:
+  """What else the last bits of an image depend on."""
+  packages = ("jax", "jaxlib", "flax", "numpy")
+  versions = {name: importlib.metadata.version(name) for name in packages}
+  return {
+    "python": platform.python_version(),
+    **versions,
+    "device": jax.local_devices()[0].device_kind,
+    "matmul_precision": jax.config.jax_default_matmul_precision,
+  }
+
+
+# --- files -------------------------------------------------------------------
+
+
+def claim(
+  output: str | os.PathLike | None,
+  numbered: pathlib.Path,
+  settings: dict[str, Any],
+  process_count: int = 1,
+) -> Place:
+  """The place of a run; ValueError if it holds anything else.
+
+  Without `output` it is the folder of `numbered` that has these settings, or
+  else a new one.
+  """
+  if output is None and process_count > 1:
+    raise ValueError(
+      f"{process_count} processes sample together: name the folder that they"
+      " share with --output."
+    )
+  path = pathlib.Path(output or _number(numbered, settings))
+  path = path.expanduser().absolute()
+  is_file = path.suffix == ".npz"
+  folder = path.with_suffix("") if is_file else path
+  place = Place(folder, path if is_file else folder / "samples.npz")
+  if not (folder / resumable.SETTINGS).exists():
+    there = [place.npz] if place.npz.exists() else folder.glob("*")
+    # Another process may be about to claim it for the same settings.
+    there = [p for p in there if not p.name.startswith(resumable.SETTINGS)]
+    if there:
+      raise ValueError(
+        f"{there[0]} is there already, and not from this run: name a new"
+        " --output."
+      )
+  resumable.claim(folder, settings, "samples")
+  return place
+
+
+def _number(parent: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
+  folders = sorted(p for p in parent.glob("*") if p.name.isdigit())
+  for folder in folders:
+    file = folder / resumable.SETTINGS
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before == settings:
+      return folder
+  last = max((int(folder.name) for folder in folders), default=-1)
+  return parent / f"{last + 1:03d}"
+
+
+def write(
+  draw: Draw,
+  labels: Int[np.ndarray, "n"],
+  place: Place,
+  settings: dict[str, Any],
+  *,
+  overview: Overview | None = None,
+  share: tuple[int, int] = (0, 1),
+) -> bool:
+  """Draws this process's shards; puts the npz together once all are there.
+
+  Args:
+    draw: yields (images, samples) in batches.
+    labels: of all images of the run.
+    place: of `claim`, for `settings`.
+    settings: what the manifest says, and "shard_size".
+    overview: takes the first images, and the drafts of the very first ones.
+    share: (index, count) of the processes that work on the same place.
+
+  Returns:
+    Whether this process has completed the run. Others have still to finish, or
+    have completed it, if not.
+  """
+  resumable.check_share(*share)
+  name, size = "images-{}.npy", settings["shard_size"]
+  files = resumable.shards(place.folder, name, len(labels), size)
+  missing = resumable.to_do(files, *share)
+  # Asked last: who completes a run removes its shards after that.
+  if place.complete:
+    return share[0] == 0
+  logging.info(
+    "%s: %d of %d shards of %d images are there, this process draws %d",
+    *(place.folder, sum(file.exists() for file in files), len(files)),
+    *(size, len(missing)),
+  )
+  progress = resumable.Progress("sample", sum(map(len, missing.values())))
+  for file, positions in missing.items():
+    batches = draw(labels[positions.start : positions.stop], positions.start)
+    first = overview if positions.start == 0 else None
+    _write_shard(file, len(positions), batches, progress, first)
+  # The last to draw, or the first process where nothing was left to draw.
+  last = bool(missing) or share[0] == 0
+  if place.complete or not resumable.all_there(place.folder, list(files)):
+    return False
+  if last:
+    _complete(place, list(files), labels, settings)
+  return last
+
+
+def _write_shard(file, count, batches, progress, overview) -> None:
+  """One shard under its name, or nothing but a `.partial` file."""
+  partial, drafts = _partial(file), []
+
+  def images():
+    for batch, drawn in batches:
+      if overview and (rows := samples.STRIPS - sum(map(len, drafts))) > 0:
+        drafts.append(np.asarray(drawn.drafts)[:rows])
+      yield batch
+      progress.add(len(batch))
+
+  with partial.open("wb") as out:
+    npz.write_shard(out, count, images())
+    out.flush()
+    os.fsync(out.fileno())
+  if overview:
+    overview(np.load(partial, mmap_mode="r")[:GRID], np.concatenate(drafts))
+  partial.replace(file)
+
+
+def _partial(file: pathlib.Path) -> pathlib.Path:
+  return file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
+
+
+def _complete(place, files, labels, settings) -> None:
+  """Shards -> npz and manifest, and away with them."""
+  partial = _partial(place.npz)
+  try:
+    shape = npz.join(partial, files, labels)
+    with partial.open("rb") as written:
+      digest = hashlib.file_digest(written, "sha256").hexdigest()
+      os.fsync(written.fileno())
+    partial.replace(place.npz)
+  except FileNotFoundError:
+    if not place.complete:  # by another process, at the same moment
+      raise
+    return
+  counts = np.unique(labels, return_counts=True)[1]
+  result = {
+    "npz": place.npz.name,
+    "sha256": digest,
+    "shape": shape,
+    "classes_drawn": len(counts),
+    "images_per_class": [int(counts.min()), int(counts.max())],
+  }
+  resumable.write_json(place.folder / MANIFEST, settings | result)
+  old = (
+    *place.folder.glob("images-*.npy*"),
+    *place.npz.parent.glob(f"{place.npz.name}.*.partial"),
+  )
+  for file in old:
+    file.unlink(missing_ok=True)
+
+
+# --- pictures ----------------------------------------------------------------
+
+
+def write_pngs(place: Place, num_images: int) -> None:
+  """The images of the npz as 000000.png, ...; those that are there stay."""
+  progress, done = resumable.Progress("PNG files", num_images), 0
+  with futures.ThreadPoolExecutor() as pool:
+    for images in npz.read_images(place.npz):
+      index = range(done, done + len(images))
+      paths = [place.folder / f"{i:06d}.png" for i in index]
+      list(pool.map(_write_png, paths, images))
+      progress.add(len(images))
+      done += len(images)
+
+
+def _write_png(path: pathlib.Path, image: np.ndarray) -> None:
+  if not path.exists():
+    partial = path.with_name(f".{uuid.uuid4().hex}.png")
+    visualize.save_image(partial, image)
+    partial.replace(path)
+
+
+def _save_overview(
+  folder: pathlib.Path,
+  tokenizer: Tokenizer,
+  images: Images,
+  drafts: Int[np.ndarray, "n T k F"],
+) -> None:
+  """The grid of the first images and, for k > 1, the refinement of a few."""
+  cols = min(10, len(images))
+  rows = len(images) // cols
+  grid = images[: rows * cols].reshape(rows, cols, *images.shape[1:])
+  visualize.save_sample_grids(folder / "grid.png", {"": grid}, [""] * rows)
+  if drafts.shape[2] > 1:
+    strip, changed = samples.refinement(tokenizer, drafts)
+    visualize.save_refinement(
+      folder / "refinement.png", {"": strip}, {"": changed}
+    )

@@ -1,0 +1,121 @@
+"""Long work in files: processes share it, and a killed run continues.
+
+The work is a list of files. Process p of P makes the files p, p + P, ...; a
+file gets its name when it is complete, so what is missing is what is to do. The
+folder is claimed for one set of settings before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import logging
+
+SETTINGS = "settings.json"
+LOG_SECONDS = 5
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one."""
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+  partial.write_text(json.dumps(value, indent=2) + "\n")
+  partial.replace(path)
+
+
+def differences(
+  old: Any, new: Any, prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+  """(key, old value, new value) wherever two trees of settings differ."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted({*old, *new}):
+      yield from differences(old.get(key), new.get(key), f"{prefix}.{key}")
+  elif json.dumps(old) != json.dumps(new):
+    yield prefix.removeprefix("."), old, new
+
+
+def claim(folder: pathlib.Path, settings: dict[str, Any], what: str) -> None:
+  """Marks the folder as of these settings; ValueError if it is of others."""
+  file = folder / SETTINGS
+  if not file.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
+  before = json.loads(file.read_text())
+  changed = [
+    f"{key}: was {str(old)[:100]}, is {str(new)[:100]}"
+    for key, old, new in differences(before, settings)
+  ]
+  if changed:
+    listed = "\n  ".join(changed)
+    raise ValueError(
+      f"{folder} holds other {what}:\n  {listed}\nChoose another folder, or "
+      "undo the change to continue."
+    )
+
+
+def check_share(process_index: int, process_count: int) -> None:
+  """ValueError unless this is one of the processes."""
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f"process_index={process_index}: expected 0 to {process_count - 1}"
+    )
+
+
+def shards(
+  folder: pathlib.Path, name: str, num_images: int, shard_size: int
+) -> dict[pathlib.Path, range]:
+  """Every shard and the positions of its images; `name` has a {} in it."""
+  count = -(-num_images // shard_size)
+  return {
+    folder / name.format(f"{i:05d}-of-{count:05d}"): range(
+      i * shard_size, min((i + 1) * shard_size, num_images)
+    )
+    for i in range(count)
+  }
+
+
+def to_do(
+  files: dict[pathlib.Path, range], process_index: int, process_count: int
+) -> dict[pathlib.Path, range]:
+  """This process's shards that are not there yet."""
+  mine = list(files.items())[process_index::process_count]
+  return {file: positions for file, positions in mine if not file.exists()}
+
+
+def all_there(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> bool:
+  """Whether every process has done its share; says how many files are not."""
+  missing = sum(not file.exists() for file in files)
+  if missing:
+    logging.info(
+      "%s: done with this process's share; other processes have %d of %d "
+      "shards still to write",
+      *(folder, missing, len(files)),
+    )
+  return not missing
+
+
+class Progress:
+  """Counts images, and says every few seconds how it goes."""
+
+  def __init__(self, what: str, total: int):
+    self.what, self.total, self.done = what, total, 0
+    self.started = time.monotonic()
+
+  def rate(self) -> float:
+    """Images per second so far, loading and compilation included."""
+    return self.done / max(time.monotonic() - self.started, 1e-9)
+
+  def add(self, count: int = 1) -> None:
+    self.done += count
+    rate = self.rate()
+    logging.log_every_n_seconds(
+      logging.INFO,
+      "%s: %d of %d images, %.3g images/s, %.1f minutes to go",
+      LOG_SECONDS,
+      *(self.what, self.done, self.total, rate),
+      (self.total - self.done) / rate / 60,
+    )
