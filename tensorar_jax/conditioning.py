@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from tensorar_jax.interfaces import Cond, Key
 
@@ -24,6 +24,42 @@ def drop(rng: Key, cond: Cond, rate: float) -> Cond:
   is_null = cond["is_null"]
   dropped: Bool[Array, "B"] = jax.random.bernoulli(rng, rate, is_null.shape)
   return {**cond, "is_null": is_null | dropped}
+
+
+def class_ids(cond: Cond, num_classes: int) -> Int[Array, "B"]:
+  """The rows of a table that holds the classes and behind them null."""
+  return jnp.where(cond["is_null"], num_classes, cond["label"])
+
+
+def check_labels(cond: Cond, num_classes: int, null_class: bool = True) -> None:
+  """ValueError if a backbone of these classes does not know a label, or null.
+
+  Nothing is checked inside someone's jit, where there is nothing to look at.
+  """
+  if isinstance(cond["label"], jax.core.Tracer):
+    return
+  known, label = num_classes, np.asarray(cond["label"])
+  if label.size and not 0 <= label.min() <= label.max() < known:
+    raise ValueError(
+      f"class ids {label.min()} to {label.max()}: this backbone knows"
+      f" {known} classes, 0 to {known - 1}. Let the conditioning's and the"
+      " backbone's num_classes agree."
+    )
+  if not null_class and np.asarray(cond["is_null"]).any():
+    raise ValueError(
+      "null_class=False: this backbone has no null class, so there is"
+      " neither guidance nor condition dropout. Set guidance=1 and"
+      " condition_dropout=0."
+    )
+
+
+def refuse_order(cond: Cond) -> None:
+  """ValueError if the tokens come in an order of their own."""
+  if "order" in cond:
+    raise ValueError(
+      "order: the tokens of this backbone come in raster order. Set"
+      " loss.random_order=None."
+    )
 
 
 class ClassConditioning:

@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Int
 # A condition: arrays with a leading batch axis. "is_null" (bool[B]) marks the
 # rows whose condition is replaced by the backbone's null embedding. "order"
 # (int32[B, T], where a backbone knows it) is the raster position of the token
-# at each place of the sequence; without it the order is raster.
+# at each place of the sequence; without it the order is raster. "is_padding"
+# (bool[B, P], for prefixes of unequal length) marks rows that nothing may see.
 Cond = dict[str, Array]
 # What the data pipeline yields: "image" (uint8 [B, h, w, C]) or "tokens"
 # (int32 [B, T, F]), and "label" (int32 [B]).

@@ -143,6 +143,11 @@ class LayerCache:
     )
 
 
+def cache_rows(cache: Cache) -> int:
+  """How many rows there is room for."""
+  return jax.tree.leaves(cache.k)[0].shape[-2]
+
+
 class Layers(nnx.Module):
   """`num_layers` equal layers with parameters stacked on a leading axis."""
 

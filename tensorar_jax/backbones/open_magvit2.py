@@ -17,79 +17,34 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import layers
-from tensorar_jax.interfaces import LINEAR, Cache, Cond, Key, Rule
+from tensorar_jax import conditioning, layers, transformer
+from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  """Sizes and training rates of one model.
+class Config(transformer.RotaryConfig):
+  """Sizes and training rates of one model; the base class has the others.
 
   `vocab_sizes` are those of the first and the second sub-token.
-  `mlp_multiple` rounds the hidden width 8/3 D (times `mlp_scale`, if given) up.
   """
 
   vocab_sizes: tuple[int, ...] = (64, 4096)
-  grid: tuple[int, int] = (16, 16)
   width: int = 1024
   num_layers: int = 24
   num_inner_layers: int = 2
   num_heads: int = 16
-  num_kv_heads: int | None = None
   num_classes: int = 1000
-  mlp_multiple: int = 256
-  mlp_scale: float | None = None
-  rope_base: float = 10000.0
-  norm_eps: float = 1e-5
-  token_dropout: float = 0.1
-  residual_dropout: float = 0.1
-  mlp_dropout: float = 0.1
-  dtype: str = "float32"
 
   def __post_init__(self):
-    kv_heads = self.num_kv_heads or self.num_heads
-    if self.width % self.num_heads or (self.width // self.num_heads) % 4:
-      raise ValueError(
-        f"width={self.width} with num_heads={self.num_heads}: 2-D rotary"
-        " positions need heads whose width is a whole multiple of 4. Change"
-        " width or num_heads."
-      )
-    if self.num_heads % kv_heads:
-      raise ValueError(
-        f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}."
-        " Choose one of its divisors."
-      )
-    if self.grid[0] != self.grid[1]:
-      raise ValueError(
-        f"grid={self.grid}: this family's position table is square. Use equal"
-        " rows and columns."
-      )
+    super().__post_init__()
     if len(self.vocab_sizes) != 2:
       raise ValueError(
         f"vocab_sizes={self.vocab_sizes}: expected two, of the first and of"
         " the second sub-token. Give both, such as (64, 4096)."
       )
-
-  @property
-  def block(self) -> layers.BlockConfig:
-    hidden = int(2 * (4 * self.width) / 3)
-    if self.mlp_scale is not None:
-      hidden = int(self.mlp_scale * hidden)
-    rounded = -(-hidden // self.mlp_multiple) * self.mlp_multiple
-    return layers.BlockConfig(
-      width=self.width,
-      num_heads=self.num_heads,
-      num_kv_heads=self.num_kv_heads or self.num_heads,
-      mlp_width=rounded,
-      norm_eps=self.norm_eps,
-      residual_dropout=self.residual_dropout,
-      mlp_dropout=self.mlp_dropout,
-      dtype=self.dtype,
-    )
 
 
 VARIANTS: dict[str, Config] = {
@@ -154,17 +109,14 @@ class InnerBlock(layers.Block):
     )
 
 
-class Model(nnx.Module):
+class Model(transformer.CausalTransformer):
   """The class-conditional model as a `Backbone`; the final norm is behind z."""
 
-  kernel_init = staticmethod(layers.normal_init)
-
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
-    c = self.config = config
-    self.num_tokens = c.grid[0] * c.grid[1]
-    self.width, self.num_heads, self.dtype = c.width, c.num_heads, c.dtype
+    super().__init__(config, config.num_kv_heads)
+    c = config
     self.vocab_sizes = tuple(c.vocab_sizes)
-    self.prefix = 1
+    self.token_dropout = c.token_dropout
     embed = dict(embedding_init=layers.normal_init, rngs=rngs, dtype=c.dtype)
     self.class_embed = nnx.Embed(c.num_classes + 1, c.width, **embed)
     self.token_embeds = nnx.List(
@@ -189,20 +141,8 @@ class Model(nnx.Module):
     return layers.RMSNorm(self.width, self.config.norm_eps)
 
   def check(self, cond: Cond) -> None:
-    if "order" in cond:
-      raise ValueError(
-        "order: the tokens of this backbone come in raster order. Set"
-        " loss.random_order=None."
-      )
-    if isinstance(cond["label"], jax.core.Tracer):
-      return  # inside someone's jit: nothing to look at
-    known, label = self.config.num_classes, np.asarray(cond["label"])
-    if label.size and not 0 <= label.min() <= label.max() < known:
-      raise ValueError(
-        f"class ids {label.min()} to {label.max()}: this backbone knows"
-        f" {known} classes, 0 to {known - 1}. Let the conditioning's and the"
-        " backbone's num_classes agree."
-      )
+    conditioning.refuse_order(cond)
+    conditioning.check_labels(cond, self.config.num_classes)
 
   def embed(self, tokens: Int[Array, "*n 2"]) -> Float[Array, "*n D"]:
     first, second = self.token_embeds
@@ -224,18 +164,12 @@ class Model(nnx.Module):
       for head, x in zip(self.heads, steps, strict=True)
     )
 
-  def __call__(
-    self, cond: Cond, x: Float[Array, "B M D"], *, rng: Key | None = None
-  ) -> Float[Array, "B M+1 D"]:
-    hidden, _ = self._run(cond, x, rng)
-    return hidden[:, self.prefix - 1 :]
+  def start(self, cond: Cond) -> Float[Array, "B 1 D"]:
+    label = conditioning.class_ids(cond, self.config.num_classes)
+    return self.class_embed(label)[:, None]
 
-  def hidden_states(
-    self, cond: Cond, x: Float[Array, "B M D"]
-  ) -> tuple[Float[Array, "L B S D"], Float[Array, "B S D"]]:
-    """Every row after every spatial layer, and after the last; for tests."""
-    hidden, states = self._run(cond, x, None)
-    return states, hidden
+  def place(self, cond, x, rows):
+    return x, self.config.rotation(rows, prefix=1)
 
   def inner_states(
     self, hidden: Float[Array, "*n D"], tokens: Int[Array, "*n 2"]
@@ -247,67 +181,6 @@ class Model(nnx.Module):
     states = jnp.stack([jnp.stack(steps, axis=-2) for steps in states])
     states = states.reshape(-1, *hidden.shape[:-1], 2, self.width)
     return states, self.norm(states[-1])
-
-  def prefill(self, cond: Cond) -> tuple[Float[Array, "B D"], Cache]:
-    x = self._embed_condition(cond)
-    c = self.config.block
-    rows = self.prefix + self.num_tokens
-    cache = self.blocks.init_cache(
-      (x.shape[0], c.num_kv_heads, rows, c.head_dim), x.dtype
-    )
-    return self._append(x, cache)
-
-  def decode(
-    self, x: Float[Array, "B D"], cache: Cache
-  ) -> tuple[Float[Array, "B D"], Cache]:
-    return self._append(x[:, None], cache)
-
-  def _embed_condition(self, cond: Cond) -> Float[Array, "B 1 D"]:
-    null = self.config.num_classes
-    label = jnp.where(cond["is_null"], null, cond["label"])
-    return self.class_embed(label)[:, None]
-
-  def _rotary(self) -> Float[Array, "S p 2"]:
-    c = self.config
-    head_dim = c.width // c.num_heads
-    return jnp.asarray(
-      layers.rotary_table_2d(c.grid, head_dim, c.rope_base, self.prefix)
-    )
-
-  def _run(self, cond, x, rng):
-    """All rows through the spatial layers: (last stream, every layer's)."""
-    rng_token, rng_layers = (
-      (None, None) if rng is None else jax.random.split(rng)
-    )
-    x = jnp.concatenate([self._embed_condition(cond), x], axis=1)
-    x = layers.dropout(x, self.config.token_dropout, rng_token)
-    length, count = x.shape[1], self.config.num_layers
-    table = self._rotary()[:length]
-    mask = jnp.tril(jnp.ones((length, length), bool))
-    keys = None if rng is None else jax.random.split(rng_layers, count)
-
-    def apply(block, x, key):
-      x, _ = block(
-        x, lambda q: layers.rotate_interleaved(q, table), mask, rng=key
-      )
-      return x, x
-
-    return self.blocks(apply, x, keys)
-
-  def _append(self, x, cache):
-    """Rows x [B, M, D] behind the cache: (hidden state of the last, cache)."""
-    length, end = x.shape[1], cache.end
-    table = jax.lax.dynamic_slice_in_dim(self._rotary(), end, length)
-    rows = self.prefix + self.num_tokens
-    mask = jnp.arange(rows) <= end + jnp.arange(length)[:, None]
-
-    def apply(block, x, view):
-      return block(
-        x, lambda q: layers.rotate_interleaved(q, table), mask, cache=view
-      )
-
-    x, cache = self.blocks.cached(apply, x, cache)
-    return x[:, -1], cache.replace(end=end + length)
 
   def _run_inner(self, hidden, first, rng):
     """Both steps [n, D] after each inner layer, from h [n, D] and tokens [n].

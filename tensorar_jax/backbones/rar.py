@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import layers
-from tensorar_jax.interfaces import LINEAR, Cache, Cond, Key, Rule
+from tensorar_jax import conditioning, layers, transformer
+from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
 
 # Rows that the published tables have beyond the image's, never used.
 SPARE_POSITIONS = 1024
@@ -174,21 +174,20 @@ class Block(nnx.Module):
     return x + mlp_gate * y, cache
 
 
-class Model(nnx.Module):
+class Model(transformer.CausalTransformer):
   """The class-conditional GPT as a `Backbone`; the final norm is before z.
 
   A condition is {"label", "is_null"} and, if the tokens do not come in raster
   order, "order" [B, T]: the raster index of the token at each position.
   """
 
-  kernel_init = staticmethod(layers.normal_init)
+  prefix = 2
+  remembers = ("label", "is_null", "order")
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
-    c = self.config = config
-    self.num_tokens = c.grid[0] * c.grid[1]
-    self.width, self.num_heads, self.dtype = c.width, c.num_heads, c.dtype
+    super().__init__(config)
+    c = config
     self.vocab_sizes = (c.vocab_size,)
-    self.prefix = 2
 
     def table(rows):
       shape = (1, self.num_tokens + rows, c.width)
@@ -217,26 +216,19 @@ class Model(nnx.Module):
     return _norm(self.width, self.config, rngs)
 
   def check(self, cond: Cond) -> None:
-    if isinstance(cond["label"], jax.core.Tracer):
-      return  # inside someone's jit: nothing to look at
-    known, label = self.config.num_classes, np.asarray(cond["label"])
-    if label.size and not 0 <= label.min() <= label.max() < known:
+    conditioning.check_labels(cond, self.config.num_classes)
+    order, images = cond.get("order"), len(cond["label"])
+    if order is None or isinstance(order, jax.core.Tracer):
+      return
+    every = np.broadcast_to(
+      np.arange(self.num_tokens), (images, self.num_tokens)
+    )
+    if not np.array_equal(np.sort(order, axis=-1), every):
       raise ValueError(
-        f"class ids {label.min()} to {label.max()}: this backbone knows"
-        f" {known} classes, 0 to {known - 1}. Let the conditioning's and the"
-        " backbone's num_classes agree."
+        f"order of shape {order.shape}: expected a permutation of 0 to"
+        f" {self.num_tokens - 1} for each of {images} labels. Leave it"
+        " out for raster order."
       )
-    if "order" in cond:
-      order = np.asarray(cond["order"])
-      every = np.broadcast_to(
-        np.arange(self.num_tokens), (len(label), self.num_tokens)
-      )
-      if not np.array_equal(np.sort(order, axis=-1), every):
-        raise ValueError(
-          f"order of shape {order.shape}: expected a permutation of 0 to"
-          f" {self.num_tokens - 1} for each of {len(label)} labels. Leave it"
-          " out for raster order."
-        )
 
   def embed(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n D"]:
     return self.token_embed(tokens[..., 0])
@@ -253,45 +245,16 @@ class Model(nnx.Module):
 
   def condition_ids(self, cond: Cond) -> Int[Array, "B"]:
     """The row of the embedding table that stands for each condition."""
-    first = self.config.vocab_size + 1
-    null = first + self.config.num_classes
-    return jnp.where(cond["is_null"], null, first + cond["label"])
+    label = conditioning.class_ids(cond, self.config.num_classes)
+    return self.config.vocab_size + 1 + label
 
-  def __call__(
-    self, cond: Cond, x: Float[Array, "B M D"], *, rng: Key | None = None
-  ) -> Float[Array, "B M+1 D"]:
-    _, hidden = self._run(cond, x, rng)
-    return hidden[:, self.prefix - 1 :]
-
-  def hidden_states(
-    self, cond: Cond, x: Float[Array, "B M D"]
-  ) -> tuple[Float[Array, "L B S D"], Float[Array, "B S D"]]:
-    """Every row after every layer, and after the final norm; for tests."""
-    return self._run(cond, x, None)
-
-  def prefill(self, cond: Cond) -> tuple[Float[Array, "B D"], Cache]:
-    x = self._prefix(cond)
-    c, rows = self.config, self.prefix + self.num_tokens
-    cache = self.blocks.init_cache(
-      (x.shape[0], c.num_heads, rows, c.width // c.num_heads), x.dtype
-    )
-    # Later rows need the class and the order again.
-    return self._append(x, cache.replace(context=cond))
-
-  def decode(
-    self, x: Float[Array, "B D"], cache: Cache
-  ) -> tuple[Float[Array, "B D"], Cache]:
-    return self._append(x[:, None], cache)
-
-  def _prefix(self, cond: Cond) -> Float[Array, "B P D"]:
+  def start(self, cond: Cond) -> Float[Array, "B P D"]:
     label = self.token_embed(self.condition_ids(cond))[:, None]
     cls = self.cls[...].astype(label.dtype)
     return jnp.concatenate([jnp.broadcast_to(cls, label.shape), label], axis=1)
 
-  def _place(
-    self, cond: Cond, x: Float[Array, "B M D"], rows: Int[Array, "M"]
-  ) -> Float[Array, "B M D"]:
-    """What enters the first layer: x with both position tables added.
+  def place(self, cond, x, rows):
+    """Adds both position tables; blocks read the signal of their norms.
 
     `rows` are numbers in the sequence [cls, class, tokens]; the entry of a
     token in either table is the prefix plus its raster index.
@@ -308,7 +271,8 @@ class Model(nnx.Module):
     # Only rows whose next row is a token predict one.
     predicts = (rows >= self.prefix - 1) & (rows < last)
     target = jnp.where(predicts[:, None], target, 0)
-    return x + own.astype(x.dtype) + target.astype(x.dtype)
+    x = x + own.astype(x.dtype) + target.astype(x.dtype)
+    return x, self._signal(cond, rows)
 
   def _signal(self, cond, rows):
     """What the adaptive norms of these rows read, [B, M, D]."""
@@ -317,40 +281,10 @@ class Model(nnx.Module):
     step = self.step_table[...][:, rows]
     return jax.nn.silu(label + step.astype(label.dtype))
 
-  def _finish(self, x, signal):
+  def finish(self, x, signal):
     # The published order is (scale, shift) here and the opposite in a block.
     scale, shift = jnp.split(self.final_modulation(signal), 2, axis=-1)
     return self.final_norm(x) * (1 + scale) + shift
-
-  def _run(self, cond, x, rng):
-    """All rows through all layers: (every layer's, after the final norm)."""
-    x = jnp.concatenate([self._prefix(cond), x], axis=1)
-    length, count = x.shape[1], self.config.num_layers
-    rows = jnp.arange(length)
-    x, signal = self._place(cond, x, rows), self._signal(cond, rows)
-    mask = jnp.tril(jnp.ones((length, length), bool))
-    keys = None if rng is None else jax.random.split(rng, count)
-
-    def apply(block, x, key):
-      x, _ = block(x, signal, mask, rng=key)
-      return x, x
-
-    x, states = self.blocks(apply, x, keys)
-    return states, self._finish(x, signal)
-
-  def _append(self, x, cache):
-    """Rows x [B, M, D] behind the cache: (hidden state of the last, cache)."""
-    cond, length, end = cache.context, x.shape[1], cache.end
-    rows = end + jnp.arange(length)
-    x, signal = self._place(cond, x, rows), self._signal(cond, rows)
-    mask = jnp.arange(self.prefix + self.num_tokens) <= rows[:, None]
-
-    def apply(block, x, view):
-      return block(x, signal, mask, cache=view)
-
-    x, cache = self.blocks.cached(apply, x, cache)
-    hidden = self._finish(x[:, -1], signal[:, -1])
-    return hidden, cache.replace(end=end + length)
 
 
 def import_rules(config: Config) -> list[Rule]:

@@ -47,12 +47,10 @@ def spatial_taps(case):
   start = model.class_embed(case.cond["label"])[:, None]
   x = jnp.concatenate([start, x], axis=1)
   block = model.blocks.each()[0]
-  table = model._rotary()[: x.shape[1]]
+  rotate = model.config.rotation(jnp.arange(x.shape[1]), prefix=1)
   mask = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
   norm = block.attention_norm(x)
-  mixed, _ = block.attention(
-    norm, lambda q: layers.rotate_interleaved(q, table), mask
-  )
+  mixed, _ = block.attention(norm, rotate, mask)
   states, _ = model.hidden_states(case.cond, x[:, 1:])
   return {
     "tap_spatial_in": x,

@@ -40,13 +40,12 @@ def test_the_inner_steps_are_a_plain_causal_transformer(fields):
   tokens = families.tokens(model.vocab_sizes, length=3)
   pairs = [hidden, model.token_embeds[0](tokens[..., 0])]
   x = jnp.stack(pairs, axis=2).reshape(-1, 2, 24)
-  table, mask = model._rotary()[:2], jnp.tril(jnp.ones((2, 2), bool))
+  rotate = model.config.rotation(jnp.arange(2), prefix=1)
+  mask = jnp.tril(jnp.ones((2, 2), bool))
 
   @jax.jit
   def plain(block, x):
-    return layers.Block.__call__(
-      block, x, lambda q: layers.rotate_interleaved(q, table), mask
-    )[0]
+    return layers.Block.__call__(block, x, rotate, mask)[0]
 
   for block in model.inner_blocks.each():
     x = plain(block, x)
