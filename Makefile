@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m tensorar_jax.main --config=configs/digits.py
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

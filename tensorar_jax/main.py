@@ -23,13 +23,13 @@ Any value of the config can be set from here:
 
 from __future__ import annotations
 
-import logging as py_logging
 import pathlib
-import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from tensorar_jax import metrics
 
 MODES = (
   *("run", "train", "sample", "evaluate", "visualize"),
@@ -192,14 +192,7 @@ def export_stage(folder: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  logging.set_verbosity(logging.INFO)
-  handler = logging.get_absl_handler()
-  line = py_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-  handler.setFormatter(line)
-  # Orbax reports every file it touches, JAX every backend it does not find.
-  handler.addFilter(
-    lambda record: not re.search(r"orbax|jax._src", record.pathname)
-  )
+  metrics.log_to_console()
   try:
     run(_CONFIG.value, workdir())
   except (ValueError, OSError) as error:

@@ -7,11 +7,25 @@ so they are imported when the first stage starts and not before.
 from __future__ import annotations
 
 import json
+import logging as py_logging
 import os
 import pathlib
+import re
 import time
 
 from absl import logging
+
+
+def log_to_console() -> None:
+  """A time and a message a line, of this project's and the user's own logs."""
+  logging.set_verbosity(logging.INFO)
+  handler = logging.get_absl_handler()
+  line = py_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+  handler.setFormatter(line)
+  # Orbax reports every file it touches, JAX every backend it does not find.
+  handler.addFilter(
+    lambda record: not re.search(r"orbax|jax._src", record.pathname)
+  )
 
 
 def _console_writer(stage: str, num_steps: int):

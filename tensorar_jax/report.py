@@ -50,6 +50,10 @@ CAPTIONS = {
     " as it stood when it had been drawn at most n times; outlined cells"
     " changed since the look before."
   ),
+  "diagnostics.png": (
+    "What models make of their own drafts. Training promises a window that is"
+    " right as often as the noise lets it be; the sampler feeds drafts."
+  ),
   "curves.png": "Training: cross-entropy of the committed slot and the others.",
 }
 
@@ -66,6 +70,9 @@ def draw(stages: Mapping[str, Mapping], workdir: pathlib.Path, command: str):
   if found:
     _draw_grids(found, workdir / "samples.png")
     _draw_refinement(stages, found, workdir)
+  if measured.get("diagnostics"):
+    path = workdir / "diagnostics.png"
+    visualize.save_diagnostics(path, measured["diagnostics"])
   traces = {
     name: metrics.read_trace(workdir / name / "log.jsonl") for name in stages
   }
@@ -192,6 +199,25 @@ def verdicts(metrics: dict) -> list[str]:
   return sentences
 
 
+def refinement_lines(metrics: dict) -> list[list[str]]:
+  """A heading and a line per model and slot: training noise / own drafts."""
+  both = "training noise / own drafts"
+  heads = [f"{n} behind {both}" for n in ("cross-entropy", "accuracy")]
+  heads += [f"window right, {both}", "committed = the draft of slot looks ago"]
+  lines = [["", "slot", *heads]]
+  for name, found in (metrics.get("diagnostics") or {}).items():
+    for j in range(found["window"]):
+      cells = [
+        " / ".join(_text((kind[j],)) for kind in found[quantity].values())
+        for quantity in ("cross_entropy", "accuracy")
+      ]
+      shown = [kind[j - 1] for kind in found["window_accuracy"].values()]
+      cells += [" / ".join(_text((x,)) for x in shown) if j else ""]
+      cells += [_text((found["copy_rate"][j - 1],)) if j else ""]
+      lines.append([name, str(j), *cells])
+  return lines
+
+
 def write_report(
   path: str | pathlib.Path,
   title: str,
@@ -207,6 +233,12 @@ def write_report(
     kind = "td" if i else "th"
     cells = (f"<{kind}{' class=best' * b}>{text(t)}</{kind}>" for t, b in line)
     rows.append(f"<tr{' class=muted' * (i > models)}>{''.join(cells)}</tr>")
+  slots = []
+  for i, line in enumerate(refinement_lines(metrics)):
+    kind = "td" if i else "th"
+    slots.append("<tr>" + "".join(f"<{kind}>{text(t)}</{kind}>" for t in line))
+  looks = "<h2>Behind its own drafts</h2><table>" + "".join(slots) + "</table>"
+  looks = looks if metrics.get("diagnostics") else ""
   seconds = {k: v for k, v in (metrics.get("seconds") or {}).items() if v}
   longest, total = max(seconds.values(), default=0), sum(seconds.values())
   times = []
@@ -228,7 +260,7 @@ def write_report(
 <title>{text(title)}</title><style>{_STYLE}img {{ --tall: {tall}mm }}</style>
 <h1>{text(title)}</h1><p>Made by <code>{text(command)}</code></p>
 <p class=muted>{text(", ".join(settings))}</p><h2>Comparison</h2>
-<table>{"".join(rows)}</table><p class=muted>{_LEGEND}</p><ul>{said}</ul>
+<table>{"".join(rows)}</table><p class=muted>{_LEGEND}</p><ul>{said}</ul>{looks}
 <h2>Pictures</h2><div class=figures>{"".join(figures)}</div>
 <h2>Wall time: {total:.1f} s</h2><table>{"".join(times)}</table>
 <ul class=muted>{notes}</ul></html>"""

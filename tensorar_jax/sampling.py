@@ -160,6 +160,14 @@ def filter_logits(
   return logits
 
 
+def token_probs(
+  logits: Float[Array, "*n V"], temperature: float, config: SamplingConfig
+) -> Float[Array, "*n V"]:
+  """What a token is drawn from, after temperature (not 0), top-k and top-p."""
+  logits = filter_logits(logits / max(temperature, 1e-5), config)
+  return jax.nn.softmax(logits, axis=-1)
+
+
 def draw_token(
   uniform: Float[Array, "*n"],
   logits: Float[Array, "*n V"],
@@ -172,8 +180,7 @@ def draw_token(
   """
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = filter_logits(logits / max(temperature, 1e-5), config)
-  probs = jax.nn.softmax(logits, axis=-1)
+  probs = token_probs(logits, temperature, config)
   # A float32 cumulative sum may rise where a removed token adds nothing.
   cdf = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
   total = jnp.max(cdf, axis=-1, keepdims=True)
@@ -232,21 +239,10 @@ def _batch_mesh(cond: Cond) -> Mesh | None:
   return sharding.mesh if split else None
 
 
-@functools.partial(
-  jax.jit, static_argnames=("graphdef", "config", "unrolled", "mesh")
-)
-def _generate(
-  graphdef,
-  state,
-  cond,
-  null,
-  rng,
-  image_index,
-  scales,
-  config,
-  unrolled,
-  mesh,
-):
+@functools.partial(jax.jit, static_argnames=("graphdef", "how"))
+def _generate(graphdef, state, cond, null, rng, image_index, scales, path, how):
+  """`how` is (SamplingConfig, whether to unroll the layers, mesh)."""
+  config, unrolled, mesh = how
   run = functools.partial(_generate_rows, graphdef, config, unrolled)
   if mesh:
     # Left to the partitioner, [cond | null] would be one batch to split, and
@@ -255,15 +251,15 @@ def _generate(
     run = jax.shard_map(
       run,
       mesh=mesh,
-      in_specs=(one, rows, rows, one, rows, one),
+      in_specs=(one, rows, rows, one, rows, one, rows),
       out_specs=rows,
       check_vma=False,
     )
-  return run(state, cond, null, rng, image_index, scales)
+  return run(state, cond, null, rng, image_index, scales, path)
 
 
 def _generate_rows(
-  graphdef, config, unrolled, state, cond, null, rng, image_index, scales
+  graphdef, config, unrolled, state, cond, null, rng, image_index, scales, path
 ):
   """Samples of the rows of one device."""
   model = nnx.merge(graphdef, state)
@@ -275,7 +271,10 @@ def _generate_rows(
   num_tokens, window = model.num_tokens, model.window
 
   def draw(hidden, n):
-    return _draw_window(model, hidden, keys, n, scales[n], config)
+    tokens, logits = _draw_window(model, hidden, keys, n, scales[n], config)
+    if path is not None:  # commit what is given, keep the drafts
+      tokens = tokens.at[:, 0].set(path[:, n])
+    return tokens, logits
 
   def emit(tokens, logits):
     return (tokens, logits) if config.return_logits else (tokens,)
@@ -322,6 +321,29 @@ def generate(
     image_index: the index of each image in the run, 0..B-1 by default; with
       `rng` it alone decides the image's random numbers.
   """
+  return _run(model, (cond, null), rng, config, image_index, None)
+
+
+def draft_along(
+  model: TensorAR,
+  tokens: Int[Array | np.ndarray, "B T F"],
+  cond: Cond,
+  null: Cond | None,
+  rng: Key,
+  config: SamplingConfig = SamplingConfig(),
+) -> Int[Array, "B T k F"]:
+  """The windows that the sampler reads if `tokens` are what it commits.
+
+  As `generate`, but every step commits the given token in place of the one it
+  drew; the slots >= 1 are the model's own drafts, each drawn behind a window
+  of such drafts. Along the tokens of `generate` these are its `drafts`.
+  """
+  return _run(model, (cond, null), rng, config, None, tokens).drafts
+
+
+def _run(model, conds, rng, config, image_index, path) -> Samples:
+  """Checks, then samples; `path` are tokens to commit, or None."""
+  cond, null = conds
   if not isinstance(model, TensorAR):
     raise ValueError(
       f"model is a {type(model).__name__}: wrap it first, TensorAR(backbone,"
@@ -333,6 +355,12 @@ def generate(
   if len(image_index) != batch:
     raise ValueError(
       f"image_index has {len(image_index)} entries for {batch} conditions."
+    )
+  given = (batch, model.num_tokens, len(model.vocab_sizes))
+  if path is not None and path.shape != given:
+    raise ValueError(
+      f"tokens of shape {path.shape}: expected {given}, a sequence for each"
+      " condition."
     )
   config.check(len(model.vocab_sizes))
   scales = guidance_scales(config, model.num_tokens, len(model.vocab_sizes))
@@ -359,7 +387,6 @@ def generate(
     rng,
     jnp.asarray(image_index),
     jnp.asarray(scales),
-    config,
-    unrolled=jax.default_backend() == "cpu",
-    mesh=_batch_mesh(cond),
+    None if path is None else jnp.asarray(path),
+    how=(config, jax.default_backend() == "cpu", _batch_mesh(cond)),
   )

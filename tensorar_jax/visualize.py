@@ -243,15 +243,107 @@ def _draw(axes: Any, title: str, curves: Mapping[str, np.ndarray]) -> None:
     # The first steps from scratch would press everything else together.
     low, top = axes.get_ylim()[0], max(settled)
     axes.set_ylim(low, top + (top - low) * 0.3)
-  axes.set_title(title, loc="left", fontsize=11, color=_INK)
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-  axes.tick_params(labelsize=9, colors=_MUTED)
+  _tidy(axes, title)
   axes.set_xlabel("step", fontsize=9, color=_MUTED)
   if "" not in curves:
     ncols = min(4, len(curves)) if offsets else 1
     style = {"frameon": False, "handlelength": 1.2, "columnspacing": 1.2}
     axes.legend(loc="upper right", fontsize=9, ncols=ncols, **style)
+
+
+def save_diagnostics(path: Path_, found: Named) -> None:
+  """A PNG of refinement diagnostics, by model: training against own drafts.
+
+  `found[name]` is what `evaluation.diagnostics.measure` returns for a window of
+  2 slots or more.
+  """
+  from matplotlib.figure import Figure
+
+  if not found:
+    raise ValueError("there are no diagnostics; expected a model or more.")
+  figure = Figure(figsize=(14, 3.8), dpi=100, layout="constrained")
+  panels = figure.subplots(1, 3)
+  titles = {
+    "cross_entropy": "cross-entropy of the prediction, by offset",
+    "window_accuracy": "share of right tokens in the input window, by offset",
+    "copy_rate": "committed token = the draft of so many looks before",
+  }
+  for axes, (quantity, title) in zip(panels, titles.items()):
+    first = 0 if quantity == "cross_entropy" else 1
+    for i, (name, own) in enumerate(found.items()):
+      curves = own[quantity]
+      if isinstance(curves, list):
+        curves = {"own_drafts": curves}
+      for windows, values in curves.items():
+        noise = windows == "training_noise"
+        style = {"ls": "--", "mfc": "white"} if noise else {"label": name}
+        slots = range(first, first + len(values))
+        axes.plot(slots, values, color=f"C{i}", marker="o", lw=1.8, **style)
+    _tidy(axes, title)
+    last = max(own["window"] for own in found.values()) - 1
+    axes.set_xticks(range(first, last + 1))
+    axes.set_xlim(first - 0.5, last + 0.5)
+    if first:  # shares
+      axes.set_ylim(0, 1)
+  panels[0].plot([], [], color=_MUTED, label="behind its own drafts")
+  style = {"ls": "--", "mfc": "white", "marker": "o"}
+  panels[0].plot([], [], color=_MUTED, label="behind training noise", **style)
+  panels[0].legend(frameon=False, fontsize=9)
+  figure.savefig(path, format="png")
+
+
+def save_planes(
+  path: Path_,
+  groups: Mapping[str, Named],
+  planes: Sequence[tuple[str, str]],
+  hollow: str,
+) -> None:
+  """A PNG of models as points, a line of panels per group, a panel per plane.
+
+  `groups[title][name]` is a list of series, each a list of rows with the values
+  of every quantity of `planes`; a point is the mean of a series and its bars
+  the standard deviation. The first series is filled, the second hollow, which
+  stands for what `hollow` says.
+  """
+  from matplotlib.figure import Figure
+
+  if not groups:
+    raise ValueError("there is nothing to compare; expected a group or more.")
+  size = (6.4 * len(planes), 4.2 * len(groups))
+  figure = Figure(figsize=size, dpi=100, layout="constrained")
+  panels = figure.subplots(len(groups), len(planes), squeeze=False)
+  for line, (title, models) in zip(panels, groups.items()):
+    for axes, (x, y) in zip(line, planes):
+      for i, (name, series) in enumerate(models.items()):
+        _points(axes, series, (x, y), f"C{i}", name)
+      _tidy(axes, f"{title}: {y} by {x}")
+      axes.set_xlabel(x, fontsize=9, color=_MUTED)
+      axes.set_ylabel(y, fontsize=9, color=_MUTED)
+    style = {"color": _MUTED, "mfc": "white", "marker": "o", "ls": ""}
+    line[0].plot([], [], label=hollow, **style)
+    line[0].legend(frameon=False, fontsize=9)
+  figure.savefig(path, format="png")
+
+
+def _points(axes, series, plane, color, name) -> None:
+  """The series of one model, joined by a line."""
+  values = [np.array([[r[q] for q in plane] for r in s], float) for s in series]
+  means = np.array([v.mean(axis=0) for v in values])
+  axes.plot(*means.T, color=color, lw=0.8, alpha=0.6)
+  for i, (mean, rows) in enumerate(zip(means, values)):
+    bars = rows.std(axis=0, ddof=1) if len(rows) > 1 else (0, 0)
+    style = {"mfc": "white"} if i else {"label": name}
+    x, y = mean
+    style |= {"color": color, "marker": "o", "ls": "", "lw": 1}
+    axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], **style)
+
+
+def _tidy(axes: Any, title: str) -> None:
+  """The look of every panel with curves."""
+  axes.set_title(title, loc="left", fontsize=11, color=_INK)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+  axes.tick_params(labelsize=9, colors=_MUTED)
 
 
 def save_image(path: Path_, image: Any) -> None:

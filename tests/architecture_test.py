@@ -15,7 +15,7 @@ LAYERS = (
   {"main"},
   {"report", "evaluation.sample_files"},
   {"visualize", "evaluation.evaluate", "data.tokenize"},
-  {"train", "evaluation.samples"},
+  {"train", "evaluation.samples", "evaluation.diagnostics"},
   {"published"},
   {"build", "objective", "metrics"},
   {

@@ -173,6 +173,54 @@ def test_bad_pictures_are_named():
       visualize.save_curves("never.png", traces)
 
 
+def _diagnostics(window=3, value=0.5):
+  kinds = ("training_noise", "own_drafts")
+  of = lambda slots: {kind: [value] * slots for kind in kinds}
+  return {
+    "window": window,
+    "entropy": value,
+    "cross_entropy": of(window),
+    "accuracy": of(window),
+    "window_accuracy": of(window - 1),
+    "copy_rate": [value] * (window - 1),
+  }
+
+
+def test_diagnostics_of_every_model_are_drawn(tmp_path):
+  found = {"k = 2": _diagnostics(2), "k = 5": _diagnostics(5, 0.25)}
+  visualize.save_diagnostics(tmp_path / "a.png", found)
+  assert _decode(tmp_path / "a.png").shape == (380, 1400, 3)
+  with pytest.raises(ValueError, match="expected a model"):
+    visualize.save_diagnostics(tmp_path / "a.png", {})
+
+
+def test_planes_take_pairs_and_single_models(tmp_path):
+  rows = [{"recall": 0.5 + i, "precision": 0.25 * i} for i in range(3)]
+  groups = {"digits": {"base": [rows], "pair": [rows[:1], rows[1:]]}}
+  groups["shoes"] = {"base": [rows[:1]]}
+  planes = (("recall", "precision"),)
+  visualize.save_planes(tmp_path / "a.png", groups, planes, "the base")
+  assert _decode(tmp_path / "a.png").shape == (840, 640, 3)
+  with pytest.raises(ValueError, match="expected a group"):
+    visualize.save_planes(tmp_path / "a.png", {}, planes, "")
+
+
+def test_report_tells_of_refinement(tmp_path):
+  metrics = _metrics() | {"diagnostics": {"wrapped": _diagnostics(2)}}
+  head, *lines = report.refinement_lines(metrics)
+  assert lines == [
+    ["wrapped", "0", *["0.500 / 0.500"] * 2, "", ""],
+    ["wrapped", "1", *["0.500 / 0.500"] * 3, "0.500"],
+  ]
+  assert len(head) == 6
+  for given in (metrics, _metrics()):
+    report.write_report(tmp_path / "r.html", "r", given, {}, "run")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    shown = "Behind its own drafts" in page
+    assert shown == ("<td>0.500 / 0.500</td>" in page)
+    assert shown == ("diagnostics" in given)
+
+
 def _entry(mean, std):
   return {"mean": mean, "std": std, "values": [mean - std, mean + std]}
 

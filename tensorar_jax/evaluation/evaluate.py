@@ -20,10 +20,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from tensorar_jax import build, metrics, objective, train, weights
+from tensorar_jax import build, metrics, train
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import pipeline, sources
-from tensorar_jax.evaluation import adm, samples
+from tensorar_jax.evaluation import adm, diagnostics, samples
 from tensorar_jax.noising import NoiseConfig
 from tensorar_jax.sampling import SamplingConfig
 
@@ -42,6 +42,8 @@ class EvaluationConfig:
     seeds: how many sampling seeds.
     batch_size: images per call of the sampler.
     real_images: at most so many training images are the reference.
+    held_out_images: at most so many test images for cross-entropies and the
+      refinement diagnostics.
   """
 
   classifier: str = "classifier"
@@ -52,10 +54,12 @@ class EvaluationConfig:
   seeds: int = 3
   batch_size: int = 250
   real_images: int = 10_000
+  held_out_images: int = 1000
 
   def __post_init__(self):
-    for name in ("scan_images", "num_images", "seeds", "batch_size"):
-      least = 10 if name.endswith("images") else 1
+    images = ("scan_images", "num_images", "held_out_images")
+    for name in (*images, "seeds", "batch_size"):
+      least = 10 if name in images else 1
       if getattr(self, name) < least:
         raise ValueError(
           f"evaluation.{name}={getattr(self, name)}: expected at least {least}."
@@ -105,6 +109,13 @@ class Yardstick:
       pad = [(0, size - len(part))] + [(0, 0)] * 3
       out.append(_features(graphdef, state, np.pad(part, pad))[: len(part)])
     return np.concatenate(out)
+
+  def held_out(self, limit: int) -> dict[str, np.ndarray]:
+    """The first test images, "image" and "label"."""
+    return {
+      "image": self.test_images[:limit],
+      "label": self.test_labels[:limit],
+    }
 
   def frechet(self, fake: np.ndarray) -> float:
     """The Frechet distance of features to the real training images'."""
@@ -167,6 +178,7 @@ class Sampler:
     self.conditioning = build.conditioning(stage["conditioning"])
     section = stage.get("sampling", {})
     self.config = build.call(SamplingConfig, section, "sampling")
+    self.noise = build.call(NoiseConfig, stage["noise"], "noise")
     self.batch_size = batch_size
 
   def draw(self, scale: float, seed: int, count: int) -> dict:
@@ -181,6 +193,22 @@ class Sampler:
       drafts.append(np.asarray(batch.drafts))
     drafts = np.concatenate(drafts)
     return dict(images=np.concatenate(images), labels=labels, drafts=drafts)
+
+  def diagnose(self, scale: float, held_out: dict[str, np.ndarray]) -> dict:
+    """The refinement diagnostics at a guidance scale, on "image", "label"."""
+    encode = jax.jit(lambda tok, images: tok.encode(train.to_float(images)))
+    tokens = [
+      encode(self.tokenizer, held_out["image"][start : start + 256])
+      for start in range(0, len(held_out["image"]), 256)
+    ]
+    return diagnostics.measure(
+      self.model,
+      self.conditioning,
+      {"tokens": np.concatenate(tokens), "label": held_out["label"]},
+      dataclasses.replace(self.config, guidance=float(scale)),
+      self.noise,
+      self.batch_size,
+    )
 
 
 def measure_model(
@@ -218,39 +246,19 @@ def measure_model(
       first = 10 * sampler.conditioning.num_classes
       _save_arrays(pictures, {k: v[:first] for k, v in drawn.items()})
   result = {name: _spread([row[name] for row in rows]) for name in rows[0]}
-  result["cross_entropy"] = held_out(subject, sampler, yardstick)
+  held_out = yardstick.held_out(settings.held_out_images)
+  refinement = sampler.diagnose(best, held_out)
+  result["entropy"] = refinement["entropy"]
+  result["cross_entropy"] = refinement["cross_entropy"]["training_noise"][0]
   found = {
     "fingerprint": fingerprint,
     "metrics": {**result, "guidance": best},
+    "diagnostics": refinement,
     "guidance_scan": scan,
     "seconds": time.monotonic() - started,
   }
   orbax_io.write_json(path, found)
   return found
-
-
-def held_out(subject: Subject, sampler: Sampler, yardstick: Yardstick) -> float:
-  """Cross-entropy of the committed slot on held-out images, training noise."""
-  noise = build.call(NoiseConfig, subject.stage["noise"], "noise")
-  loss = build.call(objective.LossConfig, subject.stage["loss"], "loss")
-  skeleton, params, frozen = weights.split(sampler.model)
-
-  @jax.jit
-  def compute(params, tokenizer, images, cond):
-    tokens = tokenizer.encode(train.to_float(images))
-    _, scalars = objective.tensorar_loss(
-      skeleton.merge(params, frozen), cond, tokens, None, noise, loss
-    )
-    return scalars["ce/0"]
-
-  total, count = 0.0, len(yardstick.test_images)
-  for start in range(0, count, 256):
-    part = slice(start, start + 256)
-    cond = sampler.conditioning.encode(yardstick.test_labels[part])
-    images = yardstick.test_images[part]
-    ce = compute(params, sampler.tokenizer, images, cond)
-    total += len(images) * float(ce)
-  return total / count
 
 
 def _save_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -288,6 +296,7 @@ def evaluate(
   result = {
     "models": {name: found["metrics"] for name, found in measured.items()},
     "reference": {"held-out real images": real},
+    "diagnostics": _refinement(stages, measured),
     "guidance_scan": {
       n: found["guidance_scan"] for n, found in measured.items()
     },
@@ -297,6 +306,8 @@ def evaluate(
       "frechet, precision and recall are against the real training images, in"
       f" the features of the stage {settings.classifier!r}; accuracy is the"
       " share of samples that it takes for the class they were asked for.",
+      "entropy is that of what a committed token is drawn from, in nats, at"
+      " the chosen guidance.",
       "cross entropy is that of the committed slot on held-out images with the"
       " noise of training. A window that still shows the token lowers it"
       " without making samples better.",
@@ -304,6 +315,17 @@ def evaluate(
   }
   orbax_io.write_json(workdir / "metrics.json", result)
   return result
+
+
+def _refinement(stages, measured) -> dict[str, dict]:
+  """The diagnostics of the models with drafts, and their parent's entropy."""
+  found = {}
+  for name, own in measured.items():
+    parent = measured.get(stages[name]["init"])
+    entropy = parent["diagnostics"]["entropy"] if parent else None
+    if own["diagnostics"]["window"] > 1:
+      found[name] = {**own["diagnostics"], "base_entropy": entropy}
+  return found
 
 
 def _wall_times(stages, workdir, measured) -> dict[str, float]:

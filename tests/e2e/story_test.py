@@ -43,7 +43,8 @@ def finished(tmp_path_factory):
 
 def test_everything_promised_is_there(finished):
   workdir, done = finished
-  for name in ("samples.png", "refinement.png", "curves.png", "report.html"):
+  pictures = ("samples", "refinement", "diagnostics", "curves")
+  for name in (*(f"{picture}.png" for picture in pictures), "report.html"):
     assert (workdir / name).stat().st_size > 1000, name
   metrics = json.loads((workdir / "metrics.json").read_text())
   assert list(metrics["models"]) == ["base", "continued", "tensorar", "drafts"]
@@ -52,6 +53,14 @@ def test_everything_promised_is_there(finished):
     assert row["frechet"]["mean"] == pytest.approx(
       np.mean(row["frechet"]["values"])
     )
+    assert row["entropy"] > 0
+  assert list(metrics["diagnostics"]) == ["tensorar", "drafts"]
+  for name, found in metrics["diagnostics"].items():
+    assert len(found["cross_entropy"]["own_drafts"]) == found["window"] == 4
+    assert found["base_entropy"] == metrics["models"]["base"]["entropy"]
+    noise = found["cross_entropy"]["training_noise"]
+    assert noise[0] == metrics["models"][name]["cross_entropy"]
+  assert "Behind its own drafts" in (workdir / "report.html").read_text()
   assert "continued" in done.stdout and "report.html" in done.stdout
   assert "ETA" in done.stderr and "tokens/s" in done.stderr
   assert list((workdir / "tensorar" / "tensorboard").iterdir())

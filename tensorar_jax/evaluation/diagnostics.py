@@ -1,0 +1,200 @@
+"""Does refinement refine? What a model makes of its own drafts.
+
+In training, slot j >= 1 of an input window holds the right token with a known
+probability and noise otherwise. In sampling it holds a draft that the model
+drew itself, behind a window of such drafts. If the two differ, the training
+loss says little about samples. Measured here, with j a slot:
+
+| name              | meaning                                                  |
+| ----------------- | -------------------------------------------------------- |
+| `cross_entropy`   | of the prediction of slot j, nats, on held-out images    |
+| `accuracy`        | how often its argmax is right, on held-out images        |
+| `window_accuracy` | how often input slot j >= 1 was right, the same windows  |
+| `copy_rate`       | committed token = draft of j >= 1 looks before, sampling |
+| `entropy`         | of what a committed token is drawn from, nats, sampling  |
+
+The first three are measured twice: behind windows with the noise of training,
+and behind the windows that the sampler reads if what it commits are the tokens
+of the held-out image (`sampling.draft_along`). A model with window 1 has
+neither drafts nor noise, so it gets the entropy and one cross-entropy. Spec:
+section 9.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tensorar_jax import losses, objective, sampling, windows
+from tensorar_jax.evaluation import samples
+from tensorar_jax.interfaces import Batch, Conditioning
+from tensorar_jax.noising import NoiseConfig
+from tensorar_jax.sampling import SamplingConfig
+from tensorar_jax.tensorar import TensorAR
+
+SEED = 2**21  # apart from every seed that images are measured with
+
+
+def measure(
+  model: TensorAR,
+  conditioning: Conditioning,
+  batch: Batch,
+  config: SamplingConfig,
+  noise: NoiseConfig,
+  batch_size: int,
+) -> dict:
+  """Everything in the table above, as plain numbers and lists.
+
+  Args:
+    model: as it is sampled.
+    conditioning: encodes labels.
+    batch: held-out "tokens" int32 [n, T, F] and "label" int32 [n]; as many
+      images of the same classes are sampled.
+    config: how it is sampled, guidance included.
+    noise: what it was trained with.
+    batch_size: images per call; `n` need not be a multiple.
+  """
+  found = {"window": model.window}
+  found |= free_running(model, conditioning, batch["label"], config, batch_size)
+  return found | held_out(model, conditioning, batch, config, noise, batch_size)
+
+
+def free_running(
+  model: TensorAR,
+  conditioning: Conditioning,
+  labels: Int[np.ndarray, "n"],
+  config: SamplingConfig,
+  batch_size: int,
+) -> dict:
+  """{"entropy"} of samples and, with drafts to copy, {"copy_rate": [k - 1]}."""
+  config = dataclasses.replace(config, return_logits=True)
+  entropies, drafts = [], []
+  for out in samples.generate(
+    model, conditioning, labels, SEED, config, batch_size
+  ):
+    committed = tuple(one[:, :, 0] for one in out.logits)
+    entropies.append(np.asarray(entropy(committed, config)))
+    drafts.append(np.asarray(out.drafts))
+  found = {"entropy": float(np.mean(np.concatenate(entropies)))}
+  if model.window > 1:
+    found["copy_rate"] = copy_rate(np.concatenate(drafts))
+  return found
+
+
+def entropy(
+  logits: tuple[Float[Array, "*n _"], ...], config: SamplingConfig
+) -> Float[Array, "*n"]:
+  """Nats, after temperature, top-k and top-p; the sum over sub-tokens.
+
+  Sub-token f was drawn behind the drawn ones before it, so the mean over
+  samples estimates the entropy of the whole token.
+  """
+  total = jnp.zeros(logits[0].shape[:-1])
+  for f, one in enumerate(logits):
+    own = config.sub_token(f)
+    if own.temperature == 0:  # nothing is left to chance
+      continue
+    probs = sampling.token_probs(one, own.temperature, own)
+    logs = jnp.log(jnp.where(probs > 0, probs, 1.0))
+    total -= jnp.sum(probs * logs, axis=-1)
+  return total
+
+
+def copy_rate(drafts: Int[np.ndarray, "B T k F"]) -> list[float]:
+  """[j - 1]: how often a committed token is the draft of j looks before.
+
+  Position p < j has no such draft and does not count.
+  """
+  length, window = drafts.shape[1:3]
+  rates = []
+  for j in range(1, window):
+    earlier, committed = drafts[:, : length - j, j], drafts[:, j:, 0]
+    rates.append(float(np.mean((earlier == committed).all(axis=-1))))
+  return rates
+
+
+def held_out(
+  model: TensorAR,
+  conditioning: Conditioning,
+  batch: Batch,
+  config: SamplingConfig,
+  noise: NoiseConfig,
+  batch_size: int,
+) -> dict:
+  """{"cross_entropy", "accuracy", "window_accuracy"}: {windows: [slots]}."""
+  graphdef, state = nnx.split(model)
+  rows: dict[str, list[dict]] = {}
+  for index, count in _batches(len(batch["label"]), batch_size):
+    cond = conditioning.encode(np.asarray(batch["label"])[index])
+    tokens = jnp.asarray(batch["tokens"][index])
+    rng = jax.random.fold_in(jax.random.key(SEED), index[0])
+    rng_noise, rng_draft = jax.random.split(rng)
+    inputs = {
+      "training_noise": _noised(graphdef, state, cond, tokens, rng_noise, noise)
+    }
+    if model.window > 1:
+      null = conditioning.null(cond)
+      own = sampling.draft_along(model, tokens, cond, null, rng_draft, config)
+      inputs["own_drafts"] = own[:, :-1], None
+    for name, (read, extra) in inputs.items():
+      values = _slots(graphdef, state, cond, tokens, read, extra)
+      values = {key: np.asarray(value)[:count] for key, value in values.items()}
+      rows.setdefault(name, []).append(values)
+  found = {"cross_entropy": {}, "accuracy": {}}
+  if model.window > 1:
+    found["window_accuracy"] = {}
+  for name, parts in rows.items():
+    for quantity, slots in found.items():
+      # Images first: each counts the same, whatever batch it came in.
+      values = np.concatenate([part[quantity] for part in parts])
+      slots[name] = np.mean(values, axis=0, dtype=float).tolist()
+  return found
+
+
+def _batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+  """(rows, how many of them count): one shape, the last batch filled up."""
+  size = min(size, count)
+  for start in range(0, count, size):
+    index = np.minimum(np.arange(start, start + size), count - 1)
+    yield index, min(size, count - start)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "noise"))
+def _noised(graphdef, state, cond, tokens, rng, noise):
+  """(input windows [B, T-1, k, F], noise on their embeddings or None)."""
+  model = nnx.merge(graphdef, state)
+  clean, valid = windows.unfold(tokens, model.window)
+  return objective.corrupt(model, cond, clean[:, :-1], valid[:-1], rng, noise)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _slots(graphdef, state, cond, tokens, inputs, extra):
+  """Of each image: what the model predicts behind these input windows."""
+  model = nnx.merge(graphdef, state)
+  targets, valid = windows.unfold(tokens, model.window)
+  hidden = model(cond, inputs, valid[:-1], noise=extra)  # [B, T, k, D]
+
+  def one(hidden, targets):
+    weights = np.ones(model.window)
+    return losses.tensor_cross_entropy(
+      model.logits, hidden[None], targets[None], valid, weights
+    )[1]
+
+  scalars = jax.vmap(one)(hidden, targets)
+  slots = lambda name: jnp.stack(
+    [scalars[f"{name}/{j}"] for j in range(model.window)], axis=-1
+  )
+  right = (inputs == targets[:, :-1]).all(axis=-1) & valid[:-1]  # [B, T-1, k]
+  shown = jnp.sum(right, axis=1) / jnp.sum(valid[:-1], axis=0)
+  return {
+    "cross_entropy": slots("ce"),
+    "accuracy": slots("accuracy"),
+    "window_accuracy": shown[:, 1:],
+  }
