@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 import configs
 from tensorar_jax import build, optim, train
@@ -28,6 +29,21 @@ def test_stages_fit_together(name):
     train.check(stage)
     if stage["source"]:  # it can be trained from nothing as well
       train.check({**stage, "source": None})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_section_stands_in_two_places(name):
+  """Else `--config.a.x=1` would change b.x with it."""
+  seen = {}
+
+  def walk(section, path):
+    if isinstance(section, ConfigDict):
+      where = seen.setdefault(id(section), path)
+      assert where == path, f"{where} and {path} are one"
+      for key in section:
+        walk(section[key], f"{path}.{key}")
+
+  walk(importlib.import_module(f"configs.{name}").get_config(), "config")
 
 
 @pytest.mark.parametrize("name", TRACED)

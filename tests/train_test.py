@@ -130,6 +130,14 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path):
   assert not saved & {"4", "6", "8"}
 
 
+def test_a_gradient_that_is_not_finite_stops_under_a_finite_loss(tmp_path):
+  rows = [{"loss": 1.0, "grad_norm": 2.0}, {"loss": 1.0, "grad_norm": np.nan}]
+  with pytest.raises(
+    ValueError, match="step 7 is 1.0, its gradient's norm nan"
+  ):
+    train._interval_means(rows, 7, tmp_path)
+
+
 def test_another_config_in_the_folder_is_refused(trained):
   other = stage(noise=dict(kind="gaussian"))
   with pytest.raises(ValueError, match="noise.kind: was 'categorical'"):
