@@ -7,7 +7,6 @@ groups, the sharding rules, the import tables and the checkpoints alike.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 from flax import nnx
@@ -56,9 +55,3 @@ def update(model: nnx.Module, weights: Weights) -> nnx.Module:
   """A copy of the model with the named weights replaced."""
   skeleton, params, frozen = split(model)
   return skeleton.merge({**params, **frozen, **weights})
-
-
-def count(model: nnx.Module) -> int:
-  """How many trained numbers a model has."""
-  _, params, _ = split(model)
-  return sum(math.prod(array.shape) for array in params.values())

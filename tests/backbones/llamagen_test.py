@@ -14,6 +14,7 @@ import tensorar_jax as tj
 from tensorar_jax import layers, losses, sampling, weights
 from tensorar_jax.backbones import llamagen
 from tests import tiny
+from tests.contract import families
 
 CASES = ("gpt_c2i", "gpt_c2i_gqa", "gpt_c2i_opts")
 
@@ -207,7 +208,7 @@ def test_parameter_counts_are_the_published_ones(parity):
     manifest = json.loads((folder / file.replace(".pt", ".json")).read_text())
     config = llamagen.VARIANTS[variant]
     model = nnx.eval_shape(lambda c=config: llamagen.Model(c, rngs=nnx.Rngs(0)))
-    assert weights.count(model) == manifest["total_parameters"], file
+    assert families.count(model) == manifest["total_parameters"], file
 
 
 def test_training_from_nothing_starts_as_upstream_does():

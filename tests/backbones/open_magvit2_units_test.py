@@ -135,7 +135,7 @@ def test_parameter_counts_are_the_published_ones(parity, file, variant):
   config = open_magvit2.VARIANTS[variant]
   model = nnx.eval_shape(lambda: open_magvit2.Model(config, rngs=nnx.Rngs(0)))
   counts = manifest["element_counts_by_top_level_prefix"]
-  assert weights.count(model) == counts["transformer"]
+  assert families.count(model) == counts["transformer"]
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_published_sizes(file, variant, parity):
   want = totals[file.removesuffix(".bin")]
   config = rar.VARIANTS[variant]
   model = nnx.eval_shape(lambda: rar.Model(config, rngs=nnx.Rngs(0)))
-  assert weights.count(model) == want["parameters"]
+  assert families.count(model) == want["parameters"]
   assert len(families.manifest(parity, "rar", file)) == want["tensors"]
 
 

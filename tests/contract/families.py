@@ -10,9 +10,10 @@ import pkgutil
 
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from flax import nnx
 
-from tensorar_jax import backbones, tokenizers
+from tensorar_jax import backbones, tokenizers, weights
 from tensorar_jax.backbones import open_magvit2, rar
 from tensorar_jax.build import family
 from tests import tiny
@@ -96,6 +97,11 @@ def manifest(parity: pathlib.Path, name: str, file: str) -> dict[str, tuple]:
   content = json.loads((folder / file).with_suffix(".json").read_text())
   keys = content.get("keys") or content.get("state_dict") or content
   return {key: tuple(shape) for key, (shape, _) in keys.items()}
+
+
+def count(model: nnx.Module) -> int:
+  """How many trained numbers a model has; it may be abstract."""
+  return parameter_overview.count_parameters(weights.split(model)[1])
 
 
 def backbone(

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tensorar_jax import noising, objective, sampling, train, weights, windows
+from tensorar_jax import noising, objective, sampling, train, windows
 from tensorar_jax.build import family
 from tensorar_jax.evaluation import samples
 from tensorar_jax.tensorar import TensorAR
@@ -132,7 +132,7 @@ def test_parameter_counts_are_the_papers(name):
         base = module.Model(config, rngs=nnx.Rngs(0))
         return TensorAR(base, window=window, rngs=nnx.Rngs(0), **options)
 
-      return weights.count(nnx.eval_shape(make))
+      return families.count(nnx.eval_shape(make))
 
     counts = [count(window=1), count(**P2), count(**P1)]
     for squares, wrapped in ((9, counts[1]), (48, counts[2])):
