@@ -89,9 +89,8 @@ PLANS = {
     {2: ("control", "categorical", "drafts"), 4: ("categorical", "drafts")},
     seeds=3,
     guidance=(1.0, 1.25, 1.5),
-    # Sampling is what grows with these; training takes 15 CPU minutes a seed.
-    scan_images=1000,
-    num_images=5000,
+    scan_images=2000,
+    num_images=10_000,
   ),
   "fashion_mnist": Plan(
     {2: ("control", "categorical", "drafts")},

@@ -9,7 +9,13 @@ Modes:
              --num_images, --classes, --seed, --resize, --batch_size, --pngs,
              --output=FOLDER or FILE.npz. The same command continues a run that
              was stopped; all local devices share the work.
-  evaluate   sample the config's models and measure them: metrics.json.
+  evaluate   measure samples. --samples=FILE.npz --reference=FILE.npz: FID,
+             sFID, IS, precision and recall of images that any program made, as
+             the ADM suite has them; no --config. --reference alone: those of a
+             trained stage, sampled for it (--stage, --num_images=50000,
+             --guidance=1.5,2 for a scan with a plot, --classes, --seed,
+             --resize). Neither: the config's models by its small classifier,
+             for tiny images: metrics.json. --inception, --bootstrap, --output.
   visualize  draw the pictures and report.html from what is there.
   import     fill the stages that have a `source` from published PyTorch files.
   tokenize   turn images into token shards: --images=folder:DIR (or tfds:NAME),
@@ -47,7 +53,10 @@ _STAGE = flags.DEFINE_string(
   "stage", None, "Which stage to train or sample. Default: all; the last."
 )
 _NUM_IMAGES = flags.DEFINE_integer(
-  "num_images", 100, "How many images to sample.", lower_bound=1
+  "num_images",
+  None,
+  "How many images to sample. Default: 100; 50,000 for --reference.",
+  lower_bound=1,
 )
 _CLASSES = flags.DEFINE_list(
   "classes", None, "Class ids to sample in turn. Default: all."
@@ -55,7 +64,8 @@ _CLASSES = flags.DEFINE_list(
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size",
   None,
-  "Images sampled at once, over the local devices. Default: 32 for each.",
+  "Images sampled or measured at once, over the local devices. Default: 32 for"
+  " each; for features 64, on a CPU 16.",
   lower_bound=1,
 )
 _PNGS = flags.DEFINE_bool(
@@ -71,7 +81,30 @@ _OUTPUT = flags.DEFINE_string(
   "output",
   None,
   "Of --mode=export: a .pt or .safetensors file. Of --mode=tokenize: a folder."
-  " Of --mode=sample: a folder or a .npz file; default: a numbered folder.",
+  " Of --mode=sample: a folder or a .npz file; default: a numbered folder. Of"
+  " --samples: a folder; default: beside the samples.",
+)
+_SAMPLES = flags.DEFINE_string(
+  "samples", None, "Images to measure: .npz with arr_0, uint8 [n, h, w, 3]."
+)
+_REFERENCE = flags.DEFINE_string(
+  "reference",
+  None,
+  "What to measure against: .npz with images, as VIRTUAL_imagenet256_labeled.",
+)
+_INCEPTION = flags.DEFINE_string(
+  "inception",
+  "weights/pt_inception-2015-12-05-6726825d.pth",
+  "The network of FID, as pytorch-fid publishes it.",
+)
+_BOOTSTRAP = flags.DEFINE_integer(
+  "bootstrap", 20, "Resamples behind the intervals of --reference; 0: none."
+)
+_GUIDANCE = flags.DEFINE_list(
+  "guidance",
+  None,
+  "Scales to measure with --reference, as 1.5,2; 4:6 is one for each of two"
+  " sub-tokens. Default: the config's.",
 )
 _IMAGES = flags.DEFINE_string(
   "images", None, "Images to tokenize: folder:DIR, or tfds:NAME."
@@ -112,8 +145,6 @@ def run(config, folder: pathlib.Path) -> None:
     settings = build.call(evaluate.EvaluationConfig, section, "evaluation")
     settings.check(stages)
   mode = _MODE.value
-  if mode == "evaluate" and not settings:
-    raise ValueError("--mode=evaluate: the config has no section `evaluation`.")
   if mode in ("run", "train", "import"):
     for name, stage in stages.items():
       wanted = stage["source"] or mode != "import"
@@ -125,15 +156,22 @@ def run(config, folder: pathlib.Path) -> None:
     tokenize_images(stages, folder)
   if mode == "export":
     export_stage(folder)
-  if mode in ("run", "evaluate") and settings:
+  if mode == "evaluate" and _REFERENCE.value:
+    measure_stage(stages, folder)
+  elif mode == "evaluate" and not settings:
+    raise ValueError(
+      "--mode=evaluate: the config has no section `evaluation`; name a"
+      " reference batch with --reference=FILE.npz."
+    )
+  elif mode in ("run", "evaluate") and settings:
     evaluate.evaluate(stages, settings, folder)
   if mode in ("run", "visualize"):
     command = " ".join(["python -m tensorar_jax.main", *sys.argv[1:]])
     report.draw(stages, folder, command)
 
 
-def sample_stage(stages: dict, folder: pathlib.Path) -> None:
-  """--mode=sample."""
+def request(num_images: int):
+  """--num_images and the other flags that say which images."""
   from tensorar_jax.evaluation import sample_files
 
   classes = _CLASSES.value
@@ -141,17 +179,76 @@ def sample_stage(stages: dict, folder: pathlib.Path) -> None:
     classes = tuple(map(int, classes)) if classes is not None else None
   except ValueError as error:
     raise ValueError(f"--classes={classes}: expected integers.") from error
+  count = _NUM_IMAGES.value or num_images
+  return sample_files.Request(count, classes, _SEED.value, _RESIZE.value)
+
+
+def sample_stage(stages: dict, folder: pathlib.Path) -> None:
+  """--mode=sample."""
+  from tensorar_jax.evaluation import sample_files
+
   sample_files.sample(
-    stages,
-    folder,
-    sample_files.Request(
-      _NUM_IMAGES.value, classes, _SEED.value, _RESIZE.value
-    ),
+    *(stages, folder, request(100)),
     stage=_STAGE.value,
     output=_OUTPUT.value,
     batch_size=_BATCH_SIZE.value,
     pngs=_PNGS.value,
   )
+
+
+def make_judge():
+  """What --reference, --inception and --bootstrap say."""
+  import jax
+
+  from tensorar_jax.evaluation import protocol
+
+  return protocol.Judge(
+    *(_REFERENCE.value, _INCEPTION.value),
+    bootstrap=_BOOTSTRAP.value,
+    batch_size=_BATCH_SIZE.value,
+    share=(jax.process_index(), jax.process_count()),
+  )
+
+
+def measure_file() -> None:
+  """--mode=evaluate --samples."""
+  from tensorar_jax.evaluation import protocol
+
+  if _MODE.value != "evaluate" or not _REFERENCE.value:
+    raise ValueError("--samples goes with --mode=evaluate and --reference.")
+  samples, judge = pathlib.Path(_SAMPLES.value), make_judge()
+  folder = _OUTPUT.value or protocol.place_of(samples, _REFERENCE.value)
+  record = judge.measure(samples, folder)
+  if record:
+    print(protocol.table({samples.name: record}))
+    print(f"{pathlib.Path(folder, 'metrics.json')}")
+
+
+def measure_stage(stages: dict, folder: pathlib.Path) -> None:
+  """--mode=evaluate --reference: samples a stage for it first."""
+  from tensorar_jax.evaluation import protocol, sample_files
+
+  if _OUTPUT.value:
+    raise ValueError("--output: samples and metrics go to the stage's folder.")
+  name = sample_files.drawable(stages, _STAGE.value)
+  default = stages[name].get("sampling", {}).get("guidance", 1.0)
+  scales = [default]
+  if _GUIDANCE.value is not None:
+    try:
+      pairs = [tuple(map(float, s.split(":"))) for s in _GUIDANCE.value]
+    except ValueError as error:
+      raise ValueError(
+        f"--guidance={_GUIDANCE.value}: expected scales as 1.5,2 or 4:6,5:7."
+      ) from error
+    scales = [pair[0] if len(pair) == 1 else pair for pair in pairs]
+  records = protocol.sweep(
+    *(make_judge(), stages, folder, request(50_000)),
+    stage=name,
+    scales=scales,
+    batch_size=_BATCH_SIZE.value,
+  )
+  if records:
+    print(protocol.table(records))
 
 
 def tokenize_images(stages: dict, folder: pathlib.Path) -> None:
@@ -194,7 +291,10 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   metrics.log_to_console()
   try:
-    run(_CONFIG.value, workdir())
+    if _SAMPLES.value:
+      measure_file()
+    else:
+      run(_CONFIG.value, workdir())
   except (ValueError, OSError) as error:
     # These are messages to the user: a traceback would bury them.
     if logging.vlog_is_on(1):
@@ -216,5 +316,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
+  flags.register_multi_flags_validator(
+    ["config", "samples"],
+    lambda given: given["config"] or given["samples"],
+    "Name --config=FILE, or --samples=FILE.npz with --mode=evaluate.",
+  )
   app.run(main, flags_parser=parse_flags)

@@ -8,12 +8,14 @@ folder is claimed for one set of settings before anything is written.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 SETTINGS = "settings.json"
@@ -25,6 +27,21 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
   partial.write_text(json.dumps(value, indent=2) + "\n")
   partial.replace(path)
+
+
+def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
+  """Writes an .npz that is there as a whole or not at all."""
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+  with partial.open("wb") as out:
+    np.savez(out, **arrays)
+    out.flush()
+    os.fsync(out.fileno())
+  partial.replace(path)
+
+
+def positions(count: int, size: int) -> list[range]:
+  """0, 1, .. count - 1 in ranges of `size`; the last may be shorter."""
+  return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def differences(
@@ -69,12 +86,10 @@ def shards(
   folder: pathlib.Path, name: str, num_images: int, shard_size: int
 ) -> dict[pathlib.Path, range]:
   """Every shard and the positions of its images; `name` has a {} in it."""
-  count = -(-num_images // shard_size)
+  parts = positions(num_images, shard_size)
   return {
-    folder / name.format(f"{i:05d}-of-{count:05d}"): range(
-      i * shard_size, min((i + 1) * shard_size, num_images)
-    )
-    for i in range(count)
+    folder / name.format(f"{i:05d}-of-{len(parts):05d}"): part
+    for i, part in enumerate(parts)
   }
 
 

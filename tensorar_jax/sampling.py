@@ -34,6 +34,7 @@ _PER_SUB_TOKEN = {  # and the type of each
   "top_k": int,
   "top_p": float,
 }
+Guidance = float | tuple[float, ...]  # a scale, or one for each sub-token
 _UNGUIDED = dict(guidance=1.0, guidance_power=0.0, guidance_interval=None)
 
 

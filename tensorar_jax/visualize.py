@@ -325,6 +325,36 @@ def save_planes(
   figure.savefig(path, format="png")
 
 
+def save_scan(
+  path: Path_,
+  scales: Sequence[str],
+  metrics: Mapping[str, tuple[Sequence[float], Sequence[float], bool]],
+  title: str,
+) -> None:
+  """A PNG with a panel per metric over a scan of scales.
+
+  `metrics[name]` holds the value at each scale, half the width of its interval
+  (0 where it has none), and whether higher is better; the best is marked.
+  """
+  from matplotlib.figure import Figure
+
+  if not metrics or not scales:
+    raise ValueError("there is no scan; expected a scale and a metric or more.")
+  size = (3.6 * len(metrics), 3.4)
+  figure = Figure(figsize=size, dpi=110, layout="constrained")
+  figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+  panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+  at = np.arange(len(scales))
+  for axes, (name, (values, halves, higher)) in zip(panels, metrics.items()):
+    axes.errorbar(at, values, yerr=halves, marker="o", lw=1.2, capsize=3)
+    best = int((np.argmax if higher else np.argmin)(values))
+    axes.plot(best, values[best], "o", ms=9, mfc="none", mec="C1", mew=2)
+    _tidy(axes, f"{name} {'↑' if higher else '↓'}")
+    axes.set_xticks(at, scales)
+    axes.set_xlabel("guidance scale", fontsize=9, color=_MUTED)
+  figure.savefig(path, format="png")
+
+
 def _points(axes, series, plane, color, name) -> None:
   """The series of one model, joined by a line."""
   values = [np.array([[r[q] for q in plane] for r in s], float) for s in series]

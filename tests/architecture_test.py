@@ -13,7 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from layers to its right, and from its own.
 LAYERS = (
   {"main"},
-  {"report", "evaluation.sample_files"},
+  {"report", "evaluation.protocol"},
+  {"evaluation.sample_files"},
   {"visualize", "evaluation.evaluate", "data.tokenize"},
   {"train", "evaluation.samples", "evaluation.diagnostics"},
   {"published"},
@@ -36,6 +37,7 @@ LAYERS = (
     "data.pipeline",
     "data.sources",
     "evaluation.adm",
+    "evaluation.scores",
     "evaluation.classifier",
     "evaluation.extractor",
     "evaluation.inception",

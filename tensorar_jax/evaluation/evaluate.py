@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -20,12 +19,12 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from tensorar_jax import build, metrics, train
+from tensorar_jax import build, metrics, resumable, train
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import pipeline, sources
-from tensorar_jax.evaluation import adm, diagnostics, samples
+from tensorar_jax.evaluation import diagnostics, samples, scores
 from tensorar_jax.noising import NoiseConfig
-from tensorar_jax.sampling import SamplingConfig
+from tensorar_jax.sampling import Guidance, SamplingConfig
 
 SCAN_SEED = 2**20  # of the guidance scan, apart from every measured seed
 
@@ -37,7 +36,7 @@ class EvaluationConfig:
   Attributes:
     classifier: the stage whose features and classes are the yardstick.
     models: the stages to compare.
-    guidance: the scales of the scan.
+    guidance: the scales of the scan; one may be a tuple, by sub-token.
     scan_images, num_images: images per scan point and per seed.
     seeds: how many sampling seeds.
     batch_size: images per call of the sampler.
@@ -48,7 +47,7 @@ class EvaluationConfig:
 
   classifier: str = "classifier"
   models: tuple[str, ...] = ()
-  guidance: tuple[float, ...] = (1.0, 1.5, 2.0)
+  guidance: tuple[Guidance, ...] = (1.0, 1.5, 2.0)
   scan_images: int = 500
   num_images: int = 1000
   seeds: int = 3
@@ -95,12 +94,9 @@ class Yardstick:
     self.classifier = classifier
     self.test_images, self.test_labels = images(data["test_split"])
     self.real = self.features(images(data["train_split"])[0][:limit])
-    self.moments = adm.Moments()
-    self.moments.update(self.real)
-    self.radii = adm.squared_radii(self.real)
 
-  def features(self, images: np.ndarray) -> np.ndarray:
-    """Features [n, num_features] in batches of one compiled shape."""
+  def features(self, images: np.ndarray) -> scores.FeatureSet:
+    """`pool` [n, num_features], in batches of one compiled shape."""
     graphdef, state = nnx.split(self.classifier)
     size = min(500, len(images))
     out = []
@@ -108,7 +104,7 @@ class Yardstick:
       part = images[start : start + size]
       pad = [(0, size - len(part))] + [(0, 0)] * 3
       out.append(_features(graphdef, state, np.pad(part, pad))[: len(part)])
-    return np.concatenate(out)
+    return scores.FeatureSet(pool=np.concatenate(out))
 
   def held_out(self, limit: int) -> dict[str, np.ndarray]:
     """The first test images, "image" and "label"."""
@@ -117,25 +113,17 @@ class Yardstick:
       "label": self.test_labels[:limit],
     }
 
-  def frechet(self, fake: np.ndarray) -> float:
-    """The Frechet distance of features to the real training images'."""
-    moments = adm.Moments()
-    moments.update(fake)
-    return float(adm.frechet_distance(self.moments, moments))
+  def frechet(self, images: np.ndarray) -> float:
+    """The Frechet distance of images to the real training images."""
+    fake = self.features(images).gaussians["pool"]
+    return fake.distance(self.real.gaussians["pool"])
 
   def measure(self, images: np.ndarray, labels: np.ndarray) -> dict:
     """Every metric of a set of images against the real training images."""
     fake = self.features(images)
-    inside, covered = adm.manifold_members(
-      self.real, fake, reach_real=self.radii
-    )
-    logits = self.classifier.classify(fake)
-    return {
-      "frechet": self.frechet(fake),
-      "accuracy": float(np.mean(np.argmax(logits, -1) == labels)),
-      "precision": float(np.mean(inside)),
-      "recall": float(np.mean(covered)),
-    }
+    right = np.argmax(self.classifier.classify(fake.pool), -1) == labels
+    found = scores.Comparison(self.real, fake).values()
+    return {**found, "accuracy": float(np.mean(right))}
 
 
 def _features(graphdef, state, images):
@@ -181,9 +169,9 @@ class Sampler:
     self.noise = build.call(NoiseConfig, stage["noise"], "noise")
     self.batch_size = batch_size
 
-  def draw(self, scale: float, seed: int, count: int) -> dict:
+  def draw(self, scale: Guidance, seed: int, count: int) -> dict:
     """{"images", "labels", "drafts"} of `count` samples, classes in turn."""
-    config = dataclasses.replace(self.config, guidance=float(scale))
+    config = dataclasses.replace(self.config, guidance=scale)
     labels = np.arange(count) % self.conditioning.num_classes
     images, drafts = [], []
     for batch in samples.generate(
@@ -194,7 +182,7 @@ class Sampler:
     drafts = np.concatenate(drafts)
     return dict(images=np.concatenate(images), labels=labels, drafts=drafts)
 
-  def diagnose(self, scale: float, held_out: dict[str, np.ndarray]) -> dict:
+  def diagnose(self, scale: Guidance, held_out: dict[str, np.ndarray]) -> dict:
     """The refinement diagnostics at a guidance scale, on "image", "label"."""
     encode = jax.jit(lambda tok, images: tok.encode(train.to_float(images)))
     tokens = [
@@ -205,7 +193,7 @@ class Sampler:
       self.model,
       self.conditioning,
       {"tokens": np.concatenate(tokens), "label": held_out["label"]},
-      dataclasses.replace(self.config, guidance=float(scale)),
+      dataclasses.replace(self.config, guidance=scale),
       self.noise,
       self.batch_size,
     )
@@ -234,9 +222,9 @@ def measure_model(
   scan = {}
   for scale in settings.guidance:
     drawn = sampler.draw(scale, SCAN_SEED, settings.scan_images)
-    scan[str(scale)] = yardstick.frechet(yardstick.features(drawn["images"]))
+    scan[str(scale)] = yardstick.frechet(drawn["images"])
     logging.info("%s: guidance %s: %.3f", subject.name, scale, scan[str(scale)])
-  best = float(min(scan, key=scan.get))
+  best = min(settings.guidance, key=lambda scale: scan[str(scale)])
   rows = []
   for seed in range(settings.seeds):
     drawn = sampler.draw(best, seed, settings.num_images)
@@ -244,7 +232,9 @@ def measure_model(
     logging.info("%s: seed %d: %s", subject.name, seed, rows[-1])
     if seed == 0:
       first = 10 * sampler.conditioning.num_classes
-      _save_arrays(pictures, {k: v[:first] for k, v in drawn.items()})
+      resumable.write_arrays(
+        pictures, **{k: v[:first] for k, v in drawn.items()}
+      )
   result = {name: _spread([row[name] for row in rows]) for name in rows[0]}
   held_out = yardstick.held_out(settings.held_out_images)
   refinement = sampler.diagnose(best, held_out)
@@ -257,14 +247,8 @@ def measure_model(
     "guidance_scan": scan,
     "seconds": time.monotonic() - started,
   }
-  orbax_io.write_json(path, found)
+  resumable.write_json(path, found)
   return found
-
-
-def _save_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-  temporary = path.with_suffix(".tmp.npz")
-  np.savez_compressed(temporary, **arrays)
-  os.replace(temporary, path)
 
 
 def _spread(values: list[float]) -> dict:
@@ -313,7 +297,7 @@ def evaluate(
       " without making samples better.",
     ],
   }
-  orbax_io.write_json(workdir / "metrics.json", result)
+  resumable.write_json(workdir / "metrics.json", result)
   return result
 
 

@@ -3,21 +3,30 @@
 An archive, not compressed, with arr_0, the images uint8 [n, h, w, C], and
 arr_1, their classes int64 [n]: what `np.savez(path, images, labels)` writes, to
 the byte. It is put together from shards, .npy files of consecutive images.
+
+A reference batch is such a file, often with the mean and covariance of the
+features of a larger set beside the images: mu, sigma of `pool`, and mu_s,
+sigma_s of `spatial`.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import os
 import pathlib
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of `pool`, of `spatial`
+_IMAGES = "arr_0"
 _BLOCK = 2**22  # bytes copied at once
+_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError)
 
 
 def write_shard(
@@ -66,13 +75,97 @@ def _open(shard: pathlib.Path) -> np.memmap:
     ) from error
 
 
-def read_images(
-  path: pathlib.Path, batch_size: int = 100
-) -> Iterator[UInt8[np.ndarray, "_ h w C"]]:
-  """The images of a sample file that `join` made, a batch at a time."""
-  with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-    np.lib.format.read_magic(member)
-    (count, *shape), _, _ = np.lib.format.read_array_header_1_0(member)
-    for start in range(0, count, batch_size):
-      data = member.read(min(batch_size, count - start) * math.prod(shape))
-      yield np.frombuffer(data, np.uint8).reshape(-1, *shape)
+class SampleFile:
+  """The images of a sample file or reference batch, of any program.
+
+  ValueError if the file is neither that nor a file of statistics: no archive,
+  cut off, no `arr_0`, images that are not uint8 [n, h, w, 3], none at all.
+
+  Attributes:
+    path: the file.
+    shape: of its images, [n, h, w, C], or None if it holds statistics only.
+    statistics: {name: array} of STATISTICS, {} if it holds none of them.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    try:
+      with zipfile.ZipFile(self.path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        self.statistics = self._statistics(names)
+        self.shape, self._streams = None, False
+        if _IMAGES in names:
+          with archive.open(f"{_IMAGES}.npy") as member:
+            self.shape, self._streams = self._header(member)
+    except _DAMAGED as error:
+      raise ValueError(
+        f"{self.path} is not a sample file (.npz) or is damaged: {error}"
+      ) from error
+    if self.shape is None and not self.statistics:
+      raise ValueError(
+        f"{self.path} holds {sorted(names)}; expected {_IMAGES}, uint8 images"
+        " [n, h, w, 3], as `numpy.savez(path, images)` writes it."
+      )
+
+  def __len__(self) -> int:
+    return self.shape[0] if self.shape else 0
+
+  def read(self, chosen: Iterable[range]) -> Iterator[UInt8[np.ndarray, "..."]]:
+    """The images of each range; they must rise, memory holds one at a time."""
+    if not self._streams:
+      with np.load(self.path) as arrays:
+        images = np.ascontiguousarray(arrays[_IMAGES])
+      yield from (images[r.start : r.stop] for r in chosen)
+      return
+    size = math.prod(self.shape[1:])
+    try:
+      with (
+        zipfile.ZipFile(self.path) as archive,
+        archive.open(f"{_IMAGES}.npy") as member,
+      ):
+        self._header(member)
+        start = member.tell()
+        for r in chosen:
+          member.seek(start + r.start * size)
+          data = member.read(len(r) * size)
+          if len(data) < len(r) * size:
+            raise EOFError(f"it ends before image {r.stop}")
+          yield np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
+    except _DAMAGED as error:
+      raise ValueError(f"{self.path} is damaged: {error}") from error
+
+  def _header(self, member) -> tuple[tuple[int, ...], bool]:
+    """The shape of the images, and whether they can be read in parts."""
+    version = np.lib.format.read_magic(member)
+    read = {
+      (1, 0): np.lib.format.read_array_header_1_0,
+      (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read:
+      shape, fortran, dtype = read(member)
+    else:
+      with np.load(self.path) as arrays:
+        images = arrays[_IMAGES]
+      shape, fortran, dtype = images.shape, True, images.dtype
+    if dtype != np.uint8:
+      raise ValueError(
+        f"{_IMAGES} holds {dtype}; expected uint8 in 0..255: convert images in"
+        " [-1, 1] by clip(127.5 x + 128, 0, 255)"
+      )
+    if len(shape) != 4 or 0 in shape[1:]:
+      raise ValueError(f"{_IMAGES} has shape {shape}; expected [n, h, w, 3]")
+    if not shape[0]:
+      raise ValueError(f"{_IMAGES} holds no image; expected at least 2")
+    return shape, not fortran
+
+  def _statistics(self, names: set[str]) -> dict[str, np.ndarray]:
+    if "mu" not in names:
+      return {}
+    missing = [name for name in STATISTICS if name not in names]
+    if missing:
+      raise ValueError(
+        f"it holds mu without {missing}; expected all of {STATISTICS}, of the"
+        " network and the resizing of the ADM suite"
+      )
+    with np.load(self.path) as arrays:
+      return {name: np.asarray(arrays[name]) for name in STATISTICS}

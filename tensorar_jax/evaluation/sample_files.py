@@ -116,8 +116,7 @@ def sample(
   """
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected at least 1.")
-  drawable = [n for n, s in stages.items() if s["objective"] == "tensorar"]
-  name = build.choose("--stage", stage or drawable[-1], drawable)
+  name = drawable(stages, stage)
   config, home = stages[name], workdir / name
   tokenizer = build.frozen_tokenizer(config, workdir)
   conditioning = build.conditioning(config["conditioning"])
@@ -131,7 +130,7 @@ def sample(
     "sampling": dataclasses.asdict(sampling),
     "checkpoint": _checkpoint(config, home),
     "tokenizer": encoder.identity(tokenizer),
-    "software": _software(),
+    "software": software(),
   }
   settings = json.loads(json.dumps(settings))  # tuples as lists, as when read
   share = jax.process_index(), jax.process_count()
@@ -148,6 +147,12 @@ def sample(
   if place.complete:
     print(f"{len(labels)} images of {name}: {place.npz}")
   return place
+
+
+def drawable(stages: Mapping[str, Mapping], stage: str | None) -> str:
+  """The stage, by default the last one that images can be drawn from."""
+  known = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  return build.choose("--stage", stage or known[-1], known)
 
 
 def _drawing(sampler, tokenizer, request, batch_size) -> Draw:
@@ -173,8 +178,8 @@ def _checkpoint(config: Mapping, folder: pathlib.Path) -> dict[str, Any]:
   return own | orbax_io.read_meta(found)
 
 
-def _software() -> dict[str, Any]:
-  """What else the last bits of an image depend on."""
+def software() -> dict[str, Any]:
+  """What else the last bits of an image, or of its features, depend on."""
   packages = ("jax", "jaxlib", "flax", "numpy")
   versions = {name: importlib.metadata.version(name) for name in packages}
   return {
@@ -341,14 +346,13 @@ def _complete(place, files, labels, settings) -> None:
 
 def write_pngs(place: Place, num_images: int) -> None:
   """The images of the npz as 000000.png, ...; those that are there stay."""
-  progress, done = resumable.Progress("PNG files", num_images), 0
+  progress = resumable.Progress("PNG files", num_images)
+  batches = resumable.positions(num_images, 100)
   with futures.ThreadPoolExecutor() as pool:
-    for images in npz.read_images(place.npz):
-      index = range(done, done + len(images))
+    for index, images in zip(batches, npz.SampleFile(place.npz).read(batches)):
       paths = [place.folder / f"{i:06d}.png" for i in index]
       list(pool.map(_write_png, paths, images))
       progress.add(len(images))
-      done += len(images)
 
 
 def _write_png(path: pathlib.Path, image: np.ndarray) -> None:

@@ -270,8 +270,10 @@ def test_frechet_distance_of_known_gaussians():
   other = np.diag([4.0, 9.0, 0.0])  # tr: 5 + 13 - 2 (2 + 6) = 2
   distance = adm.gaussian_distance(mean, covariance, mean + 2, other)
   assert distance == pytest.approx(12 + 2, abs=1e-12)
-  with pytest.raises(ValueError, match="of one D"):
+  with pytest.raises(ValueError, match="of 3 and of 2 features"):
     adm.gaussian_distance(mean, covariance, np.zeros(2), np.eye(2))
+  with pytest.raises(ValueError, match=r"expected \[D\] and \[D, D\]"):
+    adm.Gaussian(mean, covariance[:2])
   with pytest.raises(ValueError, match="eigenvalue -1"):
     adm.gaussian_distance(mean, covariance, mean, -np.eye(3))
 

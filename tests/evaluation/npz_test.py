@@ -3,6 +3,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from tensorar_jax import resumable
 from tensorar_jax.evaluation import npz
 
 
@@ -35,7 +36,9 @@ def test_shards_become_what_numpy_would_write(made, tmp_path):
 def test_images_are_read_a_batch_at_a_time(made, tmp_path, batch_size):
   images, labels, shards = made
   npz.join(tmp_path / "a.npz", shards, labels)
-  batches = list(npz.read_images(tmp_path / "a.npz", batch_size))
+  batches = list(
+    npz.SampleFile(tmp_path / "a.npz").read(resumable.positions(7, batch_size))
+  )
   assert max(map(len, batches)) <= batch_size
   np.testing.assert_array_equal(np.concatenate(batches), images)
 
@@ -45,7 +48,7 @@ def test_the_suite_s_own_files_are_of_this_layout(parity):
   stored = np.load(path)
   assert (stored["arr_0"].dtype, stored["arr_1"].dtype) == (np.uint8, np.int64)
   assert stored["arr_1"].shape == stored["arr_0"].shape[:1]
-  got = np.concatenate(list(npz.read_images(path)))
+  (got,) = npz.SampleFile(path).read([range(len(stored["arr_0"]))])
   np.testing.assert_array_equal(got, stored["arr_0"])
 
 
@@ -54,3 +57,45 @@ def test_a_damaged_shard_is_named(made, tmp_path):
   shards[1].write_bytes(shards[1].read_bytes()[:-1])
   with pytest.raises(ValueError, match="3.npy is damaged .*delete it"):
     npz.join(tmp_path / "a.npz", shards, labels)
+
+
+def newer(version):
+  """Writes what numpy would read too, but does not write unless it must."""
+
+  def write(path, images):
+    with (
+      zipfile.ZipFile(path, "w") as archive,
+      archive.open("arr_0.npy", "w") as member,
+    ):
+      np.lib.format.write_array(member, images, version=version)
+
+  return write
+
+
+@pytest.mark.parametrize(
+  "write",
+  [
+    np.savez,
+    np.savez_compressed,
+    lambda path, images: np.savez(path, np.asfortranarray(images)),
+    newer((2, 0)),
+    newer((3, 0)),
+  ],
+)
+def test_files_of_other_programs(write, made, tmp_path):
+  """Deflated, in Fortran order, with newer headers: parts in any distance."""
+  images, _, _ = made
+  write(tmp_path / "a.npz", images)
+  file = npz.SampleFile(tmp_path / "a.npz")
+  assert (file.shape, file.statistics) == (images.shape, {})
+  got = list(file.read([range(1, 3), range(5, 7)]))
+  np.testing.assert_array_equal(got[0], images[1:3])
+  np.testing.assert_array_equal(got[1], images[5:7])
+
+
+def test_statistics_without_images(tmp_path):
+  arrays = {name: np.eye(3) for name in npz.STATISTICS}
+  np.savez(tmp_path / "a.npz", **arrays)
+  file = npz.SampleFile(tmp_path / "a.npz")
+  assert (file.shape, len(file)) == (None, 0)
+  assert file.statistics.keys() == arrays.keys()

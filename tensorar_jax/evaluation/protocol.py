@@ -1,0 +1,374 @@
+"""Sample files against a reference batch, as the ADM suite compares them.
+
+FID, sFID, Inception Score, precision and recall of an .npz of images, made here
+or elsewhere, in the features of the Inception of FID. A folder of one
+measurement holds
+
+  settings.json     what the numbers depend on, digests included; claims it
+  features-*.npz    features of so many images each, until all is measured
+  metrics.json      every number with its interval, and where it comes from
+  metrics.md        the same as a table
+
+Features come in shards of a fixed size, so numbers do not depend on batches,
+devices or processes, and a killed run continues. Those of the reference are
+kept beside it. Memory holds the features, 20 KB for an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from tensorar_jax import resumable, visualize
+from tensorar_jax.evaluation import (
+  adm,
+  extractor,
+  inception,
+  npz,
+  sample_files,
+  scores,
+)
+from tensorar_jax.sampling import Guidance
+
+FORMAT = 1
+SHARD_SIZE = 512  # images: what a killed run may lose
+# A bigger batch is no faster on a CPU, and takes gigabytes.
+BATCH_PER_DEVICE = {"cpu": 16}
+KINDS = ("pool", "spatial", "logits")
+NAMES = {  # of a metric -> as papers have it, whether higher is better
+  "frechet": ("fid", "FID", False),
+  "spatial_frechet": ("sfid", "sFID", False),
+  "inception_score": ("inception_score", "IS", True),
+  "precision": ("precision", "precision", True),
+  "recall": ("recall", "recall", True),
+}
+NOTES = (
+  "std is over bootstrap resamples of the images, interval is value -+ 1.96 of"
+  " it; network, manifolds and the reference's statistics are taken as exact.",
+  "precision and recall are exact; the ADM suite rounds distances to float16"
+  " and differs in the third decimal.",
+  "FID falls with the number of images: compare only equal numbers.",
+)
+
+
+class Judge:
+  """The network and the reference, read once for any number of files.
+
+  Args:
+    reference: an .npz with images, with statistics of the suite, or with both.
+    network: a published file of the Inception of FID, or its tensors by name.
+    bootstrap: resamples behind the intervals; 0 for none.
+    batch_size: images at once, over the local devices.
+    share: (index, count) of the processes that work on the same folders.
+  """
+
+  def __init__(
+    self,
+    reference: str | os.PathLike,
+    network: Any,
+    *,
+    bootstrap: int = 20,
+    batch_size: int | None = None,
+    share: tuple[int, int] = (0, 1),
+  ):
+    if bootstrap < 0 or bootstrap == 1:
+      raise ValueError(
+        f"bootstrap={bootstrap}: expected at least 2 resamples, or 0 for none."
+      )
+    resumable.check_share(*share)
+    self.file, self.bootstrap, self.share = _open(reference), bootstrap, share
+    model = inception.load(network)
+    devices = jax.local_devices()
+    default = BATCH_PER_DEVICE.get(devices[0].platform, 64) * len(devices)
+    self.extractor = extractor.Extractor(model, batch_size or default)
+    image = jax.ShapeDtypeStruct((1, 8, 8, 3), "uint8")
+    rows = jax.eval_shape(lambda image: vars(model(image)), image)
+    self.widths = {kind: row.shape[1] for kind, row in rows.items()}
+    named = isinstance(network, (str, os.PathLike))
+    self.network = _identity(network) if named else {"file": None}
+    self.reference = _identity(reference) | {"shape": self.file.shape}
+    self._features: scores.FeatureSet | None = None
+
+  def measure(
+    self, samples: str | os.PathLike, folder: str | os.PathLike
+  ) -> dict | None:
+    """The record of a sample file, as in `folder/metrics.json`.
+
+    None where other processes of `share` have still to do their part, or where
+    this is not the first one. ValueError for files that cannot be compared.
+    """
+    file, folder = _open(samples), pathlib.Path(folder)
+    self._check(file)
+    settings = {
+      **{"format": FORMAT, "shard_size": SHARD_SIZE},
+      "samples": _identity(samples) | {"shape": file.shape},
+      **{"reference": self.reference, "inception": self.network},
+      "bootstrap": self.bootstrap,
+    }
+    settings = json.loads(json.dumps(settings))  # tuples as lists, as when read
+    resumable.claim(folder, settings, "measurements")
+    done = folder / "metrics.json"
+    if done.exists():
+      logging.info("%s: measured before", done)
+      return json.loads(done.read_text())
+    started = time.monotonic()
+    fake = self._extract(file, folder, KINDS)
+    real = self._reference(folder)
+    if fake is None or real is None or self.share[0]:
+      return None
+    extracted = time.monotonic()
+    manifest = _manifest(file.path, settings["samples"]["sha256"])
+    found = self._metrics(real, fake)
+    seconds = dict(
+      features=round(extracted - started, 1),
+      metrics=round(time.monotonic() - extracted, 1),
+    )
+    record = {
+      **{"metrics": found, "num_images": len(file)},
+      **{"settings": settings, "manifest": manifest},
+      **{"software": sample_files.software(), "seconds": seconds},
+      "notes": NOTES,
+    }
+    resumable.write_json(done, record)
+    (folder / "metrics.md").write_text(table({file.path.name: record}) + "\n")
+    for shard in folder.glob("features-*.npz*"):
+      shard.unlink(missing_ok=True)
+    return record
+
+  def _check(self, file: npz.SampleFile) -> None:
+    """ValueError if the file and the reference cannot be compared."""
+    sizes = [f.shape[1:3] for f in (self.file, file) if f.shape]
+    if len(set(sizes)) > 1:
+      raise ValueError(
+        f"{file.path} holds images of {sizes[1]}, {self.file.path} of"
+        f" {sizes[0]}; expected one size: sample with --resize."
+      )
+    if bool(file.statistics) == bool(self.file.statistics):
+      return  # both from images, or both from statistics of the same network
+    for one in (file, self.file):
+      for kind, gaussian in _gaussians(one).items():
+        if len(gaussian.mean) != self.widths[kind]:
+          raise ValueError(
+            f"{one.path} has statistics of {len(gaussian.mean)} {kind}"
+            f" features; this network makes {self.widths[kind]}: take a"
+            " reference of the same network."
+          )
+
+  def _extract(
+    self, file: npz.SampleFile, folder: pathlib.Path, kinds: Sequence[str]
+  ) -> scores.FeatureSet | None:
+    """The features, from shards as far as they are there."""
+    stored = _gaussians(file)
+    if not len(file):
+      return scores.FeatureSet(stored=stored)
+    name = "features-{}.npz"
+    shards = resumable.shards(folder, name, len(file), SHARD_SIZE)
+    missing = resumable.to_do(shards, *self.share)
+    total = sum(map(len, missing.values()))
+    progress = resumable.Progress(f"features of {file.path.name}", total)
+    for shard, images in zip(missing, file.read(missing.values())):
+      found = self.extractor.of(images)
+      arrays = {kind: getattr(found, kind) for kind in kinds}
+      resumable.write_arrays(shard, **arrays)
+      progress.add(len(images))
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"features of {file.path}")
+    if not resumable.all_there(folder, list(shards)):
+      return None
+    arrays = {
+      kind: np.empty((len(file), self.widths[kind]), np.float32)
+      for kind in kinds
+    }
+    for shard, positions in shards.items():
+      with np.load(shard) as part:
+        for kind, array in arrays.items():
+          array[positions.start : positions.stop] = part[kind]
+    return scores.FeatureSet(**arrays, stored=stored)
+
+  def _reference(self, folder: pathlib.Path) -> scores.FeatureSet | None:
+    """The reference's features, kept beside it or else in `folder`."""
+    if self._features is None:
+      known = {"reference": self.reference, "inception": self.network}
+      text = json.dumps([FORMAT, SHARD_SIZE, known], sort_keys=True)
+      key = hashlib.sha256(text.encode()).hexdigest()[:8]
+      beside = self.file.path.with_suffix(f".features-{key}")
+      try:
+        beside.mkdir(exist_ok=True)
+      except OSError:  # a read-only file system
+        beside = folder / "reference"
+        beside.mkdir(exist_ok=True)
+      kinds = ("pool",) if self.file.statistics else ("pool", "spatial")
+      self._features = self._extract(self.file, beside, kinds)
+    return self._features
+
+  def _metrics(
+    self, real: scores.FeatureSet, fake: scores.FeatureSet
+  ) -> dict[str, dict]:
+    """{name: {"value", "std", "interval"}}; without a bootstrap the value."""
+    compared = scores.Comparison(real, fake)
+    errors = {}
+    if self.bootstrap:
+      errors = compared.errors(self.bootstrap)
+    found = {}
+    for name, value in compared.values().items():
+      found[NAMES[name][0]] = entry = {"value": value}
+      if name in errors:
+        half = scores.Z95 * errors[name]
+        entry |= {"std": errors[name], "interval": [value - half, value + half]}
+    return found
+
+
+def _open(path: str | os.PathLike) -> npz.SampleFile:
+  file = npz.SampleFile(path)
+  if file.shape and file.shape[0] < 2:
+    raise ValueError(
+      f"{path} holds 1 image; expected at least 2, the least that has a"
+      " covariance, and 4 for precision and recall."
+    )
+  if file.shape and file.shape[3] != 3:
+    raise ValueError(
+      f"{path} holds images with {file.shape[3]} channels; expected 3: repeat a"
+      " grey channel three times."
+    )
+  return file
+
+
+def _gaussians(file: npz.SampleFile) -> dict[str, adm.Gaussian]:
+  """The statistics that a file holds, by kind of feature."""
+  try:
+    parts = [file.statistics[name] for name in npz.STATISTICS]
+    return dict(pool=adm.Gaussian(*parts[:2]), spatial=adm.Gaussian(*parts[2:]))
+  except KeyError:
+    return {}
+  except ValueError as error:
+    raise ValueError(f"{file.path}: {error}") from error
+
+
+def _identity(path: str | os.PathLike) -> dict[str, Any]:
+  with open(path, "rb") as data:
+    digest = hashlib.file_digest(data, "sha256").hexdigest()
+  return {"file": pathlib.Path(path).name, "sha256": digest}
+
+
+def _manifest(samples: pathlib.Path, digest: str) -> dict | None:
+  """What this project wrote about a sample file that it made, if it did."""
+  for folder in (samples.with_suffix(""), samples.parent):
+    file = folder / sample_files.MANIFEST
+    manifest = json.loads(file.read_text()) if file.exists() else {}
+    if manifest.get("sha256") == digest:
+      return manifest
+  return None
+
+
+def place_of(
+  samples: str | os.PathLike, reference: str | os.PathLike
+) -> pathlib.Path:
+  """The folder of a measurement unless another is named."""
+  samples = pathlib.Path(samples)
+  made_here = (samples.parent / sample_files.MANIFEST).exists()
+  folder = samples.parent if made_here else samples.with_suffix("")
+  return folder / f"against-{pathlib.Path(reference).stem}"
+
+
+# --- tables ------------------------------------------------------------------
+
+
+def cells(record: dict) -> list[str]:
+  """The numbers of a record, in the order of NAMES: value [interval]."""
+  found = []
+  for name, _, _ in NAMES.values():
+    entry = record["metrics"].get(name)
+    found.append("" if entry is None else _number(name, entry))
+  return found
+
+
+def _number(name: str, entry: dict) -> str:
+  places = 4 if name in ("precision", "recall") else 2
+  text = f"{entry['value']:.{places}f}"
+  if "interval" in entry:
+    low, high = entry["interval"]
+    text += f" [{low:.{places}f}, {high:.{places}f}]"
+  return text
+
+
+def table(records: dict[str, dict]) -> str:
+  """A line for each record under its name, in Markdown."""
+  heads = [f"{label} {'↑' if up else '↓'}" for _, label, up in NAMES.values()]
+  rows = [["samples", "images", *heads], ["---"] * (2 + len(heads))]
+  for name, record in records.items():
+    rows.append([name, f"{record['num_images']:,}", *cells(record)])
+  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+# --- a trained stage ---------------------------------------------------------
+
+
+def sweep(
+  judge: Judge,
+  stages: Mapping[str, Mapping],
+  workdir: pathlib.Path,
+  request: sample_files.Request,
+  *,
+  stage: str,
+  scales: Sequence[Guidance],
+  batch_size: int | None = None,
+) -> dict[str, dict] | None:
+  """Samples a stage at each guidance scale, and measures that.
+
+  Sample files and measurements stay where `--mode=sample` puts them; the
+  overview is `<stage>/against-<reference>.json`, `.md` and, for two scales or
+  more, `.png`. A tuple is a scale for each sub-token. None where this is not
+  the first process.
+  """
+  records = {}
+  for scale in scales:
+    section = {**stages[stage].get("sampling", {}), "guidance": scale}
+    place = sample_files.sample(
+      {**stages, stage: {**stages[stage], "sampling": section}},
+      *(workdir, request),
+      stage=stage,
+      batch_size=batch_size,
+    )
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"samples in {place.folder}")
+    folder = place_of(place.npz, judge.file.path)
+    records[f"guidance {_text(scale)}"] = judge.measure(place.npz, folder)
+  if None in records.values():
+    return None
+  path = workdir / stage / f"against-{judge.file.path.stem}"
+  resumable.write_json(path.with_name(f"{path.name}.json"), records)
+  path.with_name(f"{path.name}.md").write_text(f"{table(records)}\n")
+  if len(records) > 1:
+    picture = path.with_name(f"{path.name}.png")
+    title = f"{stage} against {judge.file.path.stem}"
+    visualize.save_scan(
+      picture, list(map(_text, scales)), _curves(list(records.values())), title
+    )
+    print(f"picture: {picture}")
+  return records
+
+
+def _text(scale: Guidance) -> str:
+  return ":".join(f"{one:g}" for one in np.atleast_1d(scale))
+
+
+def _curves(records: list[dict]) -> dict[str, tuple]:
+  """What `save_scan` draws, for every metric that all records have."""
+  found = {}
+  for name, label, higher in NAMES.values():
+    entries = [record["metrics"].get(name) for record in records]
+    if None not in entries:
+      values = [entry["value"] for entry in entries]
+      halves = [scores.Z95 * entry.get("std", 0.0) for entry in entries]
+      found[label] = values, halves, higher
+  return found
