@@ -29,7 +29,6 @@ NUM_IMAGES = 4
 def write_weights(config, folder: pathlib.Path) -> None:
   """Random weights for each stage that has a `source`; some share a file."""
   import jax
-  from flax import nnx
 
   from tensorar_jax import build, published, weights
   from tensorar_jax.checkpoints import torch_export
@@ -49,7 +48,9 @@ def write_weights(config, folder: pathlib.Path) -> None:
     module = build.family(kind, fields.pop("name"))
     fields.pop("init", None)
     own = build.component_config(module, fields.pop("variant", None), fields)
-    model = nnx.eval_shape(lambda m=module, c=own: m.Model(c, rngs=nnx.Rngs(0)))
+    model = weights.abstract(
+      lambda rngs, m=module, c=own: m.Model(c, rngs=rngs)
+    )
     skeleton, params, frozen = weights.split(model)
     values = {p: draw(p, like) for p, like in {**params, **frozen}.items()}
     rules = module.import_rules(own)

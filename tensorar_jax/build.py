@@ -125,8 +125,8 @@ def abstract(kind: str, section: Mapping) -> nnx.Module:
 
 @functools.cache  # the stages of a config share their tokenizer
 def _abstract(kind, section):
-  return nnx.eval_shape(
-    lambda: component(kind, json.loads(section), nnx.Rngs(0))
+  return weights_lib.abstract(
+    lambda rngs: component(kind, json.loads(section), rngs)
   )
 
 
@@ -300,7 +300,7 @@ def load(path: str | pathlib.Path, *, ema: bool = False) -> nnx.Module:
   folder = orbax_io.find(path)
   config = orbax_io.read_meta(folder)["config"]
   skeleton, _, _ = weights_lib.split(
-    nnx.eval_shape(lambda: model(config, nnx.Rngs(0)))
+    weights_lib.abstract(lambda rngs: model(config, rngs))
   )
   found = orbax_io.read_weights(folder)
   if ema and "ema" not in found:

@@ -54,7 +54,7 @@ def import_tokenizer(
 def _import(kind, name, path, variant, fields, dtype):
   module = build.family(kind, name)
   config = build.component_config(module, variant, fields)
-  abstract = nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0)))
+  abstract = weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
   rules = module.import_rules(config)
   tensors = torch_import.load_state_dict(path)
   return torch_import.fill(abstract, rules, tensors, dtype)

@@ -208,7 +208,7 @@ def check(stage: Mapping) -> None:
     config = build.call(TrainConfig, stage["train"], "train")
     optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
     optim.make(optimiser, config.num_steps)
-  model = nnx.eval_shape(lambda: build.model(stage, nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: build.model(stage, rngs))
   if stage["objective"] != "tensorar":
     return
   tokenizer = build.abstract("tokenizers", stage["tokenizer"])

@@ -7,8 +7,10 @@ groups, the sharding rules, the import tables and the checkpoints alike.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -30,6 +32,19 @@ class Skeleton:
     arrays = {path: array for part in weights for path, array in part.items()}
     state = [(p, v.replace(arrays[name(p)])) for p, v in self.variables]
     return nnx.merge(self.graphdef, nnx.from_flat_state(state))
+
+
+def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+  """The model `make(rngs)` with shapes in place of its arrays."""
+
+  def traced():
+    rngs = nnx.Rngs(0)
+    # NNX asks a counter that is traced for its sharding at every draw, which
+    # JAX answers by printing the whole trace: seconds for a deep tokenizer.
+    rngs.default.count = nnx.RngCount(np.zeros((), np.uint32), tag="default")
+    return make(rngs)
+
+  return nnx.eval_shape(traced)
 
 
 def name(path: tuple) -> str:

@@ -10,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import configs
-from tensorar_jax import build, optim, train
+from tensorar_jax import build, optim, train, weights
 
 NAMES = sorted(p.stem for p in pathlib.Path(configs.__path__[0]).glob("*.py"))
 
@@ -51,7 +51,7 @@ def test_a_train_step_traces(name):
   stage = stages_of(name)["tensorar"]
   settings = build.call(optim.OptimConfig, stage["optim"], "optim")
   tx = optim.make(settings, stage["train"]["num_steps"])
-  model = nnx.eval_shape(lambda: build.model(stage, nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: build.model(stage, rngs))
   task = train.make_task(stage, pathlib.Path(), model, images=False)
   batch = task.prepare(
     {

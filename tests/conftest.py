@@ -9,11 +9,20 @@ from jaxtyping import install_import_hook
 
 install_import_hook("tensorar_jax", "beartype.beartype")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes into compiling small programs that run once. Without
+# optimisation and with the plain code generator that takes 2/5 of the time.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+PLAIN = (
+  "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+if PLAIN not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PLAIN}"
 # Many tests, and every command that they start, compile the same programs.
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/tensorar_jax_tests"
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 
 PARITY = pathlib.Path(
   os.environ.get(
@@ -32,3 +41,15 @@ def parity() -> pathlib.Path:
       pytest.fail(message)
     pytest.skip(message)
   return PARITY
+
+
+@pytest.fixture
+def optimised():
+  """For tests about programs: they are compiled as a user's are."""
+  import jax
+
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, False)
+  yield
+  jax.config.update(name, before)

@@ -6,7 +6,7 @@ import pytest
 from tensorar_jax import layers, sampling, windows
 from tensorar_jax.sampling import SamplingConfig
 from tensorar_jax.tensorar import TensorAR
-from tests import tiny
+from tests import programs, tiny
 
 
 def generate(model, batch=2, seed=0, index=None, **options):
@@ -25,28 +25,20 @@ def test_cached_logits_equal_teacher_forced_ones_on_the_same_windows(window):
   assert out.drafts.shape == (2, 9, window, 1)
   np.testing.assert_array_equal(out.tokens, out.drafts[:, :, 0])
   valid = windows.valid_slots(jnp.arange(9), window, 9)
-  hidden = model(tiny.cond(), out.drafts[:, :-1], valid[:-1])
-  want = model.logits(hidden, out.drafts)[0]
+  inputs = tiny.cond(), out.drafts[:, :-1], valid[:-1]
+  hidden = programs.forward(model, *inputs)
+  want = programs.logits(model, hidden, out.drafts)[0]
   np.testing.assert_allclose(out.logits[0], want, atol=2e-4)
 
 
 def test_both_cache_layouts_compute_the_same():
   """Unrolled layers (CPU) and layers under scan (GPU, TPU)."""
   model, cond = tiny.wrapped(2), tiny.cond()
-
-  @jax.jit
-  def run(model, x):
-    hidden, cache = model.backbone.prefill(cond)
-    rows = [hidden]
-    for t in range(8):
-      hidden, cache = model.backbone.decode(x[:, t], cache)
-      rows.append(hidden)
-    return jnp.stack(rows, axis=1)
-
   x = jax.random.normal(jax.random.key(0), (2, 8, 16))
-  want = model.backbone(cond, x)
-  np.testing.assert_allclose(run(model, x), want, atol=2e-5)
-  np.testing.assert_allclose(run(layers.unroll(model), x), want, atol=2e-5)
+  want = programs.forward(model.backbone, cond, x)
+  for layout in (model, layers.unroll(model)):
+    got = programs.cached(layout.backbone, cond, x)
+    np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_window_one_samples_what_the_base_model_samples():
@@ -107,8 +99,8 @@ def test_guidance_combines_and_the_interval_switches_it_off():
   valid = windows.valid_slots(jnp.arange(9), 2, 9)
   rows = []
   for c in (cond, uncond):
-    hidden = model(c, out.drafts[:, :-1], valid[:-1])
-    rows.append(model.logits(hidden, out.drafts)[0])
+    hidden = programs.forward(model, c, out.drafts[:, :-1], valid[:-1])
+    rows.append(programs.logits(model, hidden, out.drafts)[0])
   want = rows[1] + 3.0 * (rows[0] - rows[1])
   want = want.at[:, 4:].set(rows[0][:, 4:])
   np.testing.assert_allclose(out.logits[0], want, atol=1e-3)
@@ -237,13 +229,18 @@ def test_no_removed_token_is_ever_drawn():
   """Float32 sums of thousands of terms are not monotone."""
   logits = jax.random.normal(jax.random.key(0), (4, 16384)) * 2
   config = SamplingConfig(top_k=2000)
-  kept = np.isfinite(sampling.filter_logits(logits, config))
-  uniform = jnp.linspace(0, 1 - 2**-24, 4000)
-  for row, keeps in zip(logits, kept, strict=True):
-    batch = jnp.broadcast_to(row, (4000, 16384))
-    assert keeps[
-      np.asarray(sampling.draw_token(uniform, batch, 1.0, config))
-    ].all()
+  even = np.linspace(0, 1 - 2**-24, 4000, dtype=np.float32)
+  draw = lambda u, row: sampling.draw_token(u, row, 1.0, config)
+  for row in logits:
+    probs = sampling.token_probs(row, 1.0, config)
+    cdf = np.asarray(jnp.cumsum(probs))
+    # Where the sum rises although a removed token adds nothing.
+    rises = (probs[1:] == 0) & (cdf[1:] > cdf[:-1])
+    assert rises.any()
+    uniform = np.concatenate([even, cdf[:-1][rises] / cdf.max()])
+    # The row is filtered and summed once for all its draws.
+    draws = jax.vmap(draw, in_axes=(0, None))(uniform, row)
+    assert (probs[draws] > 0).all()
 
 
 def test_classes_that_the_model_does_not_know_are_refused():

@@ -7,7 +7,7 @@ import pytest
 
 from tensorar_jax import noising, objective, weights, windows
 from tensorar_jax.tensorar import TensorAR
-from tests import tiny
+from tests import programs, tiny
 
 
 def test_window_one_is_the_base_model_bit_for_bit():
@@ -40,11 +40,12 @@ def test_freshly_wrapped_predicts_as_the_base_at_slot_zero(window, residual):
   inputs, valid = windows.unfold(tokens, window)
   rates = jnp.ones((window,)).at[0].set(0)
   noised = noising.categorical(jax.random.key(0), inputs, rates, (11,))
-  hidden = model(cond, noised[:, :-1], valid[:-1])[:, :, 0]
-  want = model.backbone(cond, model.backbone.embed(tokens[:, :-1]))
+  hidden = programs.forward(model, cond, noised[:, :-1], valid[:-1])[:, :, 0]
+  base = model.backbone
+  want = programs.forward(base, cond, base.embed(tokens[:, :-1]))
   np.testing.assert_allclose(
-    model.logits(hidden, tokens)[0],
-    model.backbone.logits(want, tokens)[0],
+    programs.logits(model, hidden, tokens)[0],
+    programs.logits(base, want, tokens)[0],
     atol=1e-5,
   )
 
@@ -53,8 +54,9 @@ def test_without_input_residual_slot_zero_is_not_the_base():
   model = tiny.fresh(3, input_residual=False)
   tokens, cond = tiny.tokens(), tiny.cond()
   inputs, valid = windows.unfold(tokens, 3)
-  hidden = model(cond, inputs[:, :-1], valid[:-1])[:, :, 0]
-  want = model.backbone(cond, model.backbone.embed(tokens[:, :-1]))
+  hidden = programs.forward(model, cond, inputs[:, :-1], valid[:-1])[:, :, 0]
+  x = model.backbone.embed(tokens[:, :-1])
+  want = programs.forward(model.backbone, cond, x)
   assert np.abs(hidden - want).max() > 0.1
 
 
@@ -115,14 +117,12 @@ def test_window_of_all_tokens_trains_and_pads_at_the_end():
   """Property 3: predictions n > T - k see PAD and give it no loss."""
   model = tiny.wrapped(9)
   tokens, cond = tiny.tokens(), tiny.cond()
-  loss, metrics = objective.tensorar_loss(
-    model,
-    cond,
-    tokens,
-    jax.random.key(0),
-    noising.NoiseConfig(),
-    objective.LossConfig("uniform"),
-  )
+  configs = noising.NoiseConfig(), objective.LossConfig("uniform")
+  loss, metrics = jax.jit(
+    lambda model, rng: objective.tensorar_loss(
+      model, cond, tokens, rng, *configs
+    )
+  )(model, jax.random.key(0))
   assert np.isfinite(loss)
   inputs, valid = windows.unfold(tokens, 9)
   assert valid.sum() == 45

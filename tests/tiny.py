@@ -25,12 +25,17 @@ CLASSES = conditioning.ClassConditioning(5)
 
 
 def redraw(model: nnx.Module, seed: int = 0, scale: float = 0.3) -> nnx.Module:
-  """A copy with every weight random: no zero head or gain hides a mistake."""
+  """A copy with every weight random: no zero head or gain hides a mistake.
+
+  The model may be abstract if all its weights are trained. The draws are
+  NumPy's: JAX would compile a program for every shape.
+  """
   skeleton, params, frozen = weights.split(model)
-  keys = jax.random.split(jax.random.key(seed), len(params))
-  for key, (path, value) in zip(keys, sorted(params.items()), strict=True):
+  rng = np.random.default_rng(seed)
+  for path, value in sorted(params.items()):
     mean = 1.0 if path.endswith("scale") else 0.0
-    params[path] = mean + scale * jax.random.normal(key, value.shape)
+    drawn = mean + scale * rng.standard_normal(value.shape)
+    params[path] = jnp.asarray(drawn, jnp.float32)
   return skeleton.merge(params, frozen)
 
 
@@ -39,12 +44,14 @@ def backbone(seed: int = 0, **fields) -> nnx.Module:
   import dataclasses
 
   config = dataclasses.replace(CONFIG, **fields)
-  return redraw(llamagen.Model(config, rngs=nnx.Rngs(0)), seed)
+  make = lambda rngs: llamagen.Model(config, rngs=rngs)
+  return redraw(weights.abstract(make), seed)
 
 
 def wrapped(window: int = 3, seed: int = 0, **options) -> TensorAR:
   """A TensorAR with random backbone, random modules and random gains."""
-  return redraw(fresh(window, **options), seed)
+  make = lambda rngs: TensorAR(backbone(), window=window, rngs=rngs, **options)
+  return redraw(weights.abstract(make), seed)
 
 
 def fresh(window: int = 3, **options) -> TensorAR:

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from tensorar_jax import layers, transformer
-from tests import tiny
+from tensorar_jax import layers, transformer, weights
+from tests import programs, tiny
 
 CONFIG = transformer.RotaryConfig(
   width=16, num_layers=3, num_heads=2, grid=(3, 3), mlp_multiple=8
@@ -39,7 +38,7 @@ class Prompted(transformer.CausalTransformer):
 
 @pytest.fixture(scope="module")
 def model():
-  return tiny.redraw(Prompted(CONFIG, rngs=nnx.Rngs(0)))
+  return tiny.redraw(weights.abstract(lambda r: Prompted(CONFIG, rngs=r)))
 
 
 def draw(seed, *shape):
@@ -50,16 +49,6 @@ def prompts(*pads):
   """A batch of 5 rows each, the first `pads` of them padding."""
   is_padding = jnp.arange(5) < jnp.asarray(pads)[:, None]
   return {"text": draw(0, len(pads), 5), "is_padding": is_padding}
-
-
-def cached(model, cond, x):
-  decode = jax.jit(lambda model, x, cache: model.decode(x, cache))
-  hidden, cache = model.prefill(cond)
-  rows = [hidden]
-  for t in range(x.shape[1]):
-    hidden, cache = decode(model, x[:, t], cache)
-    rows.append(hidden)
-  return jnp.stack(rows, axis=1)
 
 
 def test_the_mask_is_causal_and_hides_padding_from_all_but_itself():
@@ -76,12 +65,12 @@ def test_the_mask_is_causal_and_hides_padding_from_all_but_itself():
 
 def test_what_stands_in_the_padding_does_not_matter(model):
   cond, x = prompts(2, 0), draw(1, 2, 8)
-  before = model(cond, x)
+  before = programs.forward(model, cond, x)
   noise = 9 * draw(2, 2, 5) * cond["is_padding"][..., None]
   other = {**cond, "text": cond["text"] + noise}
-  np.testing.assert_array_equal(model(other, x), before)
+  np.testing.assert_array_equal(programs.forward(model, other, x), before)
   del cond["is_padding"]
-  whole = model(cond, x)
+  whole = programs.forward(model, cond, x)
   np.testing.assert_allclose(whole[1], before[1], atol=1e-6)
   assert np.abs(whole[0] - before[0]).max() > 1e-3
 
@@ -89,18 +78,18 @@ def test_what_stands_in_the_padding_does_not_matter(model):
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_cache_equals_forward_behind_padding(model, unrolled):
   cond, x = prompts(2, 0, 4), draw(1, 3, 8)
-  want = model(cond, x)
+  want = programs.forward(model, cond, x)
   assert want.shape == (3, 9, CONFIG.width)
   model = layers.unroll(model) if unrolled else model
-  np.testing.assert_allclose(cached(model, cond, x), want, atol=5e-5)
+  np.testing.assert_allclose(programs.cached(model, cond, x), want, atol=5e-5)
 
 
 def test_any_number_of_rows_and_every_state(model):
   cond, x = prompts(1, 3), draw(1, 2, 8)
-  want = model(cond, x)
+  want = programs.forward(model, cond, x)
   for count in (0, 1, 5):
-    got = model(cond, x[:, :count])
+    got = programs.forward(model, cond, x[:, :count])
     np.testing.assert_allclose(got, want[:, : count + 1], atol=2e-5)
-  states, hidden = model.hidden_states(cond, x)
+  states, hidden = programs.states(model, cond, x)
   assert states.shape == (CONFIG.num_layers, 2, 13, CONFIG.width)
   np.testing.assert_array_equal(hidden[:, 4:], want)

@@ -39,6 +39,7 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Float32, UInt8
 
+from tensorar_jax import weights
 from tensorar_jax.checkpoints import torch_import
 from tensorar_jax.convolutions import HIGHEST
 from tensorar_jax.evaluation.extractor import Extractor as Extractor
@@ -373,14 +374,13 @@ def import_rules(config: Config) -> list[Rule]:
 def load(source: str | pathlib.Path | Mapping[str, Any]) -> Model:
   """The network of a `.pth`, `.pt` or `.safetensors` file, or of named arrays.
 
-  The widths are those of the tensors. Anything but one of SOURCES, or a copy
-  with narrower layers, is a ValueError.
+  Anything but one of SOURCES, or a copy with narrower layers, is a ValueError.
   """
   named = isinstance(source, Mapping)
   tensors = source if named else torch_import.load_state_dict(source)
   try:
     config = _config_of(tensors)
-    model = nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0)))
+    model = weights.abstract(lambda rngs: Model(config, rngs=rngs))
     return torch_import.fill(model, import_rules(config), tensors)
   except ValueError as error:
     raise ValueError(

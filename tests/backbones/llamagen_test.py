@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import layers, losses, sampling, weights
+from tensorar_jax import layers, sampling, weights
 from tensorar_jax.backbones import llamagen
-from tests import tiny
+from tests import programs, tiny
 from tests.contract import families
 
 CASES = ("gpt_c2i", "gpt_c2i_gqa", "gpt_c2i_opts")
@@ -54,11 +54,11 @@ class Case:
 
   def logits(self, hidden):
     zeros = jnp.zeros((*hidden.shape[:-1], 1), jnp.int32)
-    return self.model.logits(hidden, zeros)[0]
+    return programs.logits(self.model, hidden, zeros)[0]
 
   def teacher_forced(self, cond, count=None):
     x = self.model.embed(self.tokens[:, :count])
-    return self.model.hidden_states(cond, x)
+    return programs.states(self.model, cond, x)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -115,15 +115,8 @@ def test_short_sequences_and_the_null_class(case):
 
 
 def test_cached_decoding(case):
-  hidden, cache = case.model.prefill(case.cond)
-  rows = [hidden]
-  decode = jax.jit(lambda model, x, cache: model.decode(x, cache))
-  for t in range(case.tokens.shape[1]):
-    hidden, cache = decode(
-      case.model, case.model.embed(case.tokens[:, t]), cache
-    )
-    rows.append(hidden)
-  close(case.logits(jnp.stack(rows, axis=1)), case.io["kv_logits"], 2e-4)
+  hidden = programs.cached(case.model, case.cond, case.model.embed(case.tokens))
+  close(case.logits(hidden), case.io["kv_logits"], 2e-4)
 
 
 @pytest.mark.parametrize("suffix", ["", "_dropped"])
@@ -131,10 +124,11 @@ def test_training_logits_and_losses(case, suffix):
   cond = dict(case.cond)
   if suffix:
     cond["is_null"] = jnp.asarray(case.io["drop_ids"], bool)
-  hidden = case.model(cond, case.model.embed(case.tokens[:, :-1]))
+  x = case.model.embed(case.tokens[:, :-1])
+  hidden = programs.forward(case.model, cond, x)
   logits = case.logits(hidden)
   close(logits, case.io[f"train_logits{suffix}"], 2e-4)
-  ce, _ = losses.cross_entropy((logits,), case.tokens)
+  ce, _ = programs.cross_entropy((logits,), case.tokens)
   close(ce.mean(), case.io[f"loss_train{suffix}"], 1e-5)
   if suffix:
     return
@@ -186,8 +180,9 @@ def test_bfloat16_is_as_near_as_the_published_code(parity):
   _, hidden = case.teacher_forced(case.cond)
   error = np.abs(case.logits(hidden) - case.io["bf16_eval_logits"])
   assert error.mean() < 0.05 and error.max() < 0.6
-  hidden = case.model(case.cond, case.model.embed(case.tokens[:, :-1]))
-  ce, _ = losses.cross_entropy((case.logits(hidden),), case.tokens)
+  x = case.model.embed(case.tokens[:, :-1])
+  hidden = programs.forward(case.model, case.cond, x)
+  ce, _ = programs.cross_entropy((case.logits(hidden),), case.tokens)
   close(ce.mean(), case.io["bf16_autocast_loss_train"], 1e-2)
 
 
@@ -207,7 +202,9 @@ def test_parameter_counts_are_the_published_ones(parity):
   for file, variant in llamagen.SOURCES.items():
     manifest = json.loads((folder / file.replace(".pt", ".json")).read_text())
     config = llamagen.VARIANTS[variant]
-    model = nnx.eval_shape(lambda c=config: llamagen.Model(c, rngs=nnx.Rngs(0)))
+    model = weights.abstract(
+      lambda rngs, c=config: llamagen.Model(c, rngs=rngs)
+    )
     assert families.count(model) == manifest["total_parameters"], file
 
 
@@ -226,5 +223,5 @@ def test_training_from_nothing_starts_as_upstream_does():
       np.testing.assert_allclose(value.std(), 0.02, rtol=0.06, err_msg=path)
   tokens, cond = tiny.tokens(), tiny.cond()
   hidden = model(cond, model.embed(tokens[:, :-1]))
-  ce, _ = losses.cross_entropy(model.logits(hidden, tokens), tokens)
+  ce, _ = programs.cross_entropy(model.logits(hidden, tokens), tokens)
   np.testing.assert_allclose(ce, np.log(config.vocab_size), rtol=1e-6)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tensorar_jax as tj
+from tests import programs
 
 
 class Case:
@@ -54,7 +55,8 @@ class Case:
 
   def logits(self, cond, tokens):
     x = self.model.embed(tokens[:, :-1])
-    return self.model.logits(self.model(cond, x), tokens)
+    hidden = programs.forward(self.model, cond, x)
+    return programs.logits(self.model, hidden, tokens)
 
   def full(self, tokens):
     """Both sub-tokens as the index of one vocabulary."""

@@ -17,6 +17,7 @@ import tensorar_jax as tj
 from tensorar_jax import layers, losses, sampling, weights
 from tensorar_jax.backbones import open_magvit2
 from tensorar_jax.checkpoints import torch_export, torch_import
+from tests import programs
 from tests.backbones.open_magvit2_case import Case
 
 
@@ -26,10 +27,10 @@ def halves(name, arrays):
 
 def loss_terms(name, logits, tokens):
   pre, post = (
-    losses.cross_entropy((logits[f],), tokens[..., f : f + 1])[0].mean()
+    programs.cross_entropy((logits[f],), tokens[..., f : f + 1])[0].mean()
     for f in range(2)
   )
-  both = losses.cross_entropy(logits, tokens)[0].mean()
+  both = programs.cross_entropy(logits, tokens)[0].mean()
   return {name: both, **halves(name, (pre, post))}
 
 
@@ -51,7 +52,7 @@ def spatial_taps(case):
   mask = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
   norm = block.attention_norm(x)
   mixed, _ = block.attention(norm, rotate, mask)
-  states, _ = model.hidden_states(case.cond, x[:, 1:])
+  states, _ = programs.states(model, case.cond, x[:, 1:])
   return {
     "tap_spatial_in": x,
     "tap_spatial0_attn_norm": norm,
@@ -64,7 +65,7 @@ def spatial_taps(case):
 def inner_taps(case):
   """Upstream's batch of B * N pairs; each pair is (step 0, step 1)."""
   model, tokens = case.model, case.tokens
-  hidden = model(case.cond, model.embed(tokens[:, :-1]))
+  hidden = programs.forward(model, case.cond, model.embed(tokens[:, :-1]))
   flat = lambda a: a.reshape(-1, *a.shape[-2:])
   first = flat(hidden)
   first, second = (
@@ -105,16 +106,10 @@ def teacher_forced_losses(case):
 
 def cached(case):
   model, tokens = case.model, case.tokens
-  decode = jax.jit(lambda model, x, cache: model.decode(x, cache))
 
   def rows(cond, tokens):
-    hidden, cache = model.prefill(cond)
-    rows = [hidden]
-    for t in range(tokens.shape[1] - 1):
-      hidden, cache = decode(model, model.embed(tokens[:, t]), cache)
-      rows.append(hidden)
-    hidden = jnp.stack(rows, axis=1)
-    return hidden, model.logits(hidden, tokens)
+    hidden = programs.cached(model, cond, model.embed(tokens[:, :-1]))
+    return hidden, programs.logits(model, hidden, tokens)
 
   hidden, plain = rows(case.cond, tokens)
   both = jax.tree.map(lambda *a: jnp.concatenate(a), case.cond, case.null)
@@ -206,7 +201,7 @@ def gradients(case):
     return losses.cross_entropy(logits, case.tokens)[0].mean()
 
   grads = torch_export.export_state_dict(
-    skeleton.merge(jax.grad(loss)(params)),
+    skeleton.merge(jax.jit(jax.grad(loss))(params)),
     open_magvit2.import_rules(case.model.config),
   )
   grads = {n.removeprefix("transformer."): g for n, g in grads.items()}

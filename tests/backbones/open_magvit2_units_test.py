@@ -11,7 +11,7 @@ from flax import nnx
 import tensorar_jax as tj
 from tensorar_jax import layers, weights
 from tensorar_jax.backbones import open_magvit2
-from tests import tiny
+from tests import programs, tiny
 from tests.contract import families
 
 
@@ -29,7 +29,8 @@ def model_with(**fields):
     )
     | fields
   )
-  return tiny.redraw(open_magvit2.Model(config, rngs=nnx.Rngs(0)))
+  make = lambda rngs: open_magvit2.Model(config, rngs=rngs)
+  return tiny.redraw(weights.abstract(make))
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_kv_heads": 2, "mlp_scale": 1.3}])
@@ -50,28 +51,22 @@ def test_the_inner_steps_are_a_plain_causal_transformer(fields):
   for block in model.inner_blocks.each():
     x = plain(block, x)
   x = model.norm(x.reshape(2, 3, 2, 24))
-  logits = jax.jit(lambda model, hidden, tokens: model.logits(hidden, tokens))
-  got = logits(model, hidden, tokens)
+  got = programs.logits(model, hidden, tokens)
   for f, head in enumerate(model.heads):
     np.testing.assert_allclose(got[f], head(x[:, :, f]), atol=2e-5)
-  alone = logits(model, hidden[0, 0], tokens[0, 0])
+  alone = programs.logits(model, hidden[0, 0], tokens[0, 0])
   np.testing.assert_allclose(alone[1], got[1][0, 0], atol=2e-5)
 
 
 def test_fewer_key_heads_decode_what_they_were_taught():
   model, cond = model_with(num_kv_heads=2), tiny.cond()
   x = model.embed(families.tokens(model.vocab_sizes)[:, :-1])
-  decode = jax.jit(lambda model, x, cache: model.decode(x, cache))
-  hidden, cache = model.prefill(cond)
-  rows = [hidden]
-  for t in range(x.shape[1]):
-    hidden, cache = decode(model, x[:, t], cache)
-    rows.append(hidden)
-  np.testing.assert_allclose(jnp.stack(rows, 1), model(cond, x), atol=5e-5)
+  got, want = programs.cached(model, cond, x), programs.forward(model, cond, x)
+  np.testing.assert_allclose(got, want, atol=5e-5)
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
-def test_the_first_sub_token_costs_one_step(unrolled):
+def test_the_first_sub_token_costs_one_step(unrolled, optimised):
   """And a call for each sub-token costs no more than one for both."""
   model = model_with(width=48, mlp_multiple=64)
   model = layers.unroll(model) if unrolled else model
@@ -133,7 +128,7 @@ def test_parameter_counts_are_the_published_ones(parity, file, variant):
   folder = parity / "open_magvit2" / "real_checkpoint_manifest"
   manifest = json.loads((folder / file.replace(".ckpt", ".json")).read_text())
   config = open_magvit2.VARIANTS[variant]
-  model = nnx.eval_shape(lambda: open_magvit2.Model(config, rngs=nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: open_magvit2.Model(config, rngs=rngs))
   counts = manifest["element_counts_by_top_level_prefix"]
   assert families.count(model) == counts["transformer"]
 

@@ -18,7 +18,7 @@ from tensorar_jax import (
 )
 from tensorar_jax.backbones import rar
 from tensorar_jax.checkpoints import torch_export, torch_import
-from tests import tiny
+from tests import programs, tiny
 from tests.contract import families
 
 
@@ -38,17 +38,6 @@ def settings(folder):
     residual_dropout=c["dropout"],
     mlp_dropout=c["dropout"],
   )
-
-
-def cached(model, cond, x):
-  """Hidden states [B, M + 1, D] of prefill and M decodes."""
-  decode = jax.jit(lambda model, x, cache: model.decode(x, cache))
-  hidden, cache = model.prefill(cond)
-  rows = [hidden]
-  for t in range(x.shape[1]):
-    hidden, cache = decode(model, x[:, t], cache)
-    rows.append(hidden)
-  return jnp.stack(rows, axis=1)
 
 
 class Case:
@@ -72,11 +61,12 @@ class Case:
 
   def logits(self, hidden):
     zeros = jnp.zeros((*hidden.shape[:-1], 1), jnp.int32)
-    return self.model.logits(hidden, zeros)[0]
+    return programs.logits(self.model, hidden, zeros)[0]
 
   @functools.cached_property
   def states(self):
-    return self.model.hidden_states(self.raster, self.model.embed(self.tokens))
+    x = self.model.embed(self.tokens)
+    return programs.states(self.model, self.raster, x)
 
   def first_layer(self):
     """What enters it: the states of a model whose gates are all shut."""
@@ -84,17 +74,20 @@ class Case:
     _, params, _ = weights.split(self.model)
     shut = {gates + n: 0 * params[gates + n] for n in ("kernel", "bias")}
     model = weights.update(self.model, shut)
-    return model.hidden_states(self.raster, model.embed(self.tokens))[0][0]
+    x = model.embed(self.tokens)
+    return programs.states(model, self.raster, x)[0][0]
 
   def forward(self, cond, tokens):
-    return self.logits(self.model(cond, self.model.embed(tokens)))
+    x = self.model.embed(tokens)
+    return self.logits(programs.forward(self.model, cond, x))
 
   def cached(self, cond, tokens):
-    return self.logits(cached(self.model, cond, self.model.embed(tokens)))
+    x = self.model.embed(tokens)
+    return self.logits(programs.cached(self.model, cond, x))
 
   def first_call(self):
     none = self.model.embed(self.tokens[:, :0])
-    return self.logits(self.model.hidden_states(self.raster, none)[1])
+    return self.logits(programs.states(self.model, self.raster, none)[1])
 
   @functools.cached_property
   def training(self):
@@ -108,7 +101,8 @@ class Case:
       ce, correct = losses.cross_entropy(logits, self.permuted)
       return ce.mean(), correct.mean()
 
-    (value, correct), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, correct), grads = gradient(params)
     grads = torch_export.export_state_dict(skeleton.merge(grads), self.rules)
     return value, correct, grads
 
@@ -240,7 +234,7 @@ def test_published_sizes(file, variant, parity):
   totals = json.loads((folder / "totals.json").read_text())
   want = totals[file.removesuffix(".bin")]
   config = rar.VARIANTS[variant]
-  model = nnx.eval_shape(lambda: rar.Model(config, rngs=nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: rar.Model(config, rngs=rngs))
   assert families.count(model) == want["parameters"]
   assert len(families.manifest(parity, "rar", file)) == want["tensors"]
 
@@ -275,7 +269,7 @@ def test_a_fresh_model_hands_the_head_its_normalised_input():
   model = rar.Model(rar.Config(**TINY), rngs=nnx.Rngs(0))
   cond = conditioning.ClassConditioning(1000).encode([3, 999])
   tokens = families.tokens(model.vocab_sizes, length=6)
-  states, hidden = model.hidden_states(cond, model.embed(tokens))
+  states, hidden = programs.states(model, cond, model.embed(tokens))
   np.testing.assert_array_equal(states[0], states[1])
   x = np.asarray(states[1], np.float64)
   x -= x.mean(-1, keepdims=True)
@@ -286,7 +280,7 @@ def test_a_fresh_model_hands_the_head_its_normalised_input():
 def ordered():
   """A random model and conditions with an order for each image, one null."""
   config = rar.Config(**TINY, num_classes=5)
-  model = tiny.redraw(rar.Model(config, rngs=nnx.Rngs(0)))
+  model = tiny.redraw(weights.abstract(lambda r: rar.Model(config, rngs=r)))
   cond = conditioning.ClassConditioning(5).encode([4, 0])
   cond["is_null"] = jnp.asarray([False, True])
   cond["order"] = jnp.asarray([[5, 0, 3, 1, 4, 2], [2, 1, 0, 5, 3, 4]])
@@ -296,8 +290,8 @@ def ordered():
 def test_cached_decoding_in_an_order_of_ones_own():
   model, cond = ordered()
   x = model.embed(families.tokens(model.vocab_sizes, length=6))
-  want = model(cond, x)
-  got = cached(model, cond, x)
+  want = programs.forward(model, cond, x)
+  got = programs.cached(model, cond, x)
   np.testing.assert_allclose(got, want, atol=5e-5)
 
 
@@ -309,7 +303,10 @@ def test_sampling_in_an_order_of_ones_own():
   base = tj.TensorAR(model, window=1)
   out = tj.generate(base, cond, null, jax.random.key(0), config)
   x = model.embed(out.tokens[:, :-1])
-  given, free = (model.logits(model(c, x), out.tokens)[0] for c in (cond, null))
+  given, free = (
+    programs.logits(model, programs.forward(model, c, x), out.tokens)[0]
+    for c in (cond, null)
+  )
   want = free + 2 * (given - free)
   np.testing.assert_allclose(out.logits[0][:, :, 0], want, atol=5e-4)
   np.testing.assert_array_equal(out.tokens[..., 0], want.argmax(-1))
@@ -325,10 +322,12 @@ def test_each_dropout_acts_and_keeps_the_mean(field):
   def hidden(rate):
     rates = {**dict.fromkeys(DROPOUTS, 0.0), field: rate}
     config = rar.Config(**{**TINY, "num_layers": 1, "num_classes": 5}, **rates)
-    model = tiny.redraw(rar.Model(config, rngs=nnx.Rngs(0)), scale=0.1)
+    model = tiny.redraw(
+      weights.abstract(lambda r: rar.Model(config, rngs=r)), scale=0.1
+    )
     x = model.embed(families.tokens(model.vocab_sizes, batch=1, length=3))
     x = jnp.broadcast_to(x, (256, *x.shape[1:]))
-    return model(cond, x, rng=jax.random.key(0))
+    return programs.forward(model, cond, x, rng=jax.random.key(0))
 
   change = np.asarray(hidden(0.1) - hidden(0.0))
   assert change.std(0).min() > 1e-5
@@ -351,9 +350,8 @@ def test_bad_configs(fields, message):
 
 
 def test_bad_conditions():
-  model = nnx.eval_shape(
-    lambda: rar.Model(rar.Config(grid=(2, 2), num_classes=5), rngs=nnx.Rngs(0))
-  )
+  config = rar.Config(grid=(2, 2), num_classes=5)
+  model = weights.abstract(lambda rngs: rar.Model(config, rngs=rngs))
   cond = conditioning.ClassConditioning(9).encode([0, 5])
   with pytest.raises(ValueError, match="class ids 0 to 5: this .* 5 classes"):
     model.check(cond)

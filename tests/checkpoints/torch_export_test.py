@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from flax import nnx
 
+from tensorar_jax import weights
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.checkpoints import torch_export, torch_import
 from tensorar_jax.interfaces import Rule
@@ -61,7 +62,7 @@ def tokenizer(folder):
 
 def fill(family, tensors, dtype=None):
   make, config, rules = family
-  model = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: make(config, rngs=rngs))
   return torch_import.fill(model, rules, tensors, dtype)
 
 

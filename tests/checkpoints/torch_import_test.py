@@ -15,6 +15,7 @@ import torch
 from flax import nnx
 
 import tensorar_jax as tj
+from tensorar_jax import weights
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.checkpoints import torch_import
 from tests import tiny
@@ -24,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def abstract(config=tiny.CONFIG):
-  return nnx.eval_shape(lambda: llamagen.Model(config, rngs=nnx.Rngs(0)))
+  return weights.abstract(lambda rngs: llamagen.Model(config, rngs=rngs))
 
 
 def fill(path, dtype=None, key=None):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tensorar_jax import interfaces, layers, sampling, windows
+from tensorar_jax import interfaces, layers, sampling, weights, windows
 from tensorar_jax.build import family
 from tensorar_jax.checkpoints import torch_import
 from tensorar_jax.tensorar import TensorAR
-from tests import tiny
+from tests import programs, tiny
 from tests.contract import families
 
 pytestmark = pytest.mark.parametrize("name", families.BACKBONES)
@@ -31,26 +31,22 @@ def test_a_file_exports_what_a_family_exports(name):
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_cache_equals_forward(name, unrolled):
   model, cond = families.backbone(name), tiny.cond()
-  x = model.embed(inputs(model)[:, :-1])
-  want = model(cond, x)
+  x = programs.embed(model, inputs(model)[:, :-1])
+  want = programs.forward(model, cond, x)
   model = layers.unroll(model) if unrolled else model
-  decode = jax.jit(lambda model, x, cache: model.decode(x, cache))
-  hidden, cache = model.prefill(cond)
-  rows = [hidden]
-  for t in range(x.shape[1]):
-    hidden, cache = decode(model, x[:, t], cache)
-    rows.append(hidden)
-  np.testing.assert_allclose(jnp.stack(rows, axis=1), want, atol=5e-5)
+  got = programs.cached(model, cond, x)
+  np.testing.assert_allclose(got, want, atol=5e-5)
 
 
 def test_a_hidden_state_sees_only_what_came_before(name):
   model, cond = families.backbone(name), tiny.cond()
-  x = model.embed(inputs(model)[:, :-1])
-  before = model(cond, x)
+  x = programs.embed(model, inputs(model)[:, :-1])
+  before = programs.forward(model, cond, x)
   # Not by a constant, which a LayerNorm would take out again.
   step = jax.random.normal(jax.random.key(0), (model.width,))
   for t in range(x.shape[1]):
-    moved = np.abs(model(cond, x.at[:, t].add(step)) - before).max(axis=(0, 2))
+    after = programs.forward(model, cond, x.at[:, t].add(step))
+    moved = np.abs(after - before).max(axis=(0, 2))
     np.testing.assert_array_equal(moved[: t + 1], 0)
     assert moved[t + 1] > 1e-4
 
@@ -59,46 +55,49 @@ def test_sub_token_logits_read_only_the_sub_tokens_before(name):
   model = families.backbone(name)
   hidden = jax.random.normal(jax.random.key(0), (2, 9, model.width))
   tokens, other = inputs(model, 0), inputs(model, 1)
-  before = model.logits(hidden, tokens)
+  before = programs.logits(model, hidden, tokens)
   assert [logits.shape[-1] for logits in before] == list(model.vocab_sizes)
   for f in range(len(model.vocab_sizes)):
     mixed = jnp.concatenate([tokens[..., :f], other[..., f:]], axis=-1)
-    np.testing.assert_array_equal(model.logits(hidden, mixed)[f], before[f])
+    after = programs.logits(model, hidden, mixed)
+    np.testing.assert_array_equal(after[f], before[f])
 
 
 def test_the_null_condition_forgets_the_condition(name):
   model = families.backbone(name)
-  x = model.embed(inputs(model)[:, :-1])
+  x = programs.embed(model, inputs(model)[:, :-1])
   a, b = tiny.CLASSES.encode([0, 1]), tiny.CLASSES.encode([2, 3])
-  assert np.abs(model(a, x) - model(b, x)).max() > 1e-3
-  null = tiny.CLASSES.null
-  np.testing.assert_array_equal(model(null(a), x), model(null(b), x))
+  call, null = programs.forward, tiny.CLASSES.null
+  assert np.abs(call(model, a, x) - call(model, b, x)).max() > 1e-3
+  np.testing.assert_array_equal(
+    call(model, null(a), x), call(model, null(b), x)
+  )
 
 
 def test_dropout_is_on_with_a_key_only(name):
   model, cond = families.backbone(name, dropout=True), tiny.cond()
-  x = model.embed(inputs(model)[:, :-1])
-  plain = families.backbone(name)(cond, x)
-  np.testing.assert_array_equal(model(cond, x), plain)
-  one = model(cond, x, rng=jax.random.key(0))
-  assert np.abs(one - plain).max() > 1e-3
-  assert np.abs(one - model(cond, x, rng=jax.random.key(1))).max() > 1e-3
-  np.testing.assert_array_equal(one, model(cond, x, rng=jax.random.key(0)))
+  x = programs.embed(model, inputs(model)[:, :-1])
+  plain = programs.forward(families.backbone(name), cond, x)
+  np.testing.assert_array_equal(programs.forward(model, cond, x), plain)
+  draw = lambda seed: programs.forward(model, cond, x, rng=jax.random.key(seed))
+  assert np.abs(draw(0) - plain).max() > 1e-3
+  assert np.abs(draw(0) - draw(1)).max() > 1e-3
+  np.testing.assert_array_equal(draw(0), draw(0))
 
 
 def test_bfloat16_stays_bfloat16_and_near_float32(name):
   """Hidden states in the compute dtype, logits in float32."""
-  model = TensorAR(
-    families.backbone(name, dtype="bfloat16"), window=3, rngs=nnx.Rngs(0)
-  )
+  half = families.backbone(name, dtype="bfloat16")
+  model = TensorAR(half, window=3, rngs=nnx.Rngs(0))
   tokens, cond = inputs(model.backbone), tiny.cond()
   windows_, valid = windows.unfold(tokens, 3)
-  hidden = model(cond, windows_[:, :-1], valid[:-1])
+  hidden = programs.forward(model, cond, windows_[:, :-1], valid[:-1])
   assert hidden.dtype == jnp.bfloat16
-  (logits, *_) = model.logits(hidden[:, :, 0], tokens)
+  (logits, *_) = programs.logits(model, hidden[:, :, 0], tokens)
   assert logits.dtype == jnp.float32
   base = families.backbone(name)
-  want = base.logits(base(cond, base.embed(tokens[:, :-1])), tokens)[0]
+  hidden = programs.forward(base, cond, programs.embed(base, tokens[:, :-1]))
+  want = programs.logits(base, hidden, tokens)[0]
   assert np.abs(logits - want).mean() < 0.05 * np.abs(want).mean() + 0.05
   out = sampling.generate(model, cond, None, jax.random.key(0))
   assert out.tokens.shape == tokens.shape
@@ -121,8 +120,8 @@ def test_import_rules_cover_every_published_manifest(name, parity):
   for file, variant in module.SOURCES.items():
     shapes = families.manifest(parity, name, file)
     config = module.VARIANTS[variant]
-    model = nnx.eval_shape(
-      lambda config=config: module.Model(config, rngs=nnx.Rngs(0))
+    model = weights.abstract(
+      lambda rngs, config=config: module.Model(config, rngs=rngs)
     )
     rules = module.import_rules(config)
     planned = torch_import.plan(model, rules, shapes).values()

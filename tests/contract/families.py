@@ -117,14 +117,16 @@ def backbone(
       if field.name.endswith("dropout")
     }
     config = dataclasses.replace(config, **rates)
-  return tiny.redraw(module.Model(config, rngs=nnx.Rngs(0)), seed)
+  make = lambda rngs: module.Model(config, rngs=rngs)
+  return tiny.redraw(weights.abstract(make), seed)
 
 
 def tokenizer(name: str) -> nnx.Module:
   """A tiny tokenizer of the family on a 3 x 3 grid."""
   module = family("tokenizers", name)
   config = module.Config(**_TINY_TOKENIZERS[name])
-  return module.Model(config, rngs=nnx.Rngs(0))
+  make = lambda rngs: module.Model(config, rngs=rngs)
+  return tiny.redraw(weights.abstract(make), 0)
 
 
 def tokens(vocab_sizes, batch=2, length=9, seed=0):

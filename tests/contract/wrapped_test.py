@@ -7,11 +7,18 @@ import optax
 import pytest
 from flax import nnx
 
-from tensorar_jax import noising, objective, sampling, train, windows
+from tensorar_jax import (
+  noising,
+  objective,
+  sampling,
+  train,
+  weights,
+  windows,
+)
 from tensorar_jax.build import family
 from tensorar_jax.evaluation import samples
 from tensorar_jax.tensorar import TensorAR
-from tests import tiny
+from tests import programs, tiny
 from tests.contract import families
 
 pytestmark = pytest.mark.parametrize("name", families.BACKBONES)
@@ -61,16 +68,18 @@ def test_freshly_wrapped_it_is_the_base_at_slot_zero(name):
   noised = noising.categorical(
     jax.random.key(0), inputs, rates, base.vocab_sizes
   )
-  hidden = model(cond, noised[:, :-1], valid[:-1])[:, :, 0]
-  got = model.logits(hidden, tokens)
-  own = base(cond, base.embed(tokens[:, :-1]))
-  for f, want in enumerate(base.logits(own, tokens)):
+  hidden = programs.forward(model, cond, noised[:, :-1], valid[:-1])[:, :, 0]
+  got = programs.logits(model, hidden, tokens)
+  x = programs.embed(base, tokens[:, :-1])
+  own = programs.forward(base, cond, x)
+  for f, want in enumerate(programs.logits(base, own, tokens)):
     np.testing.assert_allclose(got[f], want, atol=2e-5)
 
 
 def test_a_prediction_sees_only_the_windows_before_it(name):
   base, tokens = base_and_tokens(name)
-  model = tiny.redraw(TensorAR(base, window=3, rngs=nnx.Rngs(0)), 1)
+  make = lambda rngs: TensorAR(base, window=3, rngs=rngs)
+  model = tiny.redraw(weights.abstract(make), 1)
   inputs, valid = windows.unfold(tokens, 3)
   inputs, valid, cond = inputs[:, :-1], valid[:-1], tiny.cond()
   predict = jax.jit(lambda m, inputs: m(cond, inputs, valid))
@@ -128,11 +137,11 @@ def test_parameter_counts_are_the_papers(name):
   for variant, config in module.VARIANTS.items():
 
     def count(config=config, window=4, **options):
-      def make():
-        base = module.Model(config, rngs=nnx.Rngs(0))
-        return TensorAR(base, window=window, rngs=nnx.Rngs(0), **options)
+      def make(rngs):
+        base = module.Model(config, rngs=rngs)
+        return TensorAR(base, window=window, rngs=rngs, **options)
 
-      return families.count(nnx.eval_shape(make))
+      return families.count(weights.abstract(make))
 
     counts = [count(window=1), count(**P2), count(**P1)]
     for squares, wrapped in ((9, counts[1]), (48, counts[2])):

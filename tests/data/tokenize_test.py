@@ -318,7 +318,8 @@ tokenize.tokenize(
   "{tmp_path}", **{OPTIONS}
 )
 """
-  flags = "--xla_force_host_platform_device_count=4"
+  flags = os.environ["XLA_FLAGS"]
+  flags += " --xla_force_host_platform_device_count=4"
   env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   subprocess.run([sys.executable, "-c", code], env=env, check=True)
   assert contents(tmp_path) == contents(whole)

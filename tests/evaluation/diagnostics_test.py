@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from flax import nnx
 
-from tensorar_jax import sampling, windows
+from tensorar_jax import sampling, weights, windows
 from tensorar_jax.evaluation import diagnostics
 from tensorar_jax.noising import NoiseConfig
 from tensorar_jax.sampling import SamplingConfig
 from tensorar_jax.tensorar import TensorAR
-from tests import tiny
+from tests import programs, tiny
 from tests.contract import families
 
 SETTINGS = {
@@ -27,7 +26,8 @@ SETTINGS = {
 
 def wrapped(family, window=3):
   base = families.backbone(family)
-  return tiny.redraw(TensorAR(base, window=window, rngs=nnx.Rngs(0)), 1)
+  make = lambda rngs: TensorAR(base, window=window, rngs=rngs)
+  return tiny.redraw(weights.abstract(make), 1)
 
 
 def held_out_batch(model, count=5, seed=0):
@@ -62,8 +62,8 @@ def test_along_other_tokens_each_draft_is_behind_windows_of_drafts(family):
   )
   np.testing.assert_array_equal(got[:, :, 0], tokens)
   valid = windows.valid_slots(jnp.arange(8), 3, 9)
-  hidden = model(cond, got[:, :-1], valid)
-  for f, logits in enumerate(model.logits(hidden, got)):
+  hidden = programs.forward(model, cond, got[:, :-1], valid)
+  for f, logits in enumerate(programs.logits(model, hidden, got)):
     want = jnp.argmax(logits[:, :, 1:], axis=-1)
     np.testing.assert_array_equal(got[:, :, 1:, f], want)
   # They are drafts, not the tokens to come.
@@ -83,12 +83,14 @@ def by_hand(model, batch, read):
   """CE, accuracy [k] and window accuracy [k - 1], slot by slot in NumPy."""
   tokens, k = batch["tokens"], model.window
   valid = windows.valid_slots(jnp.arange(8), k, 9)
-  hidden = model(tiny.CLASSES.encode(batch["label"]), read, valid)
+  cond = tiny.CLASSES.encode(batch["label"])
+  hidden = programs.forward(model, cond, read, valid)
   ce, accuracy, shown = np.zeros(k), np.zeros(k), np.zeros(k - 1)
   for j in range(k):
     target, states = tokens[:, j:], hidden[:, : 9 - j, j]
     right = True
-    for f, logits in enumerate(model.logits(states, jnp.asarray(target))):
+    logits_of = programs.logits(model, states, jnp.asarray(target))
+    for f, logits in enumerate(logits_of):
       logp = np.asarray(jax.nn.log_softmax(logits))
       own = target[..., f]
       ce[j] -= np.take_along_axis(logp, own[..., None], -1).mean()

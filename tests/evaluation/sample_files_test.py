@@ -177,7 +177,8 @@ test.write(pathlib.Path(sys.argv[1]), dying)
 
 
 def test_eight_devices_and_one_draw_the_same_after_a_real_kill(whole, tmp_path):
-  flags = "--xla_force_host_platform_device_count=8"
+  flags = os.environ["XLA_FLAGS"]
+  flags += " --xla_force_host_platform_device_count=8"
   env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env=env)
   assert done.returncode == 9

@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints import torch_export, torch_import
 from tensorar_jax.evaluation import samples
 from tensorar_jax.tokenizers import lfq
@@ -57,7 +58,7 @@ def load(parity, weights):
     bits = json.loads((folder / "config.json").read_text())["factorized_bits"]
   config = config_of(meta["ddconfig"], bits, weights)
   tensors = torch_import.load_state_dict(folder / "model.ckpt")
-  model = nnx.eval_shape(lambda: lfq.Model(config, rngs=nnx.Rngs(0)))
+  model = weights_lib.abstract(lambda rngs: lfq.Model(config, rngs=rngs))
   model = torch_import.fill(model, lfq.import_rules(config), tensors)
   return model, Arrays(np.load(folder / "io.npz")), tensors
 
@@ -303,7 +304,7 @@ published = functools.partial(families.manifest, name="open_magvit2")
 @functools.cache
 def abstract() -> lfq.Model:
   config = lfq.VARIANTS[lfq.SOURCES["imagenet_256_L.ckpt"]]
-  return nnx.eval_shape(lambda: lfq.Model(config, rngs=nnx.Rngs(0)))
+  return weights_lib.abstract(lambda rngs: lfq.Model(config, rngs=rngs))
 
 
 @functools.cache

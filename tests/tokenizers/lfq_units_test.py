@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tensorar_jax import interfaces
+from tensorar_jax import interfaces, weights
 from tensorar_jax.tokenizers import lfq
 
 SIZES = {"channels": 4, "channel_multipliers": (1, 2, 3), "num_res_blocks": 1}
@@ -20,7 +20,7 @@ TINY = lfq.Config(**SIZES, image_size=(12, 20))
 
 def drawn(config: lfq.Config) -> lfq.Model:
   """A model with weights from NumPy: tracing the initialiser takes long."""
-  model = nnx.eval_shape(lambda: lfq.Model(config, rngs=nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: lfq.Model(config, rngs=rngs))
   rng = np.random.default_rng(0)
   for path, param in nnx.to_flat_state(nnx.state(model)):
     value = np.full(param.shape, path[-1] == "scale" or "gamma" in path)
@@ -89,7 +89,7 @@ def test_entropies_are_those_over_the_whole_codebook(d):
   np.testing.assert_allclose(terms["codebook_entropy"], entropy, rtol=1e-5)
 
 
-def test_entropies_of_the_published_codebook_are_cheap():
+def test_entropies_of_the_published_codebook_are_cheap(optimised):
   """A table of 3,000 positions and 2^18 codes would take 3 GB."""
   latents = jnp.zeros((3, 40, 25, 18))
 

@@ -195,7 +195,7 @@ def test_import_rules_cover_the_published_file(parity):
   shapes = families.manifest(parity, "rar", "maskgit_vqgan")
   assert sum(math.prod(shape) for shape in shapes.values()) == 54_515_587
   config = maskgit_vq.VARIANTS[maskgit_vq.SOURCES[FILE]]
-  model = nnx.eval_shape(lambda: maskgit_vq.Model(config, rngs=nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: maskgit_vq.Model(config, rngs=rngs))
   leaves = jax.tree.leaves(nnx.state(model))
   assert sum(math.prod(leaf.shape) for leaf in leaves) == 54_515_587
   rules = maskgit_vq.import_rules(config)
@@ -256,7 +256,7 @@ class Peer:
 @functools.cache
 def drawn(config: maskgit_vq.Config) -> maskgit_vq.Model:
   """A model with weights from NumPy: tracing the initialiser takes long."""
-  model = nnx.eval_shape(lambda: maskgit_vq.Model(config, rngs=nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: maskgit_vq.Model(config, rngs=rngs))
   skeleton, params, _ = weights.split(model)
   rng = np.random.RandomState(0)
   for path, param in params.items():

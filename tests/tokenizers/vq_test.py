@@ -19,7 +19,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tensorar_jax import interfaces
+from tensorar_jax import interfaces, weights
 from tensorar_jax.tokenizers import vq
 
 SHARED = pathlib.Path(__file__).parents[2].parent / "shared" / "parity"
@@ -57,7 +57,7 @@ def target_of(rules: list[interfaces.Rule], name: str):
 
 def fill(config: vq.Config, tensors: dict[str, np.ndarray]) -> nnx.Module:
   """Stands in for the import engine; as strict as that in both directions."""
-  model = nnx.eval_shape(lambda: vq.Model(config, rngs=nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: vq.Model(config, rngs=rngs))
   rules, used = vq.import_rules(config), set()
   state = nnx.to_flat_state(nnx.state(model, nnx.Param))
   params = {"/".join(map(str, path)): param for path, param in state}
@@ -281,7 +281,7 @@ def test_import_rules_cover_the_published_file(file, variant):
 
 def drawn(config: vq.Config) -> vq.Model:
   """A model with weights from NumPy: tracing the initialiser takes long."""
-  model = nnx.eval_shape(lambda: vq.Model(config, rngs=nnx.Rngs(0)))
+  model = weights.abstract(lambda rngs: vq.Model(config, rngs=rngs))
   rng = np.random.default_rng(0)
   for path, param in nnx.to_flat_state(nnx.state(model)):
     value = np.full(param.shape, path[-1] == "scale")
