@@ -309,7 +309,7 @@ def save_planes(
 
   if not groups:
     raise ValueError("there is nothing to compare; expected a group or more.")
-  size = (6.4 * len(planes), 4.2 * len(groups))
+  size = (5.2 * len(planes) + 2.6, 3.8 * len(groups))
   figure = Figure(figsize=size, dpi=100, layout="constrained")
   panels = figure.subplots(len(groups), len(planes), squeeze=False)
   for line, (title, models) in zip(panels, groups.items()):
@@ -321,7 +321,9 @@ def save_planes(
       axes.set_ylabel(y, fontsize=9, color=_MUTED)
     style = {"color": _MUTED, "mfc": "white", "marker": "o", "ls": ""}
     line[0].plot([], [], label=hollow, **style)
-    line[0].legend(frameon=False, fontsize=9)
+    names = line[0].get_legend_handles_labels()
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1)}
+    line[-1].legend(*names, frameon=False, fontsize=9, **beside)
   figure.savefig(path, format="png")
 
 
