@@ -200,7 +200,7 @@ def test_planes_take_pairs_and_single_models(tmp_path):
   groups["shoes"] = {"base": [rows[:1]]}
   planes = (("recall", "precision"),)
   visualize.save_planes(tmp_path / "a.png", groups, planes, "the base")
-  assert _decode(tmp_path / "a.png").shape == (840, 640, 3)
+  assert _decode(tmp_path / "a.png").shape == (760, 780, 3)
   with pytest.raises(ValueError, match="expected a group"):
     visualize.save_planes(tmp_path / "a.png", {}, planes, "")
 
@@ -336,3 +336,18 @@ def test_report_takes_what_there_is(tmp_path):
   metrics = {"models": {"base": {}}, "seconds": {"a": 0.0, "b": None}}
   report.write_report(tmp_path / "r.html", "bare", metrics, {}, "run")
   assert "bare" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_scan_is_a_panel_per_metric(tmp_path):
+  path = tmp_path / "scan.png"
+  metrics = {
+    "FID": ([4.0, 3.0, 5.0], [0.1, 0.1, 0.0], False),
+    "IS": ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], True),
+  }
+  visualize.save_scan(path, ["1", "2", "4:6"], metrics, "base")
+  one = tmp_path / "one.png"
+  visualize.save_scan(one, ["1"], {"FID": ([4.0], [0.1], False)}, "base")
+  with Image.open(path) as wide, Image.open(one) as narrow:
+    assert wide.width == 2 * narrow.width
+  with pytest.raises(ValueError, match="no scan"):
+    visualize.save_scan(path, [], {}, "base")

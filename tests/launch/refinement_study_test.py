@@ -168,4 +168,4 @@ def test_the_matched_temperature_is_interpolated(monkeypatch):
     found = study._matched(entropy, reference)
     assert found["temperature"] == pytest.approx(want)
     assert found["frechet"] == 7.0
-  assert seen == {"scale": 1.25, "seed": 0, "count": 5000}
+  assert seen == {"scale": 1.25, "seed": 0, "count": 10_000}
