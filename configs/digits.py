@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
   config.train = dict(
     batch_size=64, num_steps=300, log_every=25, checkpoint_every=100
   )
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.sampling = dict(temperature=1.0, guidance=1.0, top_k=0, top_p=1.0)
   config.classifier = dict(image_size=(8, 8), num_classes=10)
 

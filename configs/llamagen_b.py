@@ -52,6 +52,7 @@ def variant(name: str, size: str, guidance: float) -> ConfigDict:
     log_every=100,
     checkpoint_every=5000,
   )
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.sampling = dict(temperature=1.0, guidance=guidance, top_k=0, top_p=1.0)
   config.stages = dict(
     tokenizer=dict(objective="tokenizer", source="weights/vq_ds16_c2i.pt"),

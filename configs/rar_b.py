@@ -55,6 +55,7 @@ def variant(
     log_every=100,
     checkpoint_every=5000,
   )
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.sampling = dict(
     temperature=temperature, guidance=guidance, guidance_power=power
   )

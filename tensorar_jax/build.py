@@ -18,10 +18,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tensorar_jax import sharding
 from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import ClassConditioning
@@ -40,7 +44,7 @@ ALWAYS = ("seed", "objective", "init", "source", "source_dtype")
 TRAINING = ("data", "optim", "train")  # what imported weights do not need
 SECTIONS = {
   *(name for names in OBJECTIVES.values() for name in names),
-  *(*ALWAYS, *TRAINING, "sampling", "evaluation", "stages"),
+  *(*ALWAYS, *TRAINING, "mesh", "sampling", "evaluation", "stages"),
 }
 NEW_MODULES = ("encoder/", "decoder/")  # what TensorAR adds to a backbone
 
@@ -142,6 +146,11 @@ def conditioning(section: Mapping):
   fields = dict(section)
   kind = choose("conditioning", fields.pop("name", None), CONDITIONINGS)
   return call(kind, fields, "conditioning")
+
+
+def mesh_config(stage: Mapping) -> sharding.MeshConfig:
+  """The mesh of a stage; it may change from run to run, the numbers do not."""
+  return call(sharding.MeshConfig, stage.get("mesh", {}), "mesh")
 
 
 def model(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
@@ -259,16 +268,38 @@ def lineage(stage: Mapping, workdir: pathlib.Path) -> dict[str, str]:
   }
 
 
-def initial_model(stage: Mapping, workdir: pathlib.Path) -> nnx.Module:
-  """The model a stage starts from: fresh, or with `init`'s weights in it."""
-  fresh = model(stage, nnx.Rngs(stage["seed"]))
-  if stage["init"] is None:
-    return fresh
+def initial_model(
+  stage: Mapping, workdir: pathlib.Path, mesh: Mesh
+) -> nnx.Module:
+  """The model a stage starts from: fresh, or with `init`'s weights in it.
+
+  Its weights are made, and read, where they belong on the mesh: no device ever
+  has more than its part.
+  """
+
+  def fresh():
+    _, params, frozen = weights_lib.split(model(stage, nnx.Rngs(stage["seed"])))
+    # An initialiser may leave a weak type, which the first update makes strong.
+    return {p: jnp.asarray(a, a.dtype) for p, a in {**params, **frozen}.items()}
+
+  abstract = weights_lib.abstract(lambda rngs: model(stage, rngs))
+  want = sharding.layout(jax.eval_shape(fresh), abstract, mesh)
+  found = _parent_weights(stage, workdir, want) if stage["init"] else {}
+  missing = {path: like for path, like in want.items() if path not in found}
+
+  @functools.partial(jax.jit, out_shardings=sharding.shardings(missing))
+  def make():
+    made = fresh()
+    return {path: made[path] for path in missing}
+
+  skeleton, _, _ = weights_lib.split(abstract)
+  return skeleton.merge(found, make() if missing else {})
+
+
+def _parent_weights(stage, workdir, want):
+  """The weights that `init` names, which must fit those that are wanted."""
   source = resolve(stage["init"], workdir)
-  found = orbax_io.read_weights(source)
-  found = {**found.get("params", {}), **found.get("frozen", {})}
-  _, params, frozen = weights_lib.split(fresh)
-  want = {**params, **frozen}
+  found = orbax_io.weight_shapes(source)
   problems = [f"{path} is not in this model" for path in found.keys() - want]
   problems += [
     f"{path} is missing"
@@ -276,9 +307,9 @@ def initial_model(stage: Mapping, workdir: pathlib.Path) -> nnx.Module:
     if not path.startswith(NEW_MODULES)
   ]
   problems += [
-    f"{path} is {found[path].shape}, the model's {want[path].shape}"
+    f"{path} is {found[path]}, the model's {want[path].shape}"
     for path in found.keys() & want.keys()
-    if found[path].shape != want[path].shape
+    if found[path] != want[path].shape
   ]
   if problems:
     listed = "\n  ".join(sorted(problems)[:20])
@@ -286,32 +317,46 @@ def initial_model(stage: Mapping, workdir: pathlib.Path) -> nnx.Module:
       f"init={stage['init']!r} ({source}) does not fit this stage's model"
       f" ({len(problems)} problems):\n  {listed}"
     )
+  parts = orbax_io.read_weights(
+    source, ("params", "frozen"), sharding.shardings(want)
+  )
   # Weights imported in another dtype are trained in the model's own.
-  cast = {path: array.astype(want[path].dtype) for path, array in found.items()}
-  return weights_lib.update(fresh, cast)
+  return {
+    path: array.astype(want[path].dtype)
+    for part in parts.values()
+    for path, array in part.items()
+  }
 
 
-def load(path: str | pathlib.Path, *, ema: bool = False) -> nnx.Module:
+def load(
+  path: str | pathlib.Path, *, ema: bool = False, mesh: Mesh | None = None
+) -> nnx.Module:
   """The model of a checkpoint that this project saved.
 
   `path` is a work directory with one stage, a stage's folder or one step's.
-  `ema` takes the averaged weights, where training kept them.
+  `ema` takes the averaged weights, where training kept them. `mesh` splits the
+  weights as they are read; by default one device has them all.
   """
   folder = orbax_io.find(path)
   config = orbax_io.read_meta(folder)["config"]
-  skeleton, _, _ = weights_lib.split(
-    weights_lib.abstract(lambda rngs: model(config, rngs))
-  )
-  found = orbax_io.read_weights(folder)
-  if ema and "ema" not in found:
+  abstract = weights_lib.abstract(lambda rngs: model(config, rngs))
+  skeleton, params, frozen = weights_lib.split(abstract)
+  shardings = None
+  if mesh:
+    like = sharding.layout({**params, **frozen}, abstract, mesh)
+    shardings = sharding.shardings(like)
+  part = "ema" if ema else "params"
+  found = orbax_io.read_weights(folder, (part, "frozen"), shardings)
+  if part not in found:
     raise ValueError(f"{folder} holds no EMA: train with optim.ema_decay > 0.")
-  params = found["ema"] if ema else found["params"]
-  return skeleton.merge(params, found.get("frozen", {}))
+  return skeleton.merge(found[part], found.get("frozen", {}))
 
 
-def load_stage(stage: Mapping, folder: pathlib.Path) -> nnx.Module:
+def load_stage(
+  stage: Mapping, folder: pathlib.Path, mesh: Mesh | None = None
+) -> nnx.Module:
   """A trained stage's model as it is sampled: averaged, if it keeps an EMA."""
-  return load(folder, ema=is_averaged(stage))
+  return load(folder, ema=is_averaged(stage), mesh=mesh)
 
 
 def is_averaged(stage: Mapping) -> bool:

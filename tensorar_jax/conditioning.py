@@ -85,8 +85,10 @@ class ClassConditioning:
           f"class id {int(bad[0])} is out of range: this model knows"
           f" {self.num_classes} classes, 0 to {self.num_classes - 1}."
         )
-    labels = jnp.asarray(raw, jnp.int32)
-    return {"label": labels, "is_null": jnp.zeros(labels.shape, bool)}
+    # On the host where the labels are: a batch is put on its devices at once.
+    array = jnp if isinstance(raw, jax.core.Tracer) else np
+    labels = array.asarray(raw, jnp.int32)
+    return {"label": labels, "is_null": array.zeros(labels.shape, bool)}
 
   def example(self) -> Cond:
     return self.encode(np.asarray([self.num_classes - 1]))

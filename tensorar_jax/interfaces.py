@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 # (int32[B, T], where a backbone knows it) is the raster position of the token
 # at each place of the sequence; without it the order is raster. "is_padding"
 # (bool[B, P], for prefixes of unequal length) marks rows that nothing may see.
-Cond = dict[str, Array]
+Cond = dict[str, Array | np.ndarray]
 # What the data pipeline yields: "image" (uint8 [B, h, w, C]) or "tokens"
 # (int32 [B, T, F]), and "label" (int32 [B]).
 Batch = dict[str, Array | np.ndarray]

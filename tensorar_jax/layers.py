@@ -16,9 +16,14 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float
 
+from tensorar_jax import sharding
 from tensorar_jax.interfaces import Cache, Key
 
-normal_init = nnx.initializers.normal(0.02)
+
+def normal_init(rng: Key, shape, dtype=jnp.float32) -> Array:
+  """normal(0, 0.02), the same to the last bit under jit and outside of it."""
+  draw = jax.random.normal(rng, shape, dtype)
+  return jax.lax.optimization_barrier(draw) * 0.02  # or the factors merge
 
 
 class RMSNorm(nnx.Module):
@@ -101,6 +106,7 @@ def attention(
   `mask` broadcasts to `[B, M, S]`; True may attend. A row that sees nothing
   attends uniformly. `rate` is the dropout of the weights, on with `rng`.
   """
+  q, k, v = (sharding.constrain(a, *sharding.HEADS) for a in (q, k, v))
   b, n, m, h = q.shape
   groups = k.shape[1]
   q = q.reshape(b, groups, n // groups, m, h)
@@ -203,9 +209,13 @@ class Layers(nnx.Module):
     """An empty cache; shape = [B, N, S, H] of one layer."""
     end = jnp.zeros((), jnp.int32)
     if isinstance(self.stacked, nnx.List):
-      empty = tuple(jnp.zeros(shape, dtype) for _ in range(self.num_layers))
+      empty = tuple(
+        sharding.constrain(jnp.zeros(shape, dtype), *sharding.HEADS)
+        for _ in range(self.num_layers)
+      )
       return Cache(k=empty, v=empty, end=end)
     empty = jnp.zeros((self.num_layers, *shape), dtype)
+    empty = sharding.constrain(empty, None, *sharding.HEADS)
     return Cache(k=empty, v=empty, end=end)
 
 

@@ -22,6 +22,11 @@ Modes:
              --output, --recipe=center|flip|ten_crop, --crop_range.
   export     write a stage's base weights as published: --stage, --output.
 
+Several processes train, import, sample and tokenize together: the same command
+in each with --coordinator=HOST:PORT, --num_processes and --process_id. Under
+SLURM, Open MPI or on a TPU pod they find one another (--coordinator=auto asks
+for it). What an array is split over: --config.mesh.data, .fsdp and .tensor.
+
 Any value of the config can be set from here:
   python -m tensorar_jax.main --config=configs/digits.py \\
     --workdir=runs/k8 --config.stages.tensorar.tensorar.window=8
@@ -37,6 +42,7 @@ from ml_collections import config_flags
 
 from tensorar_jax import metrics
 
+SHARED_MODES = ("train", "sample", "import", "tokenize")  # and --reference
 MODES = (
   *("run", "train", "sample", "evaluate", "visualize"),
   *("import", "tokenize", "export"),
@@ -116,6 +122,17 @@ _CROP_RANGE = flags.DEFINE_multi_float(
   "crop_range", [1.1], "Shorter side before ten_crop, in image sizes."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of --mode=sample.")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "HOST:PORT of process 0, or auto. Default: the cluster's.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many processes there are.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is.", lower_bound=0
+)
 
 
 def workdir() -> pathlib.Path:
@@ -128,9 +145,18 @@ def workdir() -> pathlib.Path:
 
 def run(config, folder: pathlib.Path) -> None:
   """Carries out --mode. The heavy imports wait until the flags are right."""
+  import jax
+
   from tensorar_jax import build, report, train
   from tensorar_jax.evaluation import evaluate
 
+  processes = jax.process_count()
+  alone = _MODE.value not in SHARED_MODES and not _REFERENCE.value
+  if processes > 1 and alone:
+    raise ValueError(
+      f"--mode={_MODE.value} in {processes} processes: expected one of"
+      f" {SHARED_MODES}. Run the other modes in one process."
+    )
   stages = build.stages(config)
   for name, stage in stages.items():
     try:
@@ -253,6 +279,8 @@ def measure_stage(stages: dict, folder: pathlib.Path) -> None:
 
 def tokenize_images(stages: dict, folder: pathlib.Path) -> None:
   """--mode=tokenize, with the tokenizer of --stage or of the last stage."""
+  import jax
+
   from tensorar_jax import build
   from tensorar_jax.data import codes, sources, tokenize
 
@@ -274,6 +302,8 @@ def tokenize_images(stages: dict, folder: pathlib.Path) -> None:
     recipe=_RECIPE.value,
     image_size=rows,
     crop_range=tuple(_CROP_RANGE.value),
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
   )
 
 
@@ -289,8 +319,15 @@ def export_stage(folder: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  from tensorar_jax import sharding
+
   metrics.log_to_console()
   try:
+    sharding.join_processes(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    )
+    if not sharding.is_first():
+      logging.set_verbosity(logging.WARNING)
     if _SAMPLES.value:
       measure_file()
     else:

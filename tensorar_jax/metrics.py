@@ -101,6 +101,26 @@ class TrainLog:
     self._writer.close()
 
 
+class NoLog:
+  """Takes what a `TrainLog` does, and writes nothing."""
+
+  def resume(self, step: int) -> None:
+    """Nothing."""
+
+  def write(self, step: int, scalars: dict[str, float], tokens: int) -> None:
+    """Nothing."""
+
+  def close(self) -> None:
+    """Nothing."""
+
+
+def train_log(
+  folder: pathlib.Path, num_steps: int, writes: bool
+) -> TrainLog | NoLog:
+  """The log of a stage; of several processes one writes it."""
+  return TrainLog(folder, num_steps) if writes else NoLog()
+
+
 def read_trace(path: pathlib.Path) -> list[dict]:
   """The complete rows of a `log.jsonl`, oldest first."""
   if not path.exists():

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from absl import logging
 from flax import nnx
 
-from tensorar_jax import build, weights
+from tensorar_jax import build, sharding, weights
 from tensorar_jax.checkpoints import orbax_io, torch_export, torch_import
 from tensorar_jax.tensorar import TensorAR
 
@@ -36,7 +36,7 @@ def import_backbone(
     weights_dtype: one of torch_import.DTYPES, that of the weights in memory;
       None: the model's own, float32.
   """
-  return _import("backbones", name, path, variant, fields, weights_dtype)
+  return _import("backbones", name, path, (variant, fields), weights_dtype)
 
 
 def import_tokenizer(
@@ -48,16 +48,16 @@ def import_tokenizer(
   **fields,
 ) -> nnx.Module:
   """A tokenizer with published PyTorch weights; as `import_backbone`."""
-  return _import("tokenizers", name, path, variant, fields, weights_dtype)
+  return _import("tokenizers", name, path, (variant, fields), weights_dtype)
 
 
-def _import(kind, name, path, variant, fields, dtype):
+def _import(kind, name, path, size, dtype, mesh=None):
   module = build.family(kind, name)
-  config = build.component_config(module, variant, fields)
+  config = build.component_config(module, *size)
   abstract = weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
   rules = module.import_rules(config)
   tensors = torch_import.load_state_dict(path)
-  return torch_import.fill(abstract, rules, tensors, dtype)
+  return torch_import.fill(abstract, rules, tensors, dtype, mesh)
 
 
 def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
@@ -87,7 +87,8 @@ def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
   name, variant = fields.pop("name"), fields.pop("variant", None)
   fields.pop("init", None)
   dtype = stage["source_dtype"] or "float32"
-  model = _import(kind, name, source, variant, fields, dtype)
+  mesh = sharding.make_mesh(build.mesh_config(stage))
+  model = _import(kind, name, source, (variant, fields), dtype, mesh)
   if stage["objective"] == "tensorar":
     model = TensorAR(model, window=1)
   _, params, frozen = weights.split(model)
@@ -100,6 +101,7 @@ def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
   }
   checkpoints.save(0, {"params": params, "frozen": frozen}, {}, meta)
   checkpoints.close()
+  sharding.wait_for_all(folder.name)
   seconds = time.monotonic() - started
   logging.info("%s: imported %s in %.0f s", folder.name, source, seconds)
 

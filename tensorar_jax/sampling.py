@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import layers
+from tensorar_jax import layers, sharding
 from tensorar_jax.interfaces import Cond, Key, Samples
 from tensorar_jax.tensorar import TensorAR
 from tensorar_jax.windows import valid_slots
@@ -232,12 +232,16 @@ def _draw_slots(uniform, logits, config):
 
 
 def _batch_mesh(cond: Cond) -> Mesh | None:
-  """The devices that the batch is split over, or None if it is on one."""
-  sharding = getattr(jax.tree.leaves(cond)[0], "sharding", None)
-  if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
+  """The mesh that a condition is on, or None if it is on one device."""
+  place = getattr(jax.tree.leaves(cond)[0], "sharding", None)
+  if not isinstance(place, NamedSharding) or place.num_devices == 1:
     return None
-  split = tuple(sharding.spec[:1]) == sharding.mesh.axis_names
-  return sharding.mesh if split else None
+  if place.mesh.axis_names != sharding.AXES:
+    raise ValueError(
+      f"the condition is on a mesh of {place.mesh.axis_names}: expected one of"
+      f" {sharding.AXES}. Make it by sharding.make_mesh."
+    )
+  return place.mesh
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "how"))
@@ -247,13 +251,16 @@ def _generate(graphdef, state, cond, null, rng, image_index, scales, path, how):
   run = functools.partial(_generate_rows, graphdef, config, unrolled)
   if mesh:
     # Left to the partitioner, [cond | null] would be one batch to split, and
-    # the halves of an image would meet across devices at every token.
-    one, rows = PartitionSpec(), PartitionSpec(mesh.axis_names[0])
+    # the halves of an image would meet across devices at every token. Rows are
+    # split by hand, and what `fsdp` splits of the weights is gathered once;
+    # `tensor` is the partitioner's.
+    one, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
     run = jax.shard_map(
       run,
       mesh=mesh,
       in_specs=(one, rows, rows, one, rows, one, rows),
       out_specs=rows,
+      axis_names=set(sharding.ROWS),
       check_vma=False,
     )
   return run(state, cond, null, rng, image_index, scales, path)
@@ -262,7 +269,7 @@ def _generate(graphdef, state, cond, null, rng, image_index, scales, path, how):
 def _generate_rows(
   graphdef, config, unrolled, state, cond, null, rng, image_index, scales, path
 ):
-  """Samples of the rows of one device."""
+  """Samples of the rows of one device, or of those that share its rows."""
   model = nnx.merge(graphdef, state)
   model = layers.unroll(model) if unrolled else model
   keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(image_index)
@@ -315,7 +322,8 @@ def generate(
 
   Args:
     model: a `TensorAR`; window=1 samples the base model.
-    cond: from `Conditioning.encode`; rows on several devices stay there.
+    cond: from `Conditioning.encode`; on a mesh (`sharding.rows`) they stay
+      there, and the model has to be there too (`sharding.shard`).
     null: from `Conditioning.null`; None samples without guidance.
     rng: the key of the whole run.
     config: how tokens are drawn.
@@ -379,10 +387,8 @@ def _run(model, conds, rng, config, image_index, path) -> Samples:
   model.backbone.check(cond if null is None else null)
   # The scales are an array of their own: one program serves every guidance.
   config = dataclasses.replace(config, **_UNGUIDED)
-  graphdef, state = nnx.split(model)
   return _generate(
-    graphdef,
-    state,
+    *nnx.split(model),
     cond,
     null,
     rng,

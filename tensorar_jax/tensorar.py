@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tensorar_jax import layers
+from tensorar_jax import layers, sharding
 from tensorar_jax.interfaces import Backbone, Cond, Key
 from tensorar_jax.windows import check_window
 
@@ -202,7 +202,9 @@ class TensorAR(nnx.Module):
     """The backbone input of each window; `noise` is added to embeddings."""
     if self.window == 1:
       return self.backbone.embed(windows[..., 0, :])
-    return self.encoder(self.backbone.embed(windows), valid, noise)
+    embeddings = self.backbone.embed(windows)
+    embeddings = sharding.constrain(embeddings, sharding.ROWS)
+    return self.encoder(embeddings, valid, noise)
 
   def decode_window(
     self, hidden: Float[Array, "*n D"]
@@ -210,7 +212,7 @@ class TensorAR(nnx.Module):
     """The k vectors whose `logits` predict the window behind each state."""
     if self.window == 1:
       return hidden[..., None, :]
-    return self.decoder(hidden)
+    return sharding.constrain(self.decoder(hidden), sharding.ROWS)
 
   def logits(
     self,

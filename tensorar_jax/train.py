@@ -13,17 +13,24 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from clu import parameter_overview
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array
 
-from tensorar_jax import build, metrics, objective, optim, published, weights
+from tensorar_jax import (
+  build,
+  metrics,
+  objective,
+  optim,
+  published,
+  sharding,
+  train_step,
+  weights,
+)
 from tensorar_jax.checkpoints import orbax_io, torch_import
 from tensorar_jax.data import codes, pipeline, sources
 from tensorar_jax.interfaces import Batch
@@ -55,29 +62,6 @@ class TrainConfig:
         f" log_every={self.log_every}: a resumed run could not repeat the row"
         " of the log that the checkpoint cuts in two."
       )
-
-
-@struct.dataclass
-class TrainState:
-  """Everything a checkpoint holds.
-
-  The leaves are arrays; JAX also puts shapes and shardings in their place.
-
-  Attributes:
-    step: int32 [], completed steps.
-    params: trained weights by path, float32.
-    frozen: saved but untrained weights by path.
-    opt_state: of `optim.make`.
-    ema: average of params, or None.
-    rng: the run's key; step n uses fold_in(rng, n).
-  """
-
-  step: Any
-  params: Any
-  frozen: Any
-  opt_state: Any
-  ema: Any
-  rng: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,67 +118,6 @@ def make_task(
     return {**batch, "cond": conditioning.encode(batch["label"])}
 
   return Task(loss, tokenizer, prepare, model.num_tokens)
-
-
-def init_state(
-  model: nnx.Module, tx: optax.GradientTransformation, seed: int, ema: bool
-) -> tuple[weights.Skeleton, TrainState]:
-  """(skeleton, state before the first step)."""
-  skeleton, params, frozen = weights.split(model)
-  # An initialiser may leave a weak type, which the first update makes strong.
-  params = {path: jnp.asarray(p, p.dtype) for path, p in params.items()}
-  state = TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    frozen=frozen,
-    opt_state=tx.init(params),
-    ema=jax.tree.map(jnp.copy, params) if ema else None,
-    rng=jax.random.key(seed),
-  )
-  # Imported arrays are bound to a device, new ones are not. A step binds all:
-  # without this the second step would be compiled again.
-  return skeleton, jax.device_put(state, jax.devices()[0])
-
-
-def make_train_step(
-  skeleton: weights.Skeleton,
-  loss: Callable,
-  tx: optax.GradientTransformation,
-  ema_decay: float,
-) -> Callable:
-  """The jitted (state, context, batch) -> (state, metrics); donates state."""
-
-  def train_step(state: TrainState, context, batch):
-    rng = jax.random.fold_in(state.rng, state.step)
-
-    def compute(params):
-      model = skeleton.merge(params, state.frozen)
-      return loss(model, context, batch, rng, state.step)
-
-    (value, scalars), grads = jax.value_and_grad(compute, has_aux=True)(
-      state.params
-    )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
-    ema = state.ema
-    if ema is not None:
-      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-    scalars = {
-      "loss": value,
-      **scalars,
-      "grad_norm": optax.tree.norm(grads),
-    }
-    state = state.replace(
-      step=state.step + 1, params=params, opt_state=opt_state, ema=ema
-    )
-    return state, scalars
-
-  # Batches have one shape: a second trace would be a bug, and a slow one. chex
-  # counts by source line, so every stage's step counts afresh.
-  chex.clear_trace_counter()
-  once = chex.assert_max_traces(train_step, n=1)
-  return jax.jit(once, donate_argnums=0)
 
 
 def check(stage: Mapping) -> None:
@@ -266,23 +189,30 @@ def fit(stage: Mapping, folder: pathlib.Path) -> None:
   if is_done(folder, config.num_steps):
     logging.info("%s: done, %d steps", folder.name, config.num_steps)
     return
+  mesh = sharding.make_mesh(build.mesh_config(stage))
+  sharding.check_batch(mesh, config.batch_size)
   optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
-  tx = optim.make(optimiser, config.num_steps)
-  model = build.initial_model(stage, folder.parent)
-  task, data = _task_and_data(stage, folder.parent, model, config.batch_size)
-  skeleton, state = init_state(
-    model, tx, stage["seed"], optimiser.ema_decay > 0
+  tx, ema = optim.make(optimiser, config.num_steps), optimiser.ema_decay > 0
+  model = weights.abstract(lambda rngs: build.model(stage, rngs))
+  task, data = _task_and_data(
+    stage, folder.parent, model, config.batch_size, mesh
   )
-  count = parameter_overview.count_parameters(state.params)
-  logging.info("%s: %s parameters", folder.name, f"{count:,}")
+  like = train_step.state_layout(model, tx, ema, mesh)
   checkpoints = orbax_io.Checkpoints(folder / "checkpoints", config.keep)
   before = 0.0
-  if checkpoints.latest_step() is not None:
-    state, position, meta = checkpoints.restore(state)
+  if checkpoints.latest_step() is None:
+    model = build.initial_model(stage, folder.parent, mesh)
+    _, state = train_step.init_state(model, tx, stage["seed"], ema, mesh)
+  else:
+    state, position, meta = checkpoints.restore(like)
     data.set_state(position)
     before = meta["seconds"]
     logging.info("%s: continues from step %d", folder.name, state.step)
-  train_step = make_train_step(skeleton, task.loss, tx, optimiser.ema_decay)
+  _log_sizes(folder.name, state, mesh)
+  skeleton, _, _ = weights.split(model)
+  step = train_step.make_train_step(
+    skeleton, task.loss, tx, optimiser.ema_decay, like
+  )
   started = time.monotonic()
 
   def save(state):
@@ -291,13 +221,26 @@ def fit(stage: Mapping, folder: pathlib.Path) -> None:
     checkpoints.save(int(state.step), state, data.get_state(), meta)
 
   try:
-    _loop(state, data, task, train_step, config, folder, save)
+    with jax.set_mesh(mesh):
+      _loop(state, data, task, step, config, folder, save)
   finally:
     checkpoints.close()
+  sharding.wait_for_all(folder.name)
 
 
-def _task_and_data(stage, workdir, model, batch_size):
-  """What to train on, and the endless iterator over it."""
+def _log_sizes(name, state, mesh):
+  """How large the model is, and what of the state a device has."""
+  count = parameter_overview.count_parameters(state.params)
+  here, total = sharding.bytes_of(state)
+  logging.info("%s: %s parameters", name, f"{count:,}")
+  logging.info(
+    "%s: mesh %s; a device holds %.4g of the state's %.4g MB",
+    *(name, dict(mesh.shape), here / 1e6, total / 1e6),
+  )
+
+
+def _task_and_data(stage, workdir, model, batch_size, mesh):
+  """What to train on, and the endless iterator over this process's part."""
   section = stage["data"]
   source = sources.load(
     section["name"], section["train_split"], data_dir=section.get("data_dir")
@@ -310,13 +253,21 @@ def _task_and_data(stage, workdir, model, batch_size):
       vocab_sizes=model.vocab_sizes,
       num_classes=stage["conditioning"].get("num_classes"),
     )
+  share = sharding.share(mesh)
   data = pipeline.train_iterator(
     source,
     batch_size=batch_size,
     seed=stage["seed"],
     flip=section.get("flip", False),
+    share=share,
   )
-  return make_task(stage, workdir, model, images=not tokens), data
+  task = make_task(stage, workdir, model, images=not tokens)
+
+  def prepare(batch):
+    return sharding.global_batch(task.prepare(batch), mesh, share)
+
+  context = sharding.replicate(task.context, mesh)
+  return dataclasses.replace(task, context=context, prepare=prepare), data
 
 
 def _check_lineage(folder: pathlib.Path, lineage: dict[str, str]) -> None:
@@ -333,7 +284,7 @@ def _check_lineage(folder: pathlib.Path, lineage: dict[str, str]) -> None:
 
 def _loop(state, data, task, train_step, config, folder, save):
   """Steps, rows of the log, and checkpoints until `num_steps`."""
-  log = metrics.TrainLog(folder, config.num_steps)
+  log = metrics.train_log(folder, config.num_steps, sharding.is_first())
   start = int(state.step)
   log.resume(start)
   pending = []  # the metrics of each step since the last row, on the device

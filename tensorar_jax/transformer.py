@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tensorar_jax import layers
+from tensorar_jax import layers, sharding
 from tensorar_jax.interfaces import Cache, Cond, Key
 
 
@@ -111,12 +111,17 @@ class CausalTransformer(nnx.Module):
 
   def _run(self, cond, x, rng):
     """All rows through all blocks: (every block's stream, hidden states)."""
-    x = jnp.concatenate([self.start(cond), x], axis=1)
+    # Each part on its own as well: XLA 0.10 has joined rows wrongly that came
+    # split along another axis, on a mesh of 2 x 2 x 2.
+    parts = [
+      sharding.constrain(a, sharding.ROWS) for a in (self.start(cond), x)
+    ]
+    x = jnp.concatenate(parts, axis=1)
     if rng is not None and self.token_dropout is not None:
       rng_token, rng = jax.random.split(rng)
       x = layers.dropout(x, self.token_dropout, rng_token)
     rows, count = jnp.arange(x.shape[1]), self.blocks.num_layers
-    x, at = self.place(cond, x, rows)
+    x, at = self.place(cond, sharding.constrain(x, sharding.ROWS), rows)
     mask = causal_mask(rows, len(rows), cond.get("is_padding"))
     keys = None if rng is None else jax.random.split(rng, count)
     rates = jnp.linspace(0.0, self.drop_path, count) if self.drop_path else None
@@ -125,6 +130,7 @@ class CausalTransformer(nnx.Module):
       key, rate = xs
       options = {} if rate is None else {"path_rate": rate}
       x, _ = block(x, at, mask, rng=key, **options)
+      x = sharding.constrain(x, sharding.ROWS)
       return x, x
 
     x, states = self.blocks(apply, x, (keys, rates))
@@ -138,7 +144,8 @@ class CausalTransformer(nnx.Module):
     mask = causal_mask(rows, layers.cache_rows(cache), cond.get("is_padding"))
 
     def apply(block, x, view):
-      return block(x, at, mask, cache=view)
+      x, view = block(x, at, mask, cache=view)
+      return sharding.constrain(x, sharding.ROWS), view
 
     x, cache = self.blocks.cached(apply, x, cache)
     return self.finish(x, at)[:, -1], cache.replace(end=cache.end + length)

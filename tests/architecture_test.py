@@ -18,7 +18,7 @@ LAYERS = (
   {"visualize", "evaluation.evaluate", "data.tokenize"},
   {"train", "evaluation.samples", "evaluation.diagnostics"},
   {"published"},
-  {"build", "objective", "metrics"},
+  {"build", "objective", "metrics", "train_step"},
   {
     "sampling",
     "optim",
@@ -42,16 +42,19 @@ LAYERS = (
     "evaluation.extractor",
     "evaluation.inception",
   },
-  {"tensorar", "losses", "weights", "transformer"},
+  {"tensorar", "losses", "transformer"},
   {
     *("windows", "noising", "layers", "convolutions"),
     *("conditioning", "resumable"),
   },
+  {"sharding"},
+  {"weights"},
   {"interfaces"},
 )
 FAMILIES = ("backbones", "tokenizers")
 FAMILIES_MAY_IMPORT = {
   *("transformer", "conditioning", "layers", "convolutions", "interfaces"),
+  "sharding",
 }
 HEAVY = {
   "tensorflow": {"data.sources", "metrics"},

@@ -11,7 +11,7 @@ CLASSES = conditioning.ClassConditioning(7)
 
 def test_class_ids_put_null_behind_the_classes():
   cond = CLASSES.encode([0, 6, 3])
-  cond["is_null"] = cond["is_null"].at[1].set(True)
+  cond["is_null"][1] = True
   np.testing.assert_array_equal(conditioning.class_ids(cond, 7), [0, 7, 3])
 
 

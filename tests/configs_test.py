@@ -10,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import configs
-from tensorar_jax import build, optim, train, weights
+from tensorar_jax import build, optim, train, train_step, weights
 
 NAMES = sorted(p.stem for p in pathlib.Path(configs.__path__[0]).glob("*.py"))
 
@@ -61,10 +61,10 @@ def test_a_train_step_traces(name):
   )
 
   def step(batch):
-    skeleton, state = train.init_state(
+    skeleton, state = train_step.init_state(
       build.model(stage, nnx.Rngs(0)), tx, 0, ema=False
     )
-    return train.make_train_step(skeleton, task.loss, tx, 0.0)(
+    return train_step.make_train_step(skeleton, task.loss, tx, 0.0)(
       state, None, batch
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tensorar_jax as tj
-from tensorar_jax import build, train, weights
+from tensorar_jax import build, train, train_step, weights
 from tensorar_jax.checkpoints import orbax_io
 
 
@@ -66,13 +66,13 @@ def test_a_run_resumed_from_a_checkpoint_equals_a_straight_one(
 def test_the_step_compiles_once_from_fresh_and_from_given_weights(
   trained, tmp_path, monkeypatch
 ):
-  steps, make = [], train.make_train_step
+  steps, make = [], train_step.make_train_step
 
   def spy(*args):
     steps.append(make(*args))
     return steps[-1]
 
-  monkeypatch.setattr(train, "make_train_step", spy)
+  monkeypatch.setattr(train_step, "make_train_step", spy)
   train.fit(stage(2, optim=dict(ema_decay=0.0)), tmp_path / "fresh")
   train.fit(stage(2, init=str(trained)), tmp_path / "given")
   assert [step._cache_size() for step in steps] == [1, 1]

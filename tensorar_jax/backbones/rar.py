@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import conditioning, layers, transformer
+from tensorar_jax import conditioning, layers, sharding, transformer
 from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
 
 # Rows that the published tables have beyond the image's, never used.
@@ -183,6 +183,10 @@ class Model(transformer.CausalTransformer):
 
   prefix = 2
   remembers = ("label", "is_null", "order")
+  sharding_rules = (
+    (r"(final_)?modulation/kernel", ("fsdp", "tensor")),
+    (r"cls|(position|target|step)_table", (sharding.SPLIT,)),
+  )
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     super().__init__(config)

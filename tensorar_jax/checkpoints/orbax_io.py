@@ -2,18 +2,22 @@
 
 A checkpoint holds three items: `state` (arrays), `data` (the position of the
 data iterator) and `meta` (the resolved config, so that `load` can rebuild the
-model). Saves are asynchronous and become visible only when complete.
+model). Saves are asynchronous and become visible only when complete. Where
+several processes train, each saves and restores the shards that it has; what is
+read for one process alone waits for no other.
 """
 
 from __future__ import annotations
 
 import pathlib
 import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from tensorar_jax import sharding
 from tensorar_jax.resumable import differences, write_json
 
 ITEMS = ("state", "data", "meta")
@@ -45,14 +49,16 @@ class Checkpoints:
     )
 
   def restore(self, like: Any) -> tuple[Any, dict, dict]:
-    """(state, data, meta) of the newest checkpoint, laid out as `like`."""
+    """(state, data, meta) of the newest checkpoint, laid out as `like`.
+
+    `like` is of `sharding.layout`; the state may come from any other mesh.
+    """
     step = self._manager.latest_step()
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
       found = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract),
+          state=ocp.args.StandardRestore(like),
           data=ocp.args.JsonRestore(),
           meta=ocp.args.JsonRestore(),
         ),
@@ -64,7 +70,7 @@ class Checkpoints:
     return found.state, found.data, found.meta
 
   def close(self) -> None:
-    """Waits for what is being saved."""
+    """Waits for what is being saved, by any process."""
     self._manager.wait_until_finished()
     self._manager.close()
 
@@ -88,8 +94,9 @@ def claim(
   path = folder / "config.json"
   saved = any(p.name.isdigit() for p in (folder / "checkpoints").glob("*"))
   if not saved:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+    if sharding.is_first():
+      folder.mkdir(parents=True, exist_ok=True)
+      write_json(path, config)
     return
   before = read_meta(find(folder))["config"]
   changed = [
@@ -133,28 +140,62 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
 def read_meta(path: pathlib.Path) -> dict:
   """The metadata of a checkpoint folder."""
   try:
-    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "meta")
+    return ocp.JsonCheckpointHandler().restore(path / "meta")
   except Exception as error:  # whatever Orbax and TensorStore raise
     raise ValueError(_unreadable(path, error)) from error
 
 
-def read_weights(path: pathlib.Path) -> dict[str, dict[str, jax.Array]]:
-  """The `params`, `frozen` and `ema` entries of a checkpoint folder."""
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def weight_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """The shape of every weight of a checkpoint folder, by its path."""
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      tree = checkpointer.metadata(path / "state").item_metadata.tree
-      names = [n for n in ("params", "frozen", "ema") if tree.get(n)]
-      item = {n: tree[n] for n in names}
-      return checkpointer.restore(
+    with _reader() as reader:
+      tree = reader.metadata(path / "state").item_metadata.tree
+  except Exception as error:  # whatever Orbax and TensorStore raise
+    raise ValueError(_unreadable(path, error)) from error
+  parts = [tree[name] or {} for name in ("params", "frozen") if name in tree]
+  return {k: tuple(leaf.shape) for part in parts for k, leaf in part.items()}
+
+
+def read_weights(
+  path: pathlib.Path,
+  parts: Sequence[str] = ("params", "frozen", "ema"),
+  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> dict[str, dict[str, jax.Array]]:
+  """Those of the `parts` that a checkpoint folder has: weights by path.
+
+  `shardings` says where each path goes, for example of `sharding.layout`; by
+  default all go to this process's first device.
+  """
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  place = lambda name: (shardings or {}).get(name, first)
+  try:
+    with _reader() as reader:
+      tree = reader.metadata(path / "state").item_metadata.tree
+      item = {name: tree[name] for name in parts if tree.get(name)}
+      return reader.restore(
         path / "state",
         args=ocp.args.PyTreeRestore(
           item=item,
-          restore_args=jax.tree.map(
-            lambda _: ocp.ArrayRestoreArgs(sharding=device), item
-          ),
+          restore_args={
+            part: {
+              name: ocp.ArrayRestoreArgs(sharding=place(name)) for name in tree
+            }
+            for part, tree in item.items()
+          },
           partial_restore=True,
         ),
       )
   except Exception as error:  # whatever Orbax and TensorStore raise
     raise ValueError(_unreadable(path, error)) from error
+
+
+def _reader() -> ocp.Checkpointer:
+  """A checkpointer that waits for no other process."""
+  own = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(
+    primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"p{own}"
+  )
+  return ocp.Checkpointer(
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+    multiprocessing_options=options,
+  )

@@ -15,7 +15,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from tensorar_jax import sharding
 from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints.torch_files import (
   Tensor,
@@ -119,12 +121,14 @@ def fill(
   rules: list[Rule],
   tensors: Mapping[str, Tensor | np.ndarray | jax.Array],
   dtype: str | None = None,
+  mesh: Mesh | None = None,
 ) -> nnx.Module:
   """The model with every weight from `tensors`.
 
   `model` may be abstract (`nnx.eval_shape`). `dtype`, one of DTYPES, is that of
-  all weights; by default they get the model's own. Raises one ValueError with
-  everything that does not fit, and one for a damaged value.
+  all weights; by default they get the model's own. Each weight goes from the
+  host straight to its shards on `mesh`; None: to one device. Raises one
+  ValueError with everything that does not fit, and one for a damaged value.
   """
   check_dtype(dtype)
   skeleton, params, frozen = weights_lib.split(model)
@@ -139,10 +143,12 @@ def fill(
     if (kind := str(tensors[name].dtype)) not in FLOATS
   ]
   _complain(problems)
+  like = sharding.layout(want, model, mesh) if mesh else want
   return skeleton.merge(
     {
-      path: _assemble(
-        parts, tensors, want[path].shape, dtype or want[path].dtype
+      path: _place(
+        _assemble(parts, tensors, like[path].shape, dtype or like[path].dtype),
+        like[path].sharding if mesh else None,
       )
       for path, parts in planned.items()
     }
@@ -156,7 +162,13 @@ def _assemble(parts, tensors, shape, dtype):
   for layer, (name, rule) in enumerate(parts):
     part = array[layer, ...] if stacked else array
     write(part, name, tensors[name], rule.axes)
-  return jax.device_put(array, may_alias=True)
+  return array
+
+
+def _place(array, place):
+  if place is None or place.num_devices == 1:
+    return jax.device_put(array, place, may_alias=True)
+  return jax.make_array_from_callback(array.shape, place, array.__getitem__)
 
 
 def _aligned(shape, dtype):

@@ -2,9 +2,9 @@
 
 Grain carries positions, not images, and each batch is fetched at once. Training
 reads an endless sequence of epochs, each in its own order. Step s of global
-size B is rows `s B ... (s + 1) B - 1` of it, and process p of P reads the p-th
-of their P equal parts. Joined in the order of the processes, the batches are
-the same for any P, and the step is all there is to save.
+size B is rows `s B ... (s + 1) B - 1` of it, in equal blocks of which a process
+reads those that it needs. Joined in order, the batches are the same for any
+number of blocks and processes, and the step is all there is to save.
 
 A source of tokens takes the place of images: each time an image comes up, one
 of its variants (crops, flips) is drawn, all alike.
@@ -19,6 +19,7 @@ import grain
 import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
 
+from tensorar_jax import sharding
 from tensorar_jax.data import codes, sources
 
 # Arrays in memory are fetched faster than threads hand them over.
@@ -32,15 +33,15 @@ def train_iterator(
   batch_size: int,
   seed: int,
   flip: bool = False,
-  process_index: int = 0,
-  process_count: int = 1,
+  share: sharding.Share = sharding.Share(),
 ) -> grain.DatasetIterator:
   """Endless shuffled batches: "image" uint8 [b, h, w, C], "label" int32 [b].
 
   In place of "image" a source of tokens gives "tokens", int32 [b, T, F].
-  `batch_size` is the global one and b = batch_size // process_count. `flip`
-  mirrors each image left to right with probability 1/2. `get_state` returns
-  `{"next_index": step}`, which `set_state` takes on any number of processes.
+  `batch_size` is the global one, and b the part of it that is the process's
+  `share`. `flip` mirrors each image left to right with probability 1/2.
+  `get_state` returns `{"next_index": step}`, which `set_state` takes on any
+  number of processes.
   """
   num_images = len(source)
   tokens = isinstance(source, codes.TokenSource)
@@ -51,7 +52,7 @@ def train_iterator(
     )
   if not tokens:
     _check_shape(source)
-  _check_sharing(num_images, batch_size, process_index, process_count)
+  _check_sharing(num_images, batch_size, share)
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
   # Not `MapDataset.shuffle`: it costs 14 us an image on 1500 images (it walks a
@@ -67,9 +68,16 @@ def train_iterator(
     places = places.random_map(draw, seed=seed)
     fetch = _fetch_variants
   places = places.batch(
-    batch_size // process_count, drop_remainder=True, batch_fn=np.array
+    batch_size // share.count, drop_remainder=True, batch_fn=np.array
   )
-  places = places[process_index::process_count]
+  first, *others = [places[block :: share.count] for block in share.blocks]
+  if others:
+
+    def join(step, places):
+      return np.concatenate([places, *(other[step] for other in others)])
+
+    first = first.map_with_index(join)
+  places = first
   in_memory = isinstance(source, sources.ArraySource)
   return iter(
     places.map(functools.partial(fetch, source)).to_iter_dataset(
@@ -112,23 +120,16 @@ def _check_shape(source: sources.Source):
     )
 
 
-def _check_sharing(
-  num_images: int, batch_size: int, process_index: int, process_count: int
-):
+def _check_sharing(num_images: int, batch_size: int, share: sharding.Share):
   if not 1 <= batch_size <= num_images:
     raise ValueError(
       f"batch_size must be between 1 and the {num_images} images of the data "
       f"set, got {batch_size}"
     )
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f"process_index must be between 0 and process_count - 1 = "
-      f"{process_count - 1}, got {process_index}"
-    )
-  if batch_size % process_count:
+  if batch_size % share.count:
     raise ValueError(
       f"the global batch_size {batch_size} must be divisible by the "
-      f"{process_count} processes"
+      f"{share.count} blocks of it that the processes share"
     )
 
 

@@ -27,9 +27,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
-from tensorar_jax import resumable, visualize
+from tensorar_jax import resumable, sharding, visualize
 from tensorar_jax.evaluation import (
   adm,
   extractor,
@@ -181,8 +180,7 @@ class Judge:
       arrays = {kind: getattr(found, kind) for kind in kinds}
       resumable.write_arrays(shard, **arrays)
       progress.add(len(images))
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"features of {file.path}")
+    sharding.wait_for_all(f"features of {file.path}")
     if not resumable.all_there(folder, list(shards)):
       return None
     arrays = {
@@ -339,8 +337,7 @@ def sweep(
       stage=stage,
       batch_size=batch_size,
     )
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"samples in {place.folder}")
+    sharding.wait_for_all(f"samples in {place.folder}")
     folder = place_of(place.npz, judge.file.path)
     records[f"guidance {_text(scale)}"] = judge.measure(place.npz, folder)
   if None in records.values():

@@ -35,7 +35,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int, UInt8
 
-from tensorar_jax import build, resumable, visualize
+from tensorar_jax import build, resumable, sharding, visualize
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import encoder
 from tensorar_jax.evaluation import npz, samples
@@ -111,7 +111,7 @@ def sample(
     stage: its name; by default the last one that can be sampled.
     output: a folder, or NAME.npz with the other files in the folder NAME; by
       default `<stage>/samples/<number>`, a new number for other settings.
-    batch_size: images at once, over the local devices.
+    batch_size: images at once, over this process's devices.
     pngs: whether every image is a PNG too; by default up to PNGS_UP_TO images.
   """
   if batch_size is not None and batch_size < 1:
@@ -137,8 +137,9 @@ def sample(
   place = claim(output, home / "samples", settings, share[1])
   last = share[0] == 0
   if not place.complete:
-    model = build.load_stage(config, home)
-    sampler = samples.Sampler(model, conditioning, sampling, request.seed)
+    mesh = sharding.local_mesh(build.mesh_config(config))
+    model = build.load_stage(config, home, mesh)
+    sampler = samples.Sampler(model, conditioning, sampling, request.seed, mesh)
     draw = _drawing(sampler, tokenizer, request, batch_size)
     overview = functools.partial(_save_overview, place.folder, tokenizer)
     last = write(draw, labels, place, settings, overview=overview, share=share)
@@ -162,10 +163,7 @@ def _drawing(sampler, tokenizer, request, batch_size) -> Draw:
   batch_size = -(-shard // -(-shard // most))
   size = (request.resize, request.resize) if request.resize else None
   # Once here, and not for every shard.
-  sampler = dataclasses.replace(
-    sampler, model=samples.everywhere(sampler.model)
-  )
-  tokenizer = samples.everywhere(tokenizer)
+  tokenizer = sharding.replicate(tokenizer, sampler.mesh)
   return lambda labels, first: sampler.images(
     tokenizer, labels, batch_size, first, size
   )

@@ -1,6 +1,6 @@
 """Labels -> images, any number, in batches of one compiled shape.
 
-The local devices share every batch, and each has a copy of the weights.
+The devices of a mesh share every batch; processes do not, each has its own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from tensorar_jax import sampling, windows
+from tensorar_jax import sampling, sharding, windows
 from tensorar_jax.evaluation.resize import resize_bicubic
 from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.tensorar import TensorAR
@@ -69,25 +69,18 @@ def refinement(
   return images, changed.reshape(*changed.shape[:2], *tokenizer.grid)
 
 
-def everywhere(module: nnx.Module) -> nnx.Module:
-  """The module with a copy of its arrays on every local device."""
-  graphdef, state = nnx.split(module)
-  return nnx.merge(graphdef, jax.device_put(state, _local(PartitionSpec())))
-
-
-def _local(spec: PartitionSpec) -> jax.sharding.Sharding:
-  devices = np.array(jax.local_devices())
-  return NamedSharding(Mesh(devices, ("batch",)), spec)
-
-
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """A model and what it takes to draw the labelled images of a run."""
+  """A model and what it takes to draw the labelled images of a run.
+
+  `mesh` is of this process's devices; by default they split the rows.
+  """
 
   model: TensorAR
   conditioning: Conditioning
   config: sampling.SamplingConfig
   seed: int
+  mesh: Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
   def batches(
     self, labels: Int[np.ndarray, "n"], batch_size: int, first: int = 0
@@ -95,19 +88,20 @@ class Sampler:
     """(samples, how many of them count) for images first, first + 1, ...
 
     They are still on their way. A short batch is filled up, so there is one
-    compiled shape: batch_size, or the next multiple of the local devices.
+    compiled shape: batch_size, or the next one that the mesh splits evenly.
     """
-    model, rng = everywhere(self.model), jax.random.key(self.seed)
-    devices = jax.local_device_count()
-    batch_size = -(-batch_size // devices) * devices
+    model = sharding.shard(self.model, self.mesh)
+    rng, parts = jax.random.key(self.seed), sharding.row_parts(self.mesh)
+    batch_size = -(-batch_size // parts) * parts
     for start in range(0, len(labels), batch_size):
       count = min(batch_size, len(labels) - start)
       index = start + np.arange(batch_size)
       rows = np.minimum(index, len(labels) - 1)
       cond = self.conditioning.encode(labels[rows])
-      place = _local(PartitionSpec("batch"))
-      cond, index = jax.device_put((cond, first + index), place)
       null = self.conditioning.null(cond)
+      cond, null, index = jax.device_put(
+        (cond, null, first + index), sharding.rows(self.mesh)
+      )
       yield sampling.generate(model, cond, null, rng, self.config, index), count
 
   def images(
@@ -119,7 +113,7 @@ class Sampler:
     size: tuple[int, int] | None = None,
   ) -> Iterator[tuple[UInt8[np.ndarray, "b h w C"], sampling.Samples]]:
     """(images, samples) a batch at a time, the next one always under way."""
-    graphdef, state = nnx.split(everywhere(tokenizer))
+    graphdef, state = nnx.split(sharding.replicate(tokenizer, self.mesh))
     started = (
       (_decode(graphdef, state, out.tokens, size), out, count)
       for out, count in self.batches(labels, batch_size, first)

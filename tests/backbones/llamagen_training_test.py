@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tensorar_jax as tj
-from tensorar_jax import losses, optim, train, weights
+from tensorar_jax import losses, optim, train_step, weights
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.checkpoints import torch_export
 
@@ -50,7 +50,7 @@ def trace(parity):
     ),
     settings["steps"],
   )
-  skeleton, state = train.init_state(model, tx, 0, ema=True)
+  skeleton, state = train_step.init_state(model, tx, 0, ema=True)
   rules = llamagen.import_rules(config)
 
   def named(params):
@@ -58,7 +58,7 @@ def trace(parity):
 
   compute = lambda params: loss(skeleton.merge(params), *[None] * 4)[0]
   got = {"gradients": named(jax.grad(compute)(weights.split(model)[1]))}
-  step = train.make_train_step(skeleton, loss, tx, settings["ema_decay"])
+  step = train_step.make_train_step(skeleton, loss, tx, settings["ema_decay"])
   rows = []
   for _ in range(settings["steps"]):
     state, scalars = step(state, None, None)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tensorar_jax import losses, optim, train
+from tensorar_jax import losses, optim, train_step
 from tensorar_jax.backbones import open_magvit2
 from tensorar_jax.checkpoints import torch_export
 from tests.backbones.open_magvit2_case import Case
@@ -47,8 +47,8 @@ def trace(parity):
     ce, _ = losses.cross_entropy(logits, case.tokens)
     return ce.mean(), {}
 
-  skeleton, state = train.init_state(case.model, tx, 0, ema=False)
-  step = train.make_train_step(skeleton, loss, tx, 0.0)
+  skeleton, state = train_step.init_state(case.model, tx, 0, ema=False)
+  step = train_step.make_train_step(skeleton, loss, tx, 0.0)
   rows = []
   for _ in range(c["steps"]):
     state, scalars = step(state, None, None)

@@ -11,7 +11,7 @@ from tensorar_jax import (
   noising,
   objective,
   sampling,
-  train,
+  train_step,
   weights,
   windows,
 )
@@ -105,8 +105,8 @@ def test_training_lowers_the_loss_of_every_slot(name):
     return objective.tensorar_loss(model, cond, tokens, rng, *configs)
 
   tx = optax.adam(1e-2)
-  skeleton, state = train.init_state(model, tx, 0, ema=False)
-  step = train.make_train_step(skeleton, loss, tx, 0.0)
+  skeleton, state = train_step.init_state(model, tx, 0, ema=False)
+  step = train_step.make_train_step(skeleton, loss, tx, 0.0)
   rows = []
   for _ in range(40):
     state, scalars = step(state, None, None)

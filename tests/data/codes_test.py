@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
+from tensorar_jax import sharding
 from tensorar_jax.data import codes, pipeline, shards, sources
 
 NUM_IMAGES, CROPS, TOKENS, VOCAB = 13, 5, 9, 11
@@ -128,7 +129,7 @@ def test_resuming_and_sharing_out(source_and_codes):
   whole = pipeline.train_iterator(source, **options)
   take(whole, 5)
   half = pipeline.train_iterator(
-    source, process_index=1, process_count=2, **options
+    source, share=sharding.Share((1,), 2), **options
   )
   half.set_state(json.loads(json.dumps(whole.get_state())))
   for one, other in zip(take(whole, 7), take(half, 7)):

@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 
+from tensorar_jax import sharding
 from tensorar_jax.data import codes, jsonl, pipeline, sources
 
 NUM_LINES, TOKENS, VOCAB = 23, 9, 11
@@ -180,7 +181,7 @@ def test_resuming_and_sharing_out(file):
   whole = pipeline.train_iterator(load(file), **options)
   take(whole, 5)
   half = pipeline.train_iterator(
-    load(file), process_index=1, process_count=2, **options
+    load(file), share=sharding.Share((1,), 2), **options
   )
   half.set_state(json.loads(json.dumps(whole.get_state())))
   for one, other in zip(take(whole, 7), take(half, 7)):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from tensorar_jax import sharding
 from tensorar_jax.data import pipeline, sources
 
 NUM_IMAGES = 23
@@ -83,25 +84,22 @@ def test_the_seed_decides(source):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("process_count", [2, 3, 6])
-def test_any_number_of_processes_reads_the_same_batches(
-  source, process_count, flip
-):
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_any_number_of_processes_reads_the_same_batches(source, count, flip):
   options = {"batch_size": 6, "seed": 3, "flip": flip}
   expected = take(pipeline.train_iterator(source, **options), 9)
   parts = [
     take(
       pipeline.train_iterator(
         source,
-        process_index=process_index,
-        process_count=process_count,
+        share=sharding.Share((block,), count),
         **options,
       ),
       9,
     )
-    for process_index in range(process_count)
+    for block in range(count)
   ]
-  assert parts[0][0]["label"].shape == (6 // process_count,)
+  assert parts[0][0]["label"].shape == (6 // count,)
   joined = [
     {key: np.concatenate([part[key] for part in step]) for key in step[0]}
     for step in zip(*parts, strict=True)
@@ -130,13 +128,22 @@ def test_a_state_moves_to_another_number_of_processes(source):
   whole = pipeline.train_iterator(source, **options)
   take(whole, 5)
   half = pipeline.train_iterator(
-    source, process_index=1, process_count=2, **options
+    source, share=sharding.Share((1,), 2), **options
   )
   half.set_state(whole.get_state())
   batch = next(whole)
   second_half = {key: value[3:] for key, value in batch.items()}
   assert_same_batches([next(half)], [second_half])
   assert half.get_state() == whole.get_state()
+
+
+def test_blocks_apart_from_each_other_are_joined(source):
+  options = {"batch_size": 8, "seed": 3, "flip": True}
+  whole = pipeline.train_iterator(source, **options)
+  share = sharding.Share((0, 3), 4)
+  for batch in take(pipeline.train_iterator(source, share=share, **options), 4):
+    rows = {k: v[[0, 1, 6, 7]] for k, v in next(whole).items()}
+    assert_same_batches([batch], [rows])
 
 
 def test_flip_mirrors_about_half_and_anew_each_epoch(source):
@@ -180,9 +187,7 @@ def test_a_lazy_source_reads_the_same(source, flip):
   [
     ({"batch_size": 0}, "between 1 and the 23 images.*got 0"),
     ({"batch_size": 24}, "between 1 and the 23 images.*got 24"),
-    ({"batch_size": 7, "process_count": 2}, "7 must be divisible by the 2"),
-    ({"batch_size": 6, "process_index": 2, "process_count": 2}, "got 2"),
-    ({"batch_size": 6, "process_count": 0}, "process_count"),
+    ({"batch_size": 7, "share": sharding.Share((0,), 2)}, "divisible by the 2"),
     ({"batch_size": 6, "seed": -1}, "seed must be between 0"),
   ],
 )

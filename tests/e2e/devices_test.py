@@ -1,52 +1,65 @@
-"""Property 7: an image is the same on one device and on eight."""
+"""Any mesh of eight devices computes what one device does."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
-SCRIPT = """
-import re
-import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tests import tiny
-from tensorar_jax import sampling
-assert jax.device_count() == 8
-mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-model, rng = tiny.wrapped(3), jax.random.key(0)
-cond = tiny.cond(8)
-config = sampling.SamplingConfig(guidance=1.5, return_logits=True)
-run, programs = sampling._generate, []
-def kept(*args, **options):
-  programs.append(run.lower(*args, **options).compile().as_text())
-  return run(*args, **options)
-sampling._generate = kept
-def draw(cond):
-  return sampling.generate(model, cond, tiny.CLASSES.null(cond), rng, config)
-one = draw(cond)
-eight = draw(jax.device_put(cond, NamedSharding(mesh, PartitionSpec("data"))))
-assert len(eight.drafts.sharding.device_set) == 8
-np.testing.assert_array_equal(one.drafts, eight.drafts)
-np.testing.assert_allclose(one.logits[0], eight.logits[0], atol=1e-5)
-talk = "all-gather|all-reduce|all-to-all|collective-permute"
-assert not re.search(talk, programs[1]), "devices wait for one another"
-print("equal")
-"""
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_one_device_and_eight_draw_the_same_images():
-  flags = os.environ["XLA_FLAGS"]
-  flags += " --xla_force_host_platform_device_count=8"
+@pytest.fixture(scope="module")
+def rows():
+  """What `meshes.py` found, by (family, mesh)."""
+  # Unoptimised programs: most of the time goes into compiling them.
+  flags = (
+    f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"
+  )
   done = subprocess.run(
-    [sys.executable, "-c", SCRIPT],
-    cwd=pathlib.Path(__file__).parents[2],
-    # It reads a compiled program, which has to be a real one.
-    env={
-      **os.environ,
-      "XLA_FLAGS": flags,
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-    },
+    [sys.executable, "-m", "tests.e2e.meshes"],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": flags},
     capture_output=True,
     text=True,
   )
-  assert "equal" in done.stdout, done.stderr[-3000:]
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = [json.loads(line) for line in done.stdout.splitlines()]
+  return {
+    (row["family"], row["mesh"] and tuple(row["mesh"])): row for row in found
+  }
+
+
+def test_training_is_the_same_on_every_mesh(rows):
+  for (family, mesh), row in rows.items():
+    got, want = row["train"], rows[family, None]["train"]
+    np.testing.assert_allclose(got["losses"], want["losses"], rtol=1e-5)
+    assert max(got["difference"].values()) < 1e-5, (family, mesh)
+    assert got["stays"], (family, mesh)
+
+
+def test_images_are_the_same_on_every_mesh(rows):
+  for (_, mesh), row in rows.items():
+    if found := row.get("sample"):
+      assert found["difference"]["drafts"] == 0, mesh
+      assert found["difference"]["logits"] < 1e-4, mesh
+      assert found["devices"] == (8 if mesh else 1)
+
+
+def test_a_device_holds_its_part_and_no_more_from_the_start(rows):
+  whole, total = rows["llamagen", None]["train"], None
+  for mesh, parts in {(1, 8, 1): 8, (2, 2, 2): 4}.items():
+    here, total = rows["llamagen", mesh]["train"]["bytes"]
+    assert here < 1.02 * total / parts
+    largest = rows["llamagen", mesh]["train"]["largest_array"]
+    assert largest <= whole["largest_array"] / parts
+  assert total == whole["bytes"][0]
+
+
+def test_devices_that_split_rows_alone_do_not_talk_while_they_sample(rows):
+  assert not any(rows["llamagen", (8, 1, 1)]["sample"]["collectives"].values())
+  assert rows["llamagen", (1, 8, 1)]["sample"]["collectives"]["all-gather"]

@@ -1,0 +1,137 @@
+"""One step of training, as a pure function, and the state that it takes.
+
+The state has a place for each of its arrays on a mesh before it exists: it is
+made there, or read from a checkpoint, part by part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jax.sharding import Mesh
+
+from tensorar_jax import sharding, weights
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a checkpoint holds.
+
+  The leaves are arrays; JAX also puts shapes and shardings in their place.
+
+  Attributes:
+    step: int32 [], completed steps.
+    params: trained weights by path, float32.
+    frozen: saved but untrained weights by path.
+    opt_state: of `optim.make`.
+    ema: average of params, or None.
+    rng: the run's key; step n uses fold_in(rng, n).
+  """
+
+  step: Any
+  params: Any
+  frozen: Any
+  opt_state: Any
+  ema: Any
+  rng: Any
+
+
+def _first_state(params, frozen, tx, seed, ema) -> TrainState:
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    frozen=frozen,
+    opt_state=tx.init(params),
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    rng=jax.random.key(seed),
+  )
+
+
+def state_layout(
+  model: nnx.Module, tx: optax.GradientTransformation, ema: bool, mesh: Mesh
+) -> TrainState:
+  """Shapes and shardings of the state; the model may be abstract."""
+  _, params, frozen = weights.split(model)
+  state = jax.eval_shape(
+    lambda *arrays: _first_state(*arrays, tx, 0, ema), params, frozen
+  )
+  return sharding.layout(state, model, mesh)
+
+
+def init_state(
+  model: nnx.Module,
+  tx: optax.GradientTransformation,
+  seed: int,
+  ema: bool,
+  mesh: Mesh | None = None,
+) -> tuple[weights.Skeleton, TrainState]:
+  """(skeleton, state before the first step) on a mesh, by default of one."""
+  mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+  skeleton, params, frozen = weights.split(model)
+  # An initialiser may leave a weak type, which the first update makes strong.
+  params = {path: jnp.asarray(p, p.dtype) for path, p in params.items()}
+  place = sharding.shardings(state_layout(model, tx, ema, mesh))
+  # Weights that are in their place already stay there, uncopied.
+  params = jax.device_put(params, place.params)
+  frozen = jax.device_put(frozen, place.frozen)
+
+  def others(params):
+    state = _first_state(params, {}, tx, seed, ema)
+    return state.replace(params=None, frozen=None)
+
+  place = place.replace(params=None, frozen=None)
+  state = jax.jit(others, out_shardings=place)(params)
+  return skeleton, state.replace(params=params, frozen=frozen)
+
+
+def make_train_step(
+  skeleton: weights.Skeleton,
+  loss: Callable,
+  tx: optax.GradientTransformation,
+  ema_decay: float,
+  like: TrainState | None = None,
+) -> Callable:
+  """The jitted (state, context, batch) -> (state, metrics); donates state.
+
+  `like`, of `state_layout`, keeps the new state where the old one is; metrics
+  are on all devices. Without it the compiler chooses.
+  """
+
+  def train_step(state: TrainState, context, batch):
+    rng = jax.random.fold_in(state.rng, state.step)
+
+    def compute(params):
+      model = skeleton.merge(sharding.gather_vectors(params), state.frozen)
+      return loss(model, context, batch, rng, state.step)
+
+    (value, scalars), grads = jax.value_and_grad(compute, has_aux=True)(
+      state.params
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    scalars = {
+      "loss": value,
+      **scalars,
+      "grad_norm": optax.tree.norm(grads),
+    }
+    state = state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+    )
+    return state, scalars
+
+  # Batches have one shape: a second trace would be a bug, and a slow one. chex
+  # counts by source line, so every stage's step counts afresh.
+  chex.clear_trace_counter()
+  once = chex.assert_max_traces(train_step, n=1)
+  place = like and (sharding.shardings(like), like.step.sharding)
+  return jax.jit(once, donate_argnums=0, out_shardings=place)

@@ -1,0 +1,141 @@
+"""Trains and samples on meshes of 8 devices; a line of JSON for each mesh.
+
+One process for all of it, run by `devices_test.py`.
+"""
+
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+from tensorar_jax import build, optim, sampling, sharding, train, train_step
+from tests import tiny, train_test
+from tests.contract import families
+
+# None: one device. Another family on the mesh that splits most.
+MESHES = {
+  "llamagen": (None, (8, 1, 1), (1, 8, 1), (2, 2, 2)),
+  "rar": (None, (2, 2, 2)),
+}
+# Sizes that 8 divides: what does not divide is not split.
+SIZES = dict(width=32, num_layers=2, num_heads=4, grid=(3, 3))
+BACKBONES = {
+  "llamagen": dict(SIZES, vocab_size=24),
+  "rar": dict(SIZES, vocab_size=24),
+}
+STEPS = 3
+
+
+def largest_array() -> int:
+  """The most bytes that any live array has on one device."""
+  arrays = [
+    array
+    for array in jax.live_arrays()
+    if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+  ]
+  return max(a.addressable_shards[0].data.nbytes for a in arrays)
+
+
+def collectives(compiled) -> dict[str, int]:
+  kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+  text = compiled.as_text()
+  return {k: len(re.findall(rf" {k}(?:-start)?\(", text)) for k in kinds}
+
+
+def train_on(family, mesh) -> dict:
+  """Losses, weights, bytes and collectives of a few steps."""
+  config = train_test.stage(STEPS, tensorar=dict(window=2))
+  fields = dict(num_classes=10, **BACKBONES[family])
+  own = config["backbone"] if family == "llamagen" else {}
+  config["backbone"] = {**own, "name": family, **fields}
+  # Adam divides rounding by rounding where a gradient is nothing else.
+  tx = optim.make(optim.OptimConfig(learning_rate=1e-2, eps=1e-3), STEPS)
+  model = build.initial_model(config, pathlib.Path(), mesh)
+  skeleton, state = train_step.init_state(model, tx, 0, True, mesh)
+  largest = largest_array()
+  # All weights random: a zero head would hide mistakes.
+  model = sharding.shard(tiny.redraw(model), mesh)
+  skeleton, state = train_step.init_state(model, tx, 0, True, mesh)
+  like = train_step.state_layout(model, tx, True, mesh)
+  task = train.make_task(config, pathlib.Path(), model, images=False)
+  step = train_step.make_train_step(skeleton, task.loss, tx, 0.9, like)
+  rng, losses = np.random.default_rng(0), []
+  with jax.set_mesh(mesh):
+    for _ in range(STEPS):
+      batch = {
+        "tokens": families.tokens(model.vocab_sizes, 8, seed=len(losses)),
+        "label": rng.integers(0, 10, 8, np.int32),
+      }
+      batch = task.prepare(batch)
+      batch = sharding.global_batch(batch, mesh, sharding.share(mesh))
+      if not losses:
+        step = step.lower(state, None, batch).compile()
+      state, scalars = step(state, None, batch)
+      losses.append(float(scalars["loss"]))
+  same = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, like)
+  here, total = sharding.bytes_of((state.params, state.opt_state, state.ema))
+  return {
+    "losses": losses,
+    "arrays": {path: np.array(a) for path, a in state.params.items()},
+    "stays": jax.tree.all(same),
+    "bytes": [here, total],
+    "largest_array": largest,
+    "collectives": collectives(step),
+  }
+
+
+def sample_on(mesh) -> dict:
+  """Guided samples of eight images, their logits, and what devices say."""
+  model, cond = tiny.wrapped(3), tiny.cond(8)
+  null = tiny.CLASSES.null(cond)
+  config = sampling.SamplingConfig(guidance=1.5, return_logits=True)
+  if mesh.size > 1:
+    model = sharding.shard(model, mesh)
+    cond, null = jax.device_put((cond, null), sharding.rows(mesh))
+  run, programs = sampling._generate, []
+
+  def kept(*args, **options):
+    programs.append(run.lower(*args, **options).compile())
+    return programs[0](*args[1:])  # without the static graphdef
+
+  sampling._generate = kept
+  out = sampling.generate(model, cond, null, jax.random.key(0), config)
+  sampling._generate = run
+  return {
+    "arrays": {
+      "drafts": np.array(out.drafts),
+      "logits": np.array(out.logits[0]),
+    },
+    "devices": len(out.drafts.sharding.device_set),
+    "collectives": collectives(programs[0]),
+  }
+
+
+def parts(row):
+  return [(name, row[name]) for name in ("train", "sample") if name in row]
+
+
+def main():
+  for family, meshes in MESHES.items():
+    first = None
+    for sizes in meshes:
+      mesh = sharding.make_mesh(devices=jax.devices()[:1])
+      if sizes:
+        mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+      row = {"family": family, "mesh": sizes, "train": train_on(family, mesh)}
+      if family == "llamagen":
+        row["sample"] = sample_on(mesh)
+      arrays = {name: part.pop("arrays") for name, part in parts(row)}
+      first = first or arrays
+      for name, part in parts(row):
+        differences = jax.tree.map(
+          lambda a, b: float(np.abs(a - b).max()), arrays[name], first[name]
+        )
+        part["difference"] = differences
+      print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+  main()

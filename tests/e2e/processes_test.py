@@ -1,0 +1,129 @@
+"""Two processes train as one does, and one takes over what two began."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 4
+
+
+def start(workdir, devices, *flags, mode="train") -> subprocess.Popen:
+  """The command line in a process of its own with so many devices."""
+  count = f"--xla_force_host_platform_device_count={devices}"
+  command = [
+    *(sys.executable, "-m", "tensorar_jax.main", f"--mode={mode}"),
+    *("--config=tests/e2e/tiny_digits.py", "--stage=base"),
+    *(f"--workdir={workdir}", *flags),
+  ]
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": count},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(*processes) -> list[str]:
+  """What they print; all have to succeed."""
+  try:
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  for process, text in zip(processes, texts, strict=True):
+    assert process.returncode == 0, text[-3000:]
+  return texts
+
+
+def two(workdir, *flags, mode="train") -> list[str]:
+  """Two processes of two devices each."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  join = f"--coordinator={address}", "--num_processes=2"
+  return finish(
+    *(
+      start(workdir, 2, *join, f"--process_id={i}", *flags, mode=mode)
+      for i in range(2)
+    )
+  )
+
+
+def losses(workdir) -> list[dict]:
+  lines = (workdir / "base" / "log.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def assert_same(rows, expected):
+  assert [row["step"] for row in rows] == [row["step"] for row in expected]
+  for row, want in zip(rows, expected, strict=True):
+    for name in want:
+      assert row[name] == pytest.approx(want[name], rel=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  """A work directory that one process with one device has trained."""
+  workdir = tmp_path_factory.mktemp("one")
+  finish(start(workdir, 1))
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+  """(the same of two processes, what they printed)."""
+  workdir = tmp_path_factory.mktemp("two")
+  return workdir, two(workdir, "--config.mesh.fsdp=2")
+
+
+def test_two_processes_compute_what_one_does(straight, shared):
+  workdir, (first, second) = shared
+  assert_same(losses(workdir), losses(straight))
+  assert len(losses(workdir)) == STEPS
+  # Only the first one reports.
+  assert "4/4" in first and "4/4" not in second
+  assert len(list((workdir / "base" / "tensorboard").iterdir())) == 1
+
+
+def test_one_process_continues_what_two_began(straight, shared, tmp_path):
+  """Another mesh as well; losses see the data, which must be the same."""
+  shutil.copytree(shared[0] / "base", tmp_path / "base")
+  shutil.rmtree(tmp_path / "base" / "checkpoints" / "4")
+  (text,) = finish(start(tmp_path, 2, "--config.mesh.tensor=2"))
+  assert "continues from step 2" in text
+  assert "'tensor': 2" in text
+  assert_same(losses(tmp_path), losses(straight))
+
+
+def test_two_processes_sample_what_one_does(straight, tmp_path):
+  flags = ["--num_images=7", "--classes=3,5"]
+  two(straight, *flags, f"--output={tmp_path / 'two'}", mode="sample")
+  finish(
+    start(straight, 1, *flags, f"--output={tmp_path / 'one'}", mode="sample")
+  )
+  got, want = (np.load(tmp_path / n / "samples.npz") for n in ("two", "one"))
+  np.testing.assert_array_equal(got["arr_0"], want["arr_0"])
+  np.testing.assert_array_equal(got["arr_1"], want["arr_1"])
+
+
+def test_other_modes_are_for_one_process(straight):
+  processes = []
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  for i in range(2):
+    join = f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"
+    processes.append(start(straight, 1, *join, mode="evaluate"))
+  for process in processes:
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "expected one of" in text
