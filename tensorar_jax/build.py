@@ -28,10 +28,10 @@ from ml_collections import ConfigDict
 from tensorar_jax import sharding
 from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints import orbax_io
-from tensorar_jax.conditioning import ClassConditioning
+from tensorar_jax.conditioning import ClassConditioning, TextConditioning
 from tensorar_jax.tensorar import TensorAR
 
-CONDITIONINGS = {"class": ClassConditioning}
+CONDITIONINGS = {"class": ClassConditioning, "text": TextConditioning}
 # What each objective's training depends on; the rest of a config may change.
 OBJECTIVES = {
   "tensorar": (
@@ -151,6 +151,17 @@ def conditioning(section: Mapping):
 def mesh_config(stage: Mapping) -> sharding.MeshConfig:
   """The mesh of a stage; it may change from run to run, the numbers do not."""
   return call(sharding.MeshConfig, stage.get("mesh", {}), "mesh")
+
+
+def check_drawable(name: str, stage: Mapping) -> None:
+  """ValueError unless images of the stage can be drawn class by class."""
+  section = stage["conditioning"]
+  if not isinstance(conditioning(section), ClassConditioning):
+    raise ValueError(
+      f"stage {name!r} makes images from the conditioning {section['name']!r}:"
+      " --mode=sample and --mode=evaluate draw classes, they do not read"
+      " prompts yet. Sample it from Python with tensorar_jax.generate."
+    )
 
 
 def model(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:

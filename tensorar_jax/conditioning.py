@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from tensorar_jax.interfaces import Cond, Key
+from tensorar_jax.interfaces import Batch, Cond, Key
 
 
 def null(cond: Cond) -> Cond:
@@ -36,6 +36,7 @@ def check_labels(cond: Cond, num_classes: int, null_class: bool = True) -> None:
 
   Nothing is checked inside someone's jit, where there is nothing to look at.
   """
+  _check_kind(cond, "label", "class labels")
   if isinstance(cond["label"], jax.core.Tracer):
     return
   known, label = num_classes, np.asarray(cond["label"])
@@ -50,6 +51,32 @@ def check_labels(cond: Cond, num_classes: int, null_class: bool = True) -> None:
       "null_class=False: this backbone has no null class, so there is"
       " neither guidance nor condition dropout. Set guidance=1 and"
       " condition_dropout=0."
+    )
+
+
+def check_text(cond: Cond, length: int, width: int) -> None:
+  """ValueError if a backbone of this text prefix cannot read the features."""
+  _check_kind(cond, "text", "text features")
+  if (shape := cond["text"].shape)[1:] != (length, width):
+    raise ValueError(
+      f"text features of shape {shape}: this backbone reads [B, {length},"
+      f" {width}], {length} rows of {width} features. Let the conditioning's"
+      " length and width agree with its text_length and text_width."
+    )
+  padding = cond.get("is_padding")
+  if padding is not None and padding.shape != shape[:2]:
+    raise ValueError(
+      f"is_padding of shape {padding.shape} for text features of shape {shape}:"
+      f" expected {shape[:2]}, true at the rows that nothing may see."
+    )
+
+
+def _check_kind(cond, entry, kind):
+  if entry not in cond:
+    raise ValueError(
+      f"the condition has the entries {sorted(cond)}: this backbone makes"
+      f" images from {kind}, the entry {entry!r}. Choose the conditioning or"
+      " the variant of the other kind."
     )
 
 
@@ -90,8 +117,97 @@ class ClassConditioning:
     labels = array.asarray(raw, jnp.int32)
     return {"label": labels, "is_null": array.zeros(labels.shape, bool)}
 
+  def from_batch(self, batch: Batch) -> Cond:
+    """The condition of a batch's "label"."""
+    return self.encode(batch["label"])
+
   def example(self) -> Cond:
     return self.encode(np.asarray([self.num_classes - 1]))
+
+  null = staticmethod(null)
+  drop = staticmethod(drop)
+
+
+def align_right(
+  features: Float[Array | np.ndarray, "B P E"],
+  mask: Bool[Array | np.ndarray, "B P"],
+) -> tuple[Float[Array, "B P E"], Bool[Array, "B P"]]:
+  """Text whose real rows come last, in their order; the others are zero."""
+  # False before True, each in the order it had: any layout is put right.
+  order = jnp.argsort(jnp.asarray(mask), axis=1, stable=True)
+  mask = jnp.take_along_axis(jnp.asarray(mask), order, axis=1)
+  features = jnp.take_along_axis(jnp.asarray(features), order[..., None], 1)
+  return jnp.where(mask[..., None], features, 0), mask
+
+
+class TextConditioning:
+  """Text as {"text": [B, P, E], "is_padding": bool[B, P], "is_null"}.
+
+  Texts of every length end where the image begins: their padding is on the
+  left. Null rows keep it, as guidance compares two prefixes of one length.
+  """
+
+  def __init__(self, width: int = 2048, length: int = 120):
+    if min(width, length) < 1:
+      raise ValueError(
+        f"width={width}, length={length}: expected at least 1 of each, the"
+        " features of a text token and the tokens of a text."
+      )
+    self.width, self.length = width, length
+
+  def encode(self, raw) -> Cond:
+    """The condition of (features [B, P, E], mask [B, P], true at real rows).
+
+    The real rows of a text may stand anywhere, as text encoders or files have
+    them. Another shape, or a text without any row, is a ValueError.
+    """
+    features, mask = raw
+    self._check(features, mask)
+    features, mask = align_right(features, jnp.asarray(mask, bool))
+    is_null = jnp.zeros(len(mask), bool)
+    return {"text": features, "is_padding": ~mask, "is_null": is_null}
+
+  def _check(self, features, mask):
+    want, shape = (self.length, self.width), np.shape(features)
+    if len(shape) != 3 or shape[1:] != want:
+      raise ValueError(
+        f"text features of shape {shape}: expected [B, {want[0]}, {want[1]}],"
+        f" {want[0]} rows of {want[1]} features. Use the text encoder of the"
+        " model, or set the conditioning's length and width."
+      )
+    if np.shape(mask) != shape[:2]:
+      raise ValueError(
+        f"a mask of shape {np.shape(mask)} for text features of shape {shape}:"
+        f" expected {shape[:2]}, true at the rows that are text."
+      )
+    if isinstance(mask, jax.core.Tracer):
+      return
+    empty = np.flatnonzero(~np.asarray(mask, bool).any(axis=1))
+    if empty.size:
+      raise ValueError(
+        f"text {empty[0]} has no rows: every row is masked. Leave it out, or"
+        " use null for an image of no text."
+      )
+
+  def from_batch(self, batch: Batch) -> Cond:
+    """The condition of "text", "text_mask" and, where given, "valid"."""
+    missing = {"text", "text_mask"} - batch.keys()
+    if missing:
+      raise ValueError(
+        f"the batch has {sorted(batch)}, it lacks {sorted(missing)}: text"
+        " conditions are made of a data set with text features."
+      )
+    mask = np.asarray(batch["text_mask"], bool)
+    if "valid" not in batch:
+      return self.encode((batch["text"], mask))
+    # What stands in for an unreadable sample need not have a text.
+    valid = np.asarray(batch["valid"], bool)
+    cond = self.encode((batch["text"], mask | ~valid[:, None]))
+    return {**cond, "is_valid": jnp.asarray(valid)}
+
+  def example(self) -> Cond:
+    shape = (1, self.length, self.width)
+    return self.encode((np.zeros(shape, np.float32), np.ones(shape[:2], bool)))
 
   null = staticmethod(null)
   drop = staticmethod(drop)

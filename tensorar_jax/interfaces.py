@@ -10,6 +10,7 @@ Letters used in every shape annotation:
 | `M`    | inputs so far, `0..T`       | `H`    | width of one head         |
 | `k`    | slots of a window           | `F`    | sub-tokens of one token   |
 | `V_f`  | vocabulary of sub-token `f` | `C`    | image channels            |
+| `E`    | features of a text token    |        |                           |
 
 Tokens are always `int32[..., F]`, with `F = 1` where a family does not
 factorise its vocabulary, so that nothing has to ask whether it does.
@@ -30,9 +31,11 @@ from jaxtyping import Array, Float, Int
 # (int32[B, T], where a backbone knows it) is the raster position of the token
 # at each place of the sequence; without it the order is raster. "is_padding"
 # (bool[B, P], for prefixes of unequal length) marks rows that nothing may see.
+# "is_valid" (bool[B]) marks the images that the loss counts; without it, all.
 Cond = dict[str, Array | np.ndarray]
 # What the data pipeline yields: "image" (uint8 [B, h, w, C]) or "tokens"
-# (int32 [B, T, F]), and "label" (int32 [B]).
+# (int32 [B, T, F]), and "label" (int32 [B]) or "text" (float [B, P, E]) with
+# "text_mask" (bool [B, P], true at text) and perhaps "valid" (bool [B]).
 Batch = dict[str, Array | np.ndarray]
 Key = Array  # a typed PRNG key, or an array of them
 
@@ -152,6 +155,10 @@ class Conditioning(Protocol):
 
   def encode(self, raw: Any) -> Cond:
     """The condition for raw labels or prompts; bad input is a ValueError."""
+    ...
+
+  def from_batch(self, batch: Batch) -> Cond:
+    """The condition of a batch of the data pipeline."""
     ...
 
   def example(self) -> Cond:

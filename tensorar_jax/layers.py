@@ -306,15 +306,24 @@ class SelfAttention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-  """down(silu(gate(x)) * up(x)), bias-free."""
+  """down(activation(gate(x)) * up(x)), bias-free."""
 
-  def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype=None):
+  def __init__(
+    self,
+    width: int,
+    hidden: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype=None,
+    activation: Callable = jax.nn.silu,
+  ):
+    self.activation = activation
     self.gate = linear(width, hidden, rngs, dtype)
     self.up = linear(width, hidden, rngs, dtype)
     self.down = linear(hidden, width, rngs, dtype)
 
   def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):

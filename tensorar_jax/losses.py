@@ -1,7 +1,7 @@
 """The training loss: weighted cross-entropy over the slots of each prediction.
 
 L = sum_n sum_j w(j) CE(logits[n, j], x[n + j]) over n + j < T, averaged over
-predictions and batch. Spec: section 5.
+predictions and batch, of which images may be left out. Spec: section 5.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ def tensor_cross_entropy(
   logits: Callable,
   hidden: Float[Array, "B T k D"],
   targets: Int[Array, "B T k F"],
-  valid: Bool[Array, "T k"],
+  valid: Bool[Array, "*b T k"],
   weights: Float[np.ndarray, "k"],
   rng: Key | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """The loss and, per slot j, "ce/j" and "accuracy/j" over its valid targets.
 
-  `logits(hidden, tokens, rng=rng)` is the head. One slot at a time under
-  checkpoint: the peak of the logits' memory is that of the base model.
+  `logits(hidden, tokens, rng=rng)` is the head. `valid` may differ from image
+  to image; if none is left, the loss is 0. One slot at a time under checkpoint:
+  the peak of the logits' memory is that of the base model.
   """
 
   @jax.checkpoint
@@ -81,16 +82,21 @@ def tensor_cross_entropy(
     return jnp.sum(ce * valid), jnp.sum(correct & valid)
 
   batch, length, window = targets.shape[:3]
+
+  def count(j):
+    if valid.ndim == 2:  # the same slots of every image: known beforehand
+      return batch * (length - j)
+    return jnp.maximum(jnp.sum(valid[..., j]), 1)
+
   loss, metrics = 0.0, {}
   for j in range(window):
     ce, correct = slot(
       hidden[:, :, j],
       targets[:, :, j],
-      valid[:, j],
+      valid[..., j],
       None if rng is None else jax.random.fold_in(rng, j),
     )
-    loss += weights[j] * ce / (batch * length)
-    count = batch * (length - j)
-    metrics[f"ce/{j}"] = ce / count
-    metrics[f"accuracy/{j}"] = correct / count
+    loss += weights[j] * ce / count(0)
+    metrics[f"ce/{j}"] = ce / count(j)
+    metrics[f"accuracy/{j}"] = correct / count(j)
   return loss, metrics

@@ -141,8 +141,9 @@ def tensorar_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """(loss, metrics) of a batch of clean tokens.
 
-  `cond` has been dropped already. `rng` decides noise and dropout; None, for
-  evaluation, fixes the noise and switches the dropout off.
+  `cond` has been dropped already; its "is_valid" says which images count.
+  `rng` decides noise and dropout; None, for evaluation, fixes the noise and
+  switches the dropout off.
   """
   rng_noise, rng_dropout, rng_head = jax.random.key(0), None, None
   if rng is not None:
@@ -152,6 +153,8 @@ def tensorar_loss(
     model, cond, targets[:, :-1], valid[:-1], rng_noise, noise
   )
   hidden = model(cond, noised, valid[:-1], noise=extra, rng=rng_dropout)
+  if "is_valid" in cond:
+    valid = cond["is_valid"][:, None, None] & valid  # [B, T, k]
   return losses.tensor_cross_entropy(
     model.logits,
     hidden,

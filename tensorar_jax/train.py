@@ -115,7 +115,8 @@ def make_task(
     return objective.tensorar_loss(model, cond, tokens, rng, noise, config)
 
   def prepare(batch):
-    return {**batch, "cond": conditioning.encode(batch["label"])}
+    read = {name: batch[name] for name in ("image", "tokens") if name in batch}
+    return {**read, "cond": conditioning.from_batch(batch)}
 
   return Task(loss, tokenizer, prepare, model.num_tokens)
 

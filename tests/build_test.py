@@ -5,7 +5,7 @@ import pytest
 
 from tensorar_jax import build
 from tensorar_jax.checkpoints import orbax_io
-from tensorar_jax.evaluation import evaluate
+from tensorar_jax.evaluation import evaluate, sample_files
 from tests import train_test
 
 
@@ -23,6 +23,20 @@ def test_a_stage_that_is_not_finished_is_no_parent(tmp_path):
     build.resolve("base", tmp_path)
   save(tmp_path / "base", 6, config)
   assert build.resolve("base", tmp_path).name == "6"
+
+
+def test_stages_that_read_text_are_not_drawn_by_class():
+  classes = train_test.stage(6)
+  text = {**classes, "conditioning": dict(name="text")}
+  stages = {"classes": classes, "text": text}
+  assert sample_files.drawable(stages, "classes") == "classes"
+  for stage in ("text", None):
+    with pytest.raises(ValueError, match="'text' makes images from .*prompts"):
+      sample_files.drawable(stages, stage)
+  stages["classifier"] = {**classes, "objective": "classifier"}
+  evaluate.EvaluationConfig(models=("classes",)).check(stages)
+  with pytest.raises(ValueError, match="'text' makes images from .*prompts"):
+    evaluate.EvaluationConfig(models=("classes", "text")).check(stages)
 
 
 def test_a_measurement_belongs_to_one_set_of_weights(tmp_path):

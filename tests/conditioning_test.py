@@ -1,12 +1,14 @@
-"""What a backbone refuses: labels, orders and nulls that it does not know."""
+"""Conditions: how they are made, and what is refused."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tensorar_jax import conditioning
 
 CLASSES = conditioning.ClassConditioning(7)
+TEXTS = conditioning.TextConditioning(width=3, length=5)
 
 
 def test_class_ids_put_null_behind_the_classes():
@@ -36,3 +38,57 @@ def test_an_order_is_refused():
   conditioning.refuse_order(cond)
   with pytest.raises(ValueError, match="raster order. Set loss.random_order"):
     conditioning.refuse_order({**cond, "order": np.zeros((2, 9), int)})
+
+
+def texts(batch=2):
+  """(features, mask) with the rows of each text in odd places."""
+  features = np.random.RandomState(0).standard_normal((batch, 5, 3))
+  return features.astype(np.float32), np.tile([1, 0, 1, 1, 0], (batch, 1))
+
+
+def test_text_ends_where_the_image_begins():
+  features, mask = texts()
+  features[:, 1] = np.nan  # nothing of the padding gets through
+  cond = TEXTS.encode((features, mask))
+  np.testing.assert_array_equal(cond["text"][:, 2:], features[:, [0, 2, 3]])
+  np.testing.assert_array_equal(cond["text"][:, :2], 0)
+  np.testing.assert_array_equal(cond["is_padding"], [[1, 1, 0, 0, 0]] * 2)
+  again = TEXTS.encode((cond["text"], ~cond["is_padding"]))
+  np.testing.assert_array_equal(again["text"], cond["text"])
+  half = TEXTS.encode((jnp.asarray(features, jnp.bfloat16), mask))
+  assert half["text"].dtype == jnp.bfloat16
+
+
+def test_null_and_dropped_texts_keep_their_padding():
+  cond = TEXTS.encode(texts(1000))
+  for other in (TEXTS.null(cond), TEXTS.drop(jax.random.key(0), cond, 0.1)):
+    np.testing.assert_array_equal(other["is_padding"], cond["is_padding"])
+  assert TEXTS.null(cond)["is_null"].all()
+  assert 70 < other["is_null"].sum() < 130
+
+
+def test_a_batch_says_which_images_are_valid():
+  features, mask = texts()
+  batch = {"text": features, "text_mask": mask}
+  assert "is_valid" not in TEXTS.from_batch(batch)
+  # What stands in for an unreadable one has no text; all of it is visible.
+  batch = {**batch, "text_mask": mask * [[1], [0]], "valid": np.array([1, 0])}
+  cond = TEXTS.from_batch(batch)
+  np.testing.assert_array_equal(cond["is_valid"], [True, False])
+  assert not cond["is_padding"][1].any()
+  with pytest.raises(ValueError, match=r"lacks \['text', 'text_mask'\]"):
+    TEXTS.from_batch({"tokens": mask, "label": mask})
+
+
+def test_bad_texts_are_refused():
+  features, mask = texts()
+  with pytest.raises(ValueError, match=r"shape \(2, 5, 2\): .* \[B, 5, 3\]"):
+    TEXTS.encode((features[..., :2], mask))
+  with pytest.raises(ValueError, match=r"shape \(2, 4, 3\): expected"):
+    TEXTS.encode((features[:, :4], mask[:, :4]))
+  with pytest.raises(ValueError, match=r"mask of shape \(2, 4\)"):
+    TEXTS.encode((features, mask[:, :4]))
+  with pytest.raises(ValueError, match="text 1 has no rows"):
+    TEXTS.encode((features, mask * [[1], [0]]))
+  with pytest.raises(ValueError, match="width=0, length=5"):
+    conditioning.TextConditioning(width=0, length=5)

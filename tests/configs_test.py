@@ -16,7 +16,10 @@ NAMES = sorted(p.stem for p in pathlib.Path(configs.__path__[0]).glob("*.py"))
 
 
 # The others differ in sizes only.
-TRACED = ("digits", "fashion_mnist", "llamagen_b", "open_magvit2_b", "rar_b")
+TRACED = (
+  *("digits", "fashion_mnist", "llamagen_b", "llamagen_t2i"),
+  *("open_magvit2_b", "rar_b"),
+)
 
 
 def stages_of(name):
@@ -57,6 +60,9 @@ def test_a_train_step_traces(name):
     {
       "tokens": np.zeros((2, model.num_tokens, len(model.vocab_sizes)), int),
       "label": np.zeros(2, int),
+      "text": np.zeros((2, 120, 2048), np.float32),
+      "text_mask": np.ones((2, 120), bool),
+      "valid": np.ones(2, bool),
     }
   )
 
@@ -71,3 +77,15 @@ def test_a_train_step_traces(name):
   state, scalars = jax.eval_shape(step, batch)
   assert scalars["loss"].shape == ()
   assert {f"ce/{j}" for j in range(model.window)} <= set(scalars)
+
+
+def test_the_stages_of_text_to_image_differ_in_size_only():
+  from configs import llamagen_t2i
+
+  config = llamagen_t2i.get_config("512")
+  base = build.stages(config)["base"]
+  train.check(base)
+  assert base["source"] == "weights/t2i_XL_stage2_512.pt"
+  assert tuple(base["backbone"]["grid"]) == (32, 32)
+  with pytest.raises(ValueError, match="'384': published models are of 256"):
+    llamagen_t2i.get_config("384")

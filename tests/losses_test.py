@@ -62,3 +62,28 @@ def test_sub_tokens_add_up_and_are_right_together():
   ce, correct = losses.cross_entropy(logits, jnp.asarray([[1, 2]]))
   np.testing.assert_allclose(ce, -np.log(0.8 * 0.2), rtol=1e-6)
   assert not correct[0]
+
+
+def test_images_that_are_not_valid_count_for_nothing():
+  """Loss, metrics and gradients are those of the others alone."""
+  hidden = jax.random.normal(jax.random.key(0), (3, 5, 2, 7))
+  head = jnp.eye(7, 11)
+  targets, valid = windows.unfold(tiny.tokens(batch=3, length=5), 2)
+
+  @jax.jit
+  def run(hidden, targets, valid):
+    logits = lambda hidden, tokens, rng: (hidden @ head,)
+    loss = lambda hidden: losses.tensor_cross_entropy(
+      logits, hidden, targets, valid, np.array([1.0, 0.5])
+    )
+    return jax.value_and_grad(loss, has_aux=True)(hidden)
+
+  rows = np.array([0, 2])
+  want, gradient = run(hidden[rows], targets[rows], valid)
+  per_image = jnp.array([True, False, True])[:, None, None] & valid
+  got, moved = run(hidden, targets, per_image)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), got, want)
+  np.testing.assert_allclose(moved[rows], gradient, atol=1e-7)
+  np.testing.assert_array_equal(moved[1], 0)
+  (loss, metrics), gradient = run(hidden, targets, per_image & False)
+  assert loss == 0 and not any(metrics.values()) and not gradient.any()

@@ -6,8 +6,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from tensorar_jax import sharding
-from tensorar_jax.build import family
+from tensorar_jax import sharding, weights
 from tensorar_jax.tensorar import TensorAR
 from tests import tiny
 from tests.contract import families
@@ -18,21 +17,20 @@ CUBE = AbstractMesh((2, 2, 2), sharding.AXES)
 
 @pytest.mark.parametrize("name", families.TOKENIZERS)
 def test_every_weight_of_a_tokenizer_has_a_place(name):
-  sharding.specs(nnx.eval_shape(lambda: families.tokenizer(name)))
+  sharding.specs(families.tokenizer(name))
 
 
 @pytest.mark.parametrize("name", families.BACKBONES)
 def test_eight_devices_share_the_published_sizes_evenly(name):
   """By the rules alone: at most 1/8 of the bytes and 2 % a device."""
-  module = family("backbones", name)
-  for variant, config in module.VARIANTS.items():
+  module = families.module_of(name)
+  for variant, config in families.published(name).items():
 
-    def make(config=config):
-      base = module.Model(config, rngs=nnx.Rngs(0))
-      return TensorAR(base, window=4, rngs=nnx.Rngs(0))
+    def make(rngs, config=config):
+      return TensorAR(module.Model(config, rngs=rngs), window=4, rngs=rngs)
 
-    model = nnx.eval_shape(make)
-    shapes = {**sharding.weights_lib.split(model)[1]}
+    model = weights.abstract(make)
+    shapes = {**weights.split(model)[1]}
     specs, here, total = sharding.specs(model), 0, 0
     for path, array in shapes.items():
       spec = sharding.fit(specs[path], array.shape, EIGHT)

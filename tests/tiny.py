@@ -22,21 +22,22 @@ CONFIG = llamagen.Config(
   mlp_dropout=0.0,
 )
 CLASSES = conditioning.ClassConditioning(5)
+TEXTS = conditioning.TextConditioning(width=7, length=5)
 
 
 def redraw(model: nnx.Module, seed: int = 0, scale: float = 0.3) -> nnx.Module:
   """A copy with every weight random: no zero head or gain hides a mistake.
 
-  The model may be abstract if all its weights are trained. The draws are
-  NumPy's: JAX would compile a program for every shape.
+  The model may be abstract. The draws are NumPy's: JAX would compile a program
+  for every shape.
   """
   skeleton, params, frozen = weights.split(model)
-  rng = np.random.default_rng(seed)
-  for path, value in sorted(params.items()):
+  rng, drawn = np.random.default_rng(seed), {}
+  for path, value in sorted({**params, **frozen}.items()):
     mean = 1.0 if path.endswith("scale") else 0.0
-    drawn = mean + scale * rng.standard_normal(value.shape)
-    params[path] = jnp.asarray(drawn, jnp.float32)
-  return skeleton.merge(params, frozen)
+    numbers = mean + scale * rng.standard_normal(value.shape)
+    drawn[path] = jnp.asarray(numbers, jnp.float32)
+  return skeleton.merge(drawn)
 
 
 def backbone(seed: int = 0, **fields) -> nnx.Module:
@@ -66,3 +67,12 @@ def tokens(seed: int = 0, batch: int = 2, length: int = 9) -> jax.Array:
 
 def cond(batch: int = 2) -> dict:
   return CLASSES.encode(np.arange(batch) % 5)
+
+
+def texts(numbers=(0, 1)) -> dict:
+  """Random features of each number, of 1, 3, 5, 1, ... rows in their order."""
+  shape = (TEXTS.length, TEXTS.width)
+  draw = lambda number: np.random.RandomState(number).standard_normal(shape)
+  features = np.stack([draw(number) for number in numbers]).astype(np.float32)
+  rows = 1 + 2 * (np.arange(len(numbers)) % 3)
+  return TEXTS.encode((features, np.arange(TEXTS.length) < rows[:, None]))

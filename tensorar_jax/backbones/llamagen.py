@@ -1,20 +1,21 @@
 """LlamaGen's GPT (Sun et al., 2024, "Autoregressive Model Beats Diffusion").
 
-A LLaMA over image tokens in raster order: one class token, then the image;
-2-D rotary positions on interleaved pairs, the class token's rotary row zero.
-Facts and numbers: the parity README of this family.
+A LLaMA over image tokens in raster order: one class token or the features of a
+text, then the image; 2-D rotary positions on interleaved pairs, zero rows for
+all before the image. Facts and numbers: the parity README of this family.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tensorar_jax import conditioning, layers, transformer
-from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
+from tensorar_jax.interfaces import LINEAR, Cond, Frozen, Key, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Config(transformer.RotaryConfig):
   """Sizes and training rates of one model; the base class has the others.
 
   `null_class` adds the row of the class table that guidance needs.
-  `drop_path` rises linearly over the layers to its value.
+  `text_width` makes a text-to-image model, without classes, whose prefix is
+  `text_length` rows of so many features. `drop_path` rises linearly over the
+  layers to its value.
   """
 
   vocab_size: int = 16384
@@ -31,11 +34,26 @@ class Config(transformer.RotaryConfig):
   num_heads: int = 12
   num_classes: int = 1000
   null_class: bool = True
+  text_width: int | None = None
+  text_length: int = 120
   drop_path: float = 0.0
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.text_width is not None and min(self.text_width, self.prefix) < 1:
+      raise ValueError(
+        f"text_width={self.text_width}, text_length={self.text_length}:"
+        " expected at least 1 of each, or text_width=None for classes."
+      )
 
-def _variant(width: int, num_layers: int, num_heads: int) -> Config:
-  return Config(width=width, num_layers=num_layers, num_heads=num_heads)
+  @property
+  def prefix(self) -> int:
+    """The rows before the image."""
+    return 1 if self.text_width is None else self.text_length
+
+
+def _variant(width: int, num_layers: int, num_heads: int, **text) -> Config:
+  return Config(width=width, num_layers=num_layers, num_heads=num_heads, **text)
 
 
 VARIANTS: dict[str, Config] = {
@@ -44,16 +62,44 @@ VARIANTS: dict[str, Config] = {
   "XL": _variant(1280, 36, 20),
   "XXL": _variant(1536, 48, 24),
   "3B": _variant(3200, 24, 32),
+  "T2I-XL": _variant(1280, 36, 20, text_width=2048),
 }
 
-# Published file -> variant; the 384 px files differ only in `grid=(24, 24)`.
+# Published file -> variant. Files of another image size differ only in `grid`:
+# (24, 24) at 384 px and (32, 32) at 512.
 SOURCES: dict[str, str] = {
-  f"c2i_{name}_{pixels}.pt": name for name in VARIANTS for pixels in (256, 384)
+  **{
+    f"c2i_{name}_{pixels}.pt": name
+    for name, config in VARIANTS.items()
+    for pixels in (256, 384)
+    if config.text_width is None
+  },
+  "t2i_XL_stage1_256.pt": "T2I-XL",
+  "t2i_XL_stage2_512.pt": "T2I-XL",
 }
+
+
+class TextEmbed(nnx.Module):
+  """down(gelu(up(features))), bias-free; null features stand for no text."""
+
+  sharding_rules = (("null", ()),)  # small, and read whole
+
+  def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    c = config
+    # Drawn once and never trained, as published.
+    null = jax.random.normal(rngs.params(), (c.text_length, c.text_width))
+    self.null = Frozen(null * c.text_width**-0.5)
+    self.up = layers.linear(c.text_width, c.width, rngs, c.dtype)
+    self.down = layers.linear(c.width, c.width, rngs, c.dtype)
+
+  def __call__(self, cond: Cond) -> Float[Array, "B P D"]:
+    is_null = cond["is_null"][:, None, None]
+    text = jnp.where(is_null, self.null[...], cond["text"])
+    return self.down(jax.nn.gelu(self.up(text), approximate=True))
 
 
 class Model(transformer.CausalTransformer):
-  """The class-conditional GPT as a `Backbone`; the final norm is before z."""
+  """The GPT as a `Backbone`; the final norm is before z."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     super().__init__(config, config.num_kv_heads)
@@ -61,8 +107,11 @@ class Model(transformer.CausalTransformer):
     self.vocab_sizes = (c.vocab_size,)
     self.token_dropout, self.drop_path = c.token_dropout, c.drop_path
     embed = dict(embedding_init=layers.normal_init, rngs=rngs, dtype=c.dtype)
-    rows = c.num_classes + int(c.null_class)
-    self.class_embed = nnx.Embed(rows, c.width, **embed)
+    if c.text_width is None:
+      rows = c.num_classes + int(c.null_class)
+      self.class_embed = nnx.Embed(rows, c.width, **embed)
+    else:
+      self.text_embed = TextEmbed(c, rngs=rngs)
     self.token_embed = nnx.Embed(c.vocab_size, c.width, **embed)
     self.blocks = layers.Layers(
       lambda rngs: layers.Block(c.block, rngs=rngs), c.num_layers, rngs
@@ -80,7 +129,10 @@ class Model(transformer.CausalTransformer):
   def check(self, cond: Cond) -> None:
     conditioning.refuse_order(cond)
     c = self.config
-    conditioning.check_labels(cond, c.num_classes, c.null_class)
+    if c.text_width is None:
+      conditioning.check_labels(cond, c.num_classes, c.null_class)
+    else:
+      conditioning.check_text(cond, c.text_length, c.text_width)
 
   def embed(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n D"]:
     return self.token_embed(tokens[..., 0])
@@ -95,12 +147,14 @@ class Model(transformer.CausalTransformer):
     del tokens, rng  # one sub-token, and a head without dropout
     return (self.head(hidden).astype(jnp.float32),)
 
-  def start(self, cond: Cond) -> Float[Array, "B 1 D"]:
+  def start(self, cond: Cond) -> Float[Array, "B P D"]:
+    if self.config.text_width is not None:
+      return self.text_embed(cond)
     label = conditioning.class_ids(cond, self.config.num_classes)
     return self.class_embed(label)[:, None]
 
   def place(self, cond, x, rows):
-    return x, self.config.rotation(rows, prefix=1)
+    return x, self.config.rotation(rows, self.config.prefix)
 
   def finish(self, x, at):
     return self.norm(x)
@@ -113,6 +167,13 @@ def import_rules(config: Config) -> list[Rule]:
   stacked = "blocks/stacked/"
   return [
     Rule(r"cls_embedding\.embedding_table\.weight", "class_embed/embedding"),
+    Rule(r"cls_embedding\.uncond_embedding", "text_embed/null"),
+    Rule(
+      r"cls_embedding\.cap_proj\.fc1\.weight", "text_embed/up/kernel", LINEAR
+    ),
+    Rule(
+      r"cls_embedding\.cap_proj\.fc2\.weight", "text_embed/down/kernel", LINEAR
+    ),
     Rule(r"tok_embeddings\.weight", "token_embed/embedding"),
     Rule(
       layer + r"attention\.wqkv\.weight",

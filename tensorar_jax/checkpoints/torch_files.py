@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ _SAFETENSORS = {
   **{"F32": "float32", "F64": "float64"},
 }
 _ZIP = b"PK\x03\x04"
+_INDEX = ".index.json"  # names the file of each tensor of a divided model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +49,29 @@ def load_state_dict(
   """The tensors of a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file.
 
   `key` names the entry of a PyTorch file to read, such as "ema"; by default the
-  first of CONTAINERS, or the file itself where it is a bare state dict.
+  first of CONTAINERS, or the file itself where it is a bare state dict. An
+  `.index.json` stands for all the files that it names.
   """
   return _open(pathlib.Path(path), key)[1]
 
 
 def describe(path: str | pathlib.Path, key: str | None = None) -> dict:
-  """Where weights come from: file, size, sha256, container, tensors, dtypes."""
+  """Where weights come from: file, size, sha256, container, tensors, dtypes.
+
+  Size and sha256 are of an index and its files one after the other.
+  """
   path = pathlib.Path(path)
   container, tensors = _open(path, key)
-  with path.open("rb") as file:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  parts = [path, *(_parts(path) if path.name.endswith(_INDEX) else ())]
+  digest = hashlib.sha256()
+  for part in parts:
+    with part.open("rb") as file:
+      hashlib.file_digest(file, lambda: digest)
   dtypes = collections.Counter(tensor.dtype for tensor in tensors.values())
   return {
     "file": path.name,
-    "size": path.stat().st_size,
-    "sha256": digest,
+    "size": sum(part.stat().st_size for part in parts),
+    "sha256": digest.hexdigest(),
     "container": container,
     "num_tensors": len(tensors),
     "dtypes": dict(sorted(dtypes.items())),
@@ -78,6 +87,8 @@ def _open(path, key):
     )
   if not path.stat().st_size:
     raise ValueError(f"{path}: the file is empty. Download it again.")
+  if path.name.endswith(_INDEX):
+    return _open_index(path, key)
   if path.suffix != ".safetensors":
     return _open_torch(path, key)
   if key is not None:
@@ -86,6 +97,38 @@ def _open(path, key):
       " Leave the key out."
     )
   return None, _open_safetensors(path)
+
+
+def _open_index(path, key):
+  """(container of the parts, the tensors of all)."""
+  found, container = {}, None
+  for part, names in _parts(path).items():
+    container, tensors = _open(part, key)
+    if odd := sorted(names ^ tensors.keys()):
+      raise ValueError(
+        f"{part} and {path.name} do not agree on the tensors {odd[:5]}"
+        f"{' and others' * (len(odd) > 5)}. Download all the files again."
+      )
+    found |= tensors
+  return container, found
+
+
+def _parts(path):
+  """file -> names of its tensors, of every file that an index names."""
+  try:
+    files = json.loads(path.read_text())["weight_map"]
+    beside = all(pathlib.Path(f).name == f != path.name for f in files.values())
+  except (ValueError, KeyError, TypeError, AttributeError):
+    files, beside = {}, False
+  if not (files and beside):
+    raise ValueError(
+      f"{path}: no index of a divided model, which has a 'weight_map' from the"
+      " names of tensors to files beside it. Download it again."
+    )
+  parts = {path.parent / file: set() for file in sorted({*files.values()})}
+  for name, file in files.items():
+    parts[path.parent / file].add(name)
+  return parts
 
 
 def _open_safetensors(path):

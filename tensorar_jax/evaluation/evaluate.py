@@ -79,6 +79,8 @@ class EvaluationConfig:
           f"evaluation: stage {name!r} trains a {stages[name]['objective']};"
           f" expected one whose objective is {want!r}."
         )
+      if want == "tensorar":
+        build.check_drawable(name, stages[name])
 
 
 class Yardstick:

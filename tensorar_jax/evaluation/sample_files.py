@@ -153,7 +153,9 @@ def sample(
 def drawable(stages: Mapping[str, Mapping], stage: str | None) -> str:
   """The stage, by default the last one that images can be drawn from."""
   known = [n for n, s in stages.items() if s["objective"] == "tensorar"]
-  return build.choose("--stage", stage or known[-1], known)
+  name = build.choose("--stage", stage or known[-1], known)
+  build.check_drawable(name, stages[name])
+  return name
 
 
 def _drawing(sampler, tokenizer, request, batch_size) -> Draw:

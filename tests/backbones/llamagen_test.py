@@ -11,63 +11,18 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import layers, sampling, weights
+from tensorar_jax import conditioning, layers, sampling, weights
 from tensorar_jax.backbones import llamagen
 from tests import programs, tiny
+from tests.backbones.llamagen_case import Case, close
 from tests.contract import families
 
 CASES = ("gpt_c2i", "gpt_c2i_gqa", "gpt_c2i_opts")
 
 
-class Case:
-  """One fixture folder: arrays, settings, and our model with its weights."""
-
-  def __init__(self, folder, **options):
-    self.io = np.load(folder / "io.npz")
-    self.meta = json.loads((folder / "meta.json").read_text())
-    c = self.meta["config"]
-    fields = {
-      "mlp_multiple": c.get("multiple_of"),
-      "mlp_scale": c.get("ffn_dim_multiplier"),
-      "rope_base": c.get("rope_base"),
-      "norm_eps": c.get("norm_eps"),
-      "num_kv_heads": c.get("n_kv_head"),
-    }
-    fields = {k: type(v)(v) for k, v in fields.items() if v is not None}
-    if "rope_base" in fields:
-      fields["rope_base"] = float(fields["rope_base"])
-    self.model = tj.import_backbone(
-      "llamagen",
-      str(folder / "checkpoint.pt"),
-      vocab_size=c["vocab_size"],
-      grid=(self.meta["grid"],) * 2,
-      width=c["dim"],
-      num_layers=c["n_layer"],
-      num_heads=c["n_head"],
-      num_classes=c["num_classes"],
-      **fields,
-      **options,
-    )
-    self.classes = tj.ClassConditioning(c["num_classes"])
-    self.cond = self.classes.encode(self.io["class_ids"])
-    self.tokens = jnp.asarray(self.io["token_ids"], jnp.int32)[..., None]
-
-  def logits(self, hidden):
-    zeros = jnp.zeros((*hidden.shape[:-1], 1), jnp.int32)
-    return programs.logits(self.model, hidden, zeros)[0]
-
-  def teacher_forced(self, cond, count=None):
-    x = self.model.embed(self.tokens[:, :count])
-    return programs.states(self.model, cond, x)
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request, parity):
   return Case(parity / "llamagen" / request.param)
-
-
-def close(got, want, atol):
-  np.testing.assert_allclose(np.asarray(got), want, atol=atol, rtol=0)
 
 
 def test_rotary_table(case):
@@ -110,13 +65,12 @@ def test_short_sequences_and_the_null_class(case):
   short = case.meta["short_prefix_positions"]
   _, hidden = case.teacher_forced(case.cond, short - 1)
   close(case.logits(hidden), case.io["eval_logits_short"], 2e-4)
-  _, hidden = case.teacher_forced(case.classes.null(case.cond))
+  _, hidden = case.teacher_forced(conditioning.null(case.cond))
   close(case.logits(hidden), case.io["eval_logits_null"], 2e-4)
 
 
 def test_cached_decoding(case):
-  hidden = programs.cached(case.model, case.cond, case.model.embed(case.tokens))
-  close(case.logits(hidden), case.io["kv_logits"], 2e-4)
+  close(case.logits(case.decoded(case.cond)), case.io["kv_logits"], 2e-4)
 
 
 @pytest.mark.parametrize("suffix", ["", "_dropped"])
@@ -140,20 +94,8 @@ def test_training_logits_and_losses(case, suffix):
 
 
 def test_greedy_generation(case):
-  base = tj.TensorAR(case.model, window=1)
-  for name, setting in case.meta["generation"].items():
-    interval = None
-    if setting.get("cfg_interval", -1) > -1:
-      # Decode step i yields token i + 1 and is guided while i <= cfg_interval.
-      interval = (0, setting["cfg_interval"] + 2)
-    config = tj.SamplingConfig(
-      temperature=0.0,
-      guidance=setting["cfg_scale"],
-      guidance_interval=interval,
-      return_logits=True,
-    )
-    null = case.classes.null(case.cond)
-    out = tj.generate(base, case.cond, null, jax.random.key(0), config)
+  for name in case.meta["generation"]:
+    out = case.generate(name, case.cond)
     np.testing.assert_array_equal(out.tokens[..., 0], case.io[f"{name}_tokens"])
     close(out.logits[0][:, :, 0], case.io[f"{name}_logits"], 5e-4)
 

@@ -1,6 +1,7 @@
 """Files are read in every form that weights come in, or refused."""
 
 import argparse
+import hashlib
 import json
 import pathlib
 import pickle
@@ -53,6 +54,52 @@ def test_parameters_and_views_are_tensors_like_others(state, tmp_path):
   torch.save(views, tmp_path / "old.pt", **old)
   assert_holds(tmp_path / "views.pt", state)
   assert_holds(tmp_path / "old.pt", state)
+
+
+def divided(state, folder, suffix=".safetensors"):
+  """An index of the state dict in two files."""
+  files = {}
+  for number, names in enumerate((sorted(state)[::2], sorted(state)[1::2])):
+    part, file = {name: state[name] for name in names}, f"{number}{suffix}"
+    save = torch.save if suffix == ".bin" else safetensors.torch.save_file
+    save(part, folder / file)
+    files |= dict.fromkeys(names, file)
+  index = folder / f"model{suffix}.index.json"
+  index.write_text(json.dumps({"weight_map": files}))
+  return index
+
+
+def test_an_index_stands_for_its_files(state, tmp_path):
+  for suffix in (".safetensors", ".bin"):
+    index = divided(state, tmp_path, suffix)
+    assert_holds(index, state)
+    found = torch_files.describe(index)
+    parts = [index, *(tmp_path / f"{n}{suffix}" for n in (0, 1))]
+    content = b"".join(part.read_bytes() for part in parts)
+    assert found["file"] == index.name and found["size"] == len(content)
+    assert found["sha256"] == hashlib.sha256(content).hexdigest()
+    assert found["num_tensors"] == len(state)
+
+
+def test_an_index_and_its_files_agree_or_are_refused(state, tmp_path):
+  index = divided(state, tmp_path)
+  files = json.loads(index.read_text())["weight_map"]
+
+  def refuses(content, words):
+    index.write_text(content)
+    with pytest.raises(ValueError, match=words):
+      torch_files.load_state_dict(index)
+
+  def mapped(**changes):
+    return json.dumps({"weight_map": {**files, **changes}})
+
+  name = sorted(state)[0]
+  refuses(mapped(odd="0.safetensors"), r"do not agree on the tensors \['odd'\]")
+  refuses(mapped(**{name: "1.safetensors"}), f"do not agree .*{name}")
+  refuses(mapped(odd="2.safetensors"), "2.safetensors: no such file")
+  wrong = mapped(odd="../x.pt"), mapped(odd=index.name), mapped(odd=1)
+  for content in (*wrong, "[]", "{", "{}", '{"weight_map": {}}'):
+    refuses(content, "index.json: no index of a divided model")
 
 
 def test_describe_says_where_weights_come_from(tmp_path):

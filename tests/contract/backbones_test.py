@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tensorar_jax import interfaces, layers, sampling, weights, windows
-from tensorar_jax.build import family
+from tensorar_jax import (
+  conditioning,
+  interfaces,
+  layers,
+  sampling,
+  weights,
+  windows,
+)
 from tensorar_jax.checkpoints import torch_import
 from tensorar_jax.tensorar import TensorAR
-from tests import programs, tiny
+from tests import programs
 from tests.contract import families
 
 pytestmark = pytest.mark.parametrize("name", families.BACKBONES)
@@ -21,7 +27,7 @@ def inputs(model, seed=0):
 
 
 def test_a_file_exports_what_a_family_exports(name):
-  module = family("backbones", name)
+  module = families.module_of(name)
   for attribute in ("Config", "VARIANTS", "Model", "import_rules", "SOURCES"):
     assert hasattr(module, attribute), attribute
   assert set(module.SOURCES.values()) <= set(module.VARIANTS)
@@ -30,7 +36,7 @@ def test_a_file_exports_what_a_family_exports(name):
 
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_cache_equals_forward(name, unrolled):
-  model, cond = families.backbone(name), tiny.cond()
+  model, cond = families.backbone(name), families.cond(name)
   x = programs.embed(model, inputs(model)[:, :-1])
   want = programs.forward(model, cond, x)
   model = layers.unroll(model) if unrolled else model
@@ -39,7 +45,7 @@ def test_cache_equals_forward(name, unrolled):
 
 
 def test_a_hidden_state_sees_only_what_came_before(name):
-  model, cond = families.backbone(name), tiny.cond()
+  model, cond = families.backbone(name), families.cond(name)
   x = programs.embed(model, inputs(model)[:, :-1])
   before = programs.forward(model, cond, x)
   # Not by a constant, which a LayerNorm would take out again.
@@ -66,8 +72,8 @@ def test_sub_token_logits_read_only_the_sub_tokens_before(name):
 def test_the_null_condition_forgets_the_condition(name):
   model = families.backbone(name)
   x = programs.embed(model, inputs(model)[:, :-1])
-  a, b = tiny.CLASSES.encode([0, 1]), tiny.CLASSES.encode([2, 3])
-  call, null = programs.forward, tiny.CLASSES.null
+  a, b = families.cond(name, [0, 1]), families.cond(name, [2, 3])
+  call, null = programs.forward, conditioning.null
   assert np.abs(call(model, a, x) - call(model, b, x)).max() > 1e-3
   np.testing.assert_array_equal(
     call(model, null(a), x), call(model, null(b), x)
@@ -75,7 +81,7 @@ def test_the_null_condition_forgets_the_condition(name):
 
 
 def test_dropout_is_on_with_a_key_only(name):
-  model, cond = families.backbone(name, dropout=True), tiny.cond()
+  model, cond = families.backbone(name, dropout=True), families.cond(name)
   x = programs.embed(model, inputs(model)[:, :-1])
   plain = programs.forward(families.backbone(name), cond, x)
   np.testing.assert_array_equal(programs.forward(model, cond, x), plain)
@@ -89,7 +95,7 @@ def test_bfloat16_stays_bfloat16_and_near_float32(name):
   """Hidden states in the compute dtype, logits in float32."""
   half = families.backbone(name, dtype="bfloat16")
   model = TensorAR(half, window=3, rngs=nnx.Rngs(0))
-  tokens, cond = inputs(model.backbone), tiny.cond()
+  tokens, cond = inputs(model.backbone), families.cond(name)
   windows_, valid = windows.unfold(tokens, 3)
   hidden = programs.forward(model, cond, windows_[:, :-1], valid[:-1])
   assert hidden.dtype == jnp.bfloat16
@@ -106,9 +112,9 @@ def test_bfloat16_stays_bfloat16_and_near_float32(name):
 def test_it_wraps_and_samples(name):
   base = families.backbone(name)
   model = TensorAR(base, window=3, rngs=nnx.Rngs(0))
-  cond = tiny.cond()
+  cond = families.cond(name)
   config = sampling.SamplingConfig(guidance=2.0)
-  args = (cond, tiny.CLASSES.null(cond), jax.random.key(0), config)
+  args = (cond, conditioning.null(cond), jax.random.key(0), config)
   out = sampling.generate(model, *args)
   want = sampling.generate(TensorAR(base), *args)
   np.testing.assert_array_equal(out.tokens, want.tokens)
@@ -116,10 +122,12 @@ def test_it_wraps_and_samples(name):
 
 
 def test_import_rules_cover_every_published_manifest(name, parity):
-  module = family("backbones", name)
-  for file, variant in module.SOURCES.items():
+  module, variants = families.module_of(name), families.published(name)
+  files = {f: v for f, v in module.SOURCES.items() if v in variants}
+  assert files
+  for file, variant in files.items():
     shapes = families.manifest(parity, name, file)
-    config = module.VARIANTS[variant]
+    config = variants[variant]
     model = weights.abstract(
       lambda rngs, config=config: module.Model(config, rngs=rngs)
     )

@@ -1,6 +1,7 @@
 """A tiny model of every file in backbones/ and tokenizers/, found by name.
 
-A new family needs one entry here; the contract tests then run over it.
+A new family needs one entry here; the contract tests then run over it. A family
+that also makes images from text has a second one, "<name>:text".
 """
 
 import dataclasses
@@ -23,11 +24,14 @@ def names(package) -> list[str]:
   return [module.name for module in pkgutil.iter_modules(package.__path__)]
 
 
-BACKBONES = names(backbones)
+BACKBONES = [*names(backbones), "llamagen:text"]
 TOKENIZERS = names(tokenizers)
 
 _TINY_BACKBONES = {
   "llamagen": tiny.CONFIG,
+  "llamagen:text": dataclasses.replace(
+    tiny.CONFIG, text_width=tiny.TEXTS.width, text_length=tiny.TEXTS.length
+  ),
   "open_magvit2": open_magvit2.Config(
     vocab_sizes=(4, 8),
     grid=(3, 3),
@@ -59,6 +63,7 @@ TOKENIZER_OF = {
   "open_magvit2": "lfq",
   "rar": "maskgit_vq",
 }
+TOKENIZER_OF["llamagen:text"] = TOKENIZER_OF["llamagen"]
 _TINY_TOKENIZERS = {
   "lfq": dict(
     channels=8,
@@ -91,9 +96,32 @@ _TINY_TOKENIZERS = {
 }
 
 
+def module_of(name: str):
+  """The family's module of an entry of BACKBONES."""
+  return family("backbones", name.split(":")[0])
+
+
+def is_text(name: str) -> bool:
+  return name.endswith(":text")
+
+
+def published(name: str) -> dict:
+  """The VARIANTS that an entry stands for: those of its kind of condition."""
+  variants = module_of(name).VARIANTS.items()
+  reads_text = lambda config: getattr(config, "text_width", None) is not None
+  return {n: c for n, c in variants if reads_text(c) == is_text(name)}
+
+
+def cond(name: str, numbers=(0, 1)) -> dict:
+  """A condition for each of these classes, or as many texts of their own."""
+  if not is_text(name):
+    return tiny.CLASSES.encode(np.asarray(numbers) % 5)
+  return tiny.texts(numbers)
+
+
 def manifest(parity: pathlib.Path, name: str, file: str) -> dict[str, tuple]:
   """Tensor name -> shape of a published file, by its manifest."""
-  folder = parity / name / "real_checkpoint_manifest"
+  folder = parity / name.split(":")[0] / "real_checkpoint_manifest"
   content = json.loads((folder / file).with_suffix(".json").read_text())
   keys = content.get("keys") or content.get("state_dict") or content
   return {key: tuple(shape) for key, (shape, _) in keys.items()}
@@ -108,7 +136,7 @@ def backbone(
   name: str, seed: int = 0, dropout: bool = False, dtype: str = "float32"
 ) -> nnx.Module:
   """A random tiny backbone; `dropout` keeps the family's own rates."""
-  module = family("backbones", name)
+  module = module_of(name)
   config = dataclasses.replace(_TINY_BACKBONES[name], dtype=dtype)
   if dropout:
     rates = {

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from tensorar_jax import (
+  conditioning,
   noising,
   objective,
   sampling,
@@ -15,7 +16,6 @@ from tensorar_jax import (
   weights,
   windows,
 )
-from tensorar_jax.build import family
 from tensorar_jax.evaluation import samples
 from tensorar_jax.tensorar import TensorAR
 from tests import programs, tiny
@@ -44,7 +44,7 @@ def base_and_tokens(name):
 
 def test_window_one_is_the_base_bit_for_bit(name):
   base, tokens = base_and_tokens(name)
-  cond = tiny.cond()
+  cond = families.cond(name)
 
   @jax.jit
   def both(model):
@@ -61,7 +61,7 @@ def test_window_one_is_the_base_bit_for_bit(name):
 
 def test_freshly_wrapped_it_is_the_base_at_slot_zero(name):
   base, tokens = base_and_tokens(name)
-  cond = tiny.cond()
+  cond = families.cond(name)
   model = TensorAR(base, window=3, rngs=nnx.Rngs(0), **P1)
   inputs, valid = windows.unfold(tokens, 3)
   rates = jnp.asarray([0.0, 1.0, 1.0])
@@ -81,7 +81,7 @@ def test_a_prediction_sees_only_the_windows_before_it(name):
   make = lambda rngs: TensorAR(base, window=3, rngs=rngs)
   model = tiny.redraw(weights.abstract(make), 1)
   inputs, valid = windows.unfold(tokens, 3)
-  inputs, valid, cond = inputs[:, :-1], valid[:-1], tiny.cond()
+  inputs, valid, cond = inputs[:, :-1], valid[:-1], families.cond(name)
   predict = jax.jit(lambda m, inputs: m(cond, inputs, valid))
   before = predict(model, inputs)
   for t in (0, 3, inputs.shape[1] - 1):
@@ -98,7 +98,7 @@ def test_training_lowers_the_loss_of_every_slot(name):
   model = TensorAR(base, window=3, rngs=nnx.Rngs(0))
   # Eight images to learn by heart.
   tokens = families.tokens(base.vocab_sizes, batch=8, length=base.num_tokens)
-  cond = tiny.cond(8)
+  cond = families.cond(name, range(8))
   configs = noising.NoiseConfig(), objective.LossConfig()
 
   def loss(model, context, batch, rng, step):
@@ -122,9 +122,9 @@ def test_sampled_tokens_become_images(name):
   assert tokenizer.vocab_sizes == base.vocab_sizes
   model = TensorAR(base, window=3, rngs=nnx.Rngs(0))
   config = sampling.SamplingConfig(guidance=2.0, guidance_power=1.0, top_k=3)
-  cond = tiny.cond()
+  cond = families.cond(name)
   out = sampling.generate(
-    model, cond, tiny.CLASSES.null(cond), jax.random.key(0), config
+    model, cond, conditioning.null(cond), jax.random.key(0), config
   )
   images = samples.decode(tokenizer, out.tokens)
   assert images.shape == (2, *tokenizer.config.image_size, 3)
@@ -133,8 +133,8 @@ def test_sampled_tokens_become_images(name):
 
 def test_parameter_counts_are_the_papers(name):
   """P2 adds 9 D^2, P1 48 D^2, and at most 0.1 M of small things."""
-  module = family("backbones", name)
-  for variant, config in module.VARIANTS.items():
+  module = families.module_of(name)
+  for variant, config in families.published(name).items():
 
     def count(config=config, window=4, **options):
       def make(rngs):

@@ -1,0 +1,178 @@
+"""Captions as published text-to-image models read them: cleaned, then tokens.
+
+The cleaning is that of the training data of DeepFloyd IF and PixArt, which
+LAION's captions needed: no links, markup, file names, ids or shop words, one
+kind of dash and of quote, all lower case. The models know nothing else.
+"""
+
+from __future__ import annotations
+
+import html
+import pathlib
+import re
+import urllib.parse
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from absl import logging
+from jaxtyping import Bool, Int
+
+_DOMAINS = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_FILES = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
+# What is replaced, by what; in this order, each in the whole text.
+_LINKS = (
+  ("<person>", "person"),
+  (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_DOMAINS})", ""),
+  (rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_DOMAINS})", ""),
+)
+_SYMBOLS = (
+  (r"@\w+\b", ""),  # user names
+  (r"[\u31c0-\u9fff]+", ""),  # Chinese and Japanese characters
+  (
+    r"[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
+    r"\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+",
+    "-",
+  ),
+  ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
+  ("[\u2018\u2019]", "'"),
+  ("&quot;?", ""),
+  ("&amp", ""),
+  (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # network addresses
+  (r"\d:\d\d\s+$", ""),
+  (r"\\n", " "),  # a line break as somebody wrote it out
+  (r"#\d{1,3}\b", ""),
+  (r"#\d{5,}\b", ""),
+  (r"\b\d{6,}\b", ""),
+  (rf"\S+\.{_FILES}", ""),
+  (r"[\"']{2,}", '"'),
+  (r"\.{2,}", " "),
+  (
+    "[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~"
+    r"()\[\]{}|\\/*]+",
+    " ",
+  ),
+  (r"\s+\.\s+", " "),
+)
+_WORDS = (
+  (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # article numbers of every kind
+  (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
+  (r"\b\d+[a-zA-Z]+\d+\b", ""),
+  (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
+  (r"(?:free\s)?download(?:\sfree)?", ""),
+  (r"\bclick\b\s(?:for|on)\s\w+", ""),
+  (rf"\b{_FILES}(?:\simages?)?", ""),
+  (r"\bpage\s+\d+\b", ""),
+  (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
+  (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", ""),  # sizes such as 20x30
+  (r"\b\s+:\s+", ": "),
+  (r"(\D[,./])\b", r"\1 "),
+  (r"\s+", " "),
+  (r"^[\"']([\w\W]+)[\"']$", r"\1"),
+  (r"^['_,\-:;]", ""),
+  (r"['_,\-:+]$", ""),
+  (r"^\.\S+$", ""),
+)
+
+
+def clean(caption: str) -> str:
+  """A caption as the models were trained on it; cleaned twice, as published."""
+  return _clean_once(_clean_once(caption))
+
+
+def _clean_once(text):
+  import bs4
+  import ftfy
+
+  text = urllib.parse.unquote_plus(text).strip().lower()
+  text = _replace(text, _LINKS)
+  with warnings.catch_warnings():  # a caption may look like a file name
+    warnings.simplefilter("ignore", bs4.MarkupResemblesLocatorWarning)
+    text = bs4.BeautifulSoup(text, features="html.parser").text
+  text = _replace(text, _SYMBOLS)
+  if len(re.findall("[-_]", text)) > 3:  # words-held-together-like-this
+    text = re.sub("[-_]", " ", text)
+  text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+  return _replace(text, _WORDS).strip()
+
+
+def _replace(text, table):
+  for pattern, replacement in table:
+    text = re.sub(pattern, replacement, text)
+  return text
+
+
+class CaptionTokenizer:
+  """Captions as ids of equal length, by a model's own `tokenizer.json`.
+
+  A caption is cleaned, ends with the end-of-sentence token and is padded on the
+  right. What makes it longer than `length` is cut off before the end token,
+  and the log says so.
+  """
+
+  END, PAD = "</s>", "<pad>"
+
+  def __init__(self, path: str | pathlib.Path, length: int = 120):
+    if length < 2:
+      raise ValueError(
+        f"length={length}: expected at least 2, a token and end."
+      )
+    self.length = length
+    self._tokens = _read_tokenizer(pathlib.Path(path))
+    self.vocab_size = self._tokens.get_vocab_size()
+    pad = self._tokens.token_to_id(self.PAD)
+    if pad is None or self._tokens.encode("a").tokens[-1] != self.END:
+      raise ValueError(
+        f"{path}: expected a tokenizer with {self.PAD!r} that ends every text"
+        f" with {self.END!r}. Use the file of the text encoder itself."
+      )
+    self._tokens.enable_truncation(length)
+    self._tokens.enable_padding(
+      length=length, pad_id=pad, pad_token=self.PAD, direction="right"
+    )
+
+  def __call__(
+    self, captions: Sequence
+  ) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
+    """(ids int32, mask, true at tokens); what is no text is a ValueError."""
+    if isinstance(captions, str) or not len(captions):
+      raise ValueError(f"captions={captions!r}: expected a list of texts.")
+    cleaned = [_checked(i, caption) for i, caption in enumerate(captions)]
+    found = self._tokens.encode_batch(cleaned)
+    for number, one in enumerate(found):
+      if one.overflowing:
+        logging.warning(
+          "caption %d is longer than %d tokens; the rest of it is not read: %r",
+          number,
+          self.length,
+          captions[number],
+        )
+    ids = np.asarray([one.ids for one in found], np.int32)
+    return ids, np.asarray([one.attention_mask for one in found], bool)
+
+
+def _checked(number, caption):
+  if not isinstance(caption, str):
+    raise ValueError(f"caption {number} is {caption!r}: expected a text.")
+  if not (cleaned := clean(caption)):
+    raise ValueError(
+      f"caption {number}, {caption!r}, is empty once links, markup and symbols"
+      " are removed. Describe the image in words, or use the null condition."
+    )
+  return cleaned
+
+
+def _read_tokenizer(path):
+  import tokenizers
+
+  if not path.is_file():
+    raise ValueError(
+      f"{path}: no such file. The text encoder's own tokenizer.json belongs"
+      " there; download it with the weights."
+    )
+  try:
+    return tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises nothing more special
+    raise ValueError(
+      f"{path}: no readable tokenizer ({error}). Download it again."
+    ) from error

@@ -1,0 +1,104 @@
+"""A text encoder with its tokenizer: captions -> features for a condition."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from tensorar_jax import weights
+from tensorar_jax.checkpoints import torch_import
+from tensorar_jax.text import t5
+from tensorar_jax.text.captions import CaptionTokenizer
+
+# Where a published folder has its weights; the first that is there is read.
+WEIGHTS = (
+  *("model.safetensors", "model.safetensors.index.json"),
+  *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+@jax.jit
+def _encode(model, ids, mask):
+  return model(ids, mask)
+
+
+class TextEncoder:
+  """What `TextConditioning.encode` reads, from captions.
+
+  Attributes:
+    width: features of a token.
+    length: tokens of a caption, with its end; more are cut off.
+  """
+
+  def __init__(self, model: t5.Model, tokenizer: CaptionTokenizer):
+    if tokenizer.vocab_size > model.config.vocab_size:
+      raise ValueError(
+        f"the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder"
+        f" {model.config.vocab_size}: take both from one published model."
+      )
+    self.model, self.tokenizer = model, tokenizer
+    self.width, self.length = model.config.width, tokenizer.length
+
+  def __call__(
+    self, captions: Sequence
+  ) -> tuple[Float[Array, "B P E"], Bool[np.ndarray, "B P"]]:
+    """(features in the model's dtype, mask, true at a caption's tokens)."""
+    ids, mask = self.tokenizer(captions)
+    return _encode(self.model, ids, mask), mask
+
+
+def import_text_encoder(
+  folder: str | pathlib.Path, dtype: str = "bfloat16", length: int = 120
+) -> TextEncoder:
+  """The encoder in a published folder of T5 v1.1 or Flan-T5, for captions.
+
+  Args:
+    folder: holds tokenizer.json, and what `import_t5` reads.
+    dtype: as in `import_t5`.
+    length: tokens of a caption.
+  """
+  tokenizer = CaptionTokenizer(_existing(folder) / "tokenizer.json", length)
+  return TextEncoder(import_t5(folder, dtype), tokenizer)
+
+
+def import_t5(folder: str | pathlib.Path, dtype: str = "bfloat16") -> t5.Model:
+  """The encoder in a published folder, for token ids.
+
+  Args:
+    folder: holds config.json and one of WEIGHTS; an index needs the files that
+      it names. A decoder may be there, it is not read.
+    dtype: of weights and computation, "float32" or "bfloat16" (in which the
+      published image models were made and are sampled).
+  """
+  folder = _existing(folder)
+  config = t5.published_config(_read_json(folder / "config.json"), dtype)
+  source = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
+  if source is None:
+    raise ValueError(
+      f"{folder}: found none of {WEIGHTS}. Download the weights into it."
+    )
+  model = weights.abstract(lambda rngs: t5.Model(config, rngs=rngs))
+  tensors = torch_import.load_state_dict(source)
+  return torch_import.fill(model, t5.import_rules(config), tensors, dtype)
+
+
+def _existing(folder):
+  if not (folder := pathlib.Path(folder)).is_dir():
+    raise ValueError(
+      f"{folder}: no such folder. Download a text encoder and pass its folder."
+    )
+  return folder
+
+
+def _read_json(path):
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{path}: not readable ({error}). Download it again."
+    ) from error
