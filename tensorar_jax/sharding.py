@@ -40,11 +40,7 @@ from tensorar_jax import weights as weights_lib
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what splits a batch
 HEADS = (ROWS, "tensor")  # the first axes of queries, keys and values
-SPLIT = (
-  "tensor",
-  "fsdp",
-)  # what splits a weight, if both fall on one dimension
-
+SPLIT = ("tensor", "fsdp")  # both on one dimension of a weight
 VECTORS = r"scale|bias|gain|pad|offsets|queries"  # the ends of their paths
 
 # (the end of a path, the axes of the last dimensions); the others are whole.

@@ -12,6 +12,7 @@ import tensorar_jax as tj
 from tensorar_jax import losses
 from tensorar_jax.evaluation import samples
 from tests.backbones.open_magvit2_case import Case
+from tests.e2e import tiny_factorised
 
 
 @pytest.fixture(scope="module")
@@ -20,20 +21,11 @@ def case(parity):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(case):
-  fields = case.meta["model_init_args"]["first_stage_config"]["params"]
-  network = fields["ddconfig"]
-  return tj.import_tokenizer(
-    "lfq",
-    str(case.folder / "model.ckpt"),
-    weights="first_stage",
-    bits=tuple(fields["factorized_bits"]),
-    channels=network["ch"],
-    channel_multipliers=tuple(network["ch_mult"]),
-    num_res_blocks=network["num_res_blocks"],
-    image_channels=network["in_channels"],
-    image_size=(network["resolution"],) * 2,
-  )
+def tokenizer(case, parity):
+  fields = tiny_factorised.get_config(str(parity)).tokenizer.to_dict()
+  del fields["name"], fields["init"]
+  source = str(case.folder / "model.ckpt")
+  return tj.import_tokenizer("lfq", source, **fields)
 
 
 def close(got, want, atol):
