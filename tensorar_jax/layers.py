@@ -1,4 +1,4 @@
-"""What the backbones are made of: attention, KV cache, rotary tables, blocks.
+"""What the backbones are made of: rotary tables, KV cache, stacked blocks.
 
 Layers of one kind are stored stacked, `[L, ...]`, and run under `lax.scan`.
 Norms, softmax and rotary arithmetic are float32 whatever the compute dtype.
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from tensorar_jax import sharding
+from tensorar_jax.attention import attention, dropout
 from tensorar_jax.interfaces import Cache, Key
 
 
@@ -37,14 +38,6 @@ class RMSNorm(nnx.Module):
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
     return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
-
-
-def dropout(x: Array, rate: float | Array, rng: Key | None) -> Array:
-  """x with entries zeroed at `rate` and the rest rescaled; rng=None: x."""
-  if rng is None or (isinstance(rate, float) and rate == 0.0):
-    return x
-  keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
-  return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def drop_path(x: Array, rate: float | Array, rng: Key | None) -> Array:
@@ -90,34 +83,7 @@ def rotate_interleaved(
   return out.reshape(x.shape).astype(x.dtype)
 
 
-# --- attention and its cache -----------------------------------------------
-
-
-def attention(
-  q: Float[Array, "B N M H"],
-  k: Float[Array, "B G S H"],
-  v: Float[Array, "B G S H"],
-  mask: Bool[Array, "..."],
-  rate: float = 0.0,
-  rng: Key | None = None,
-) -> Float[Array, "B N M H"]:
-  """softmax(q k^T / sqrt(H)) v with query heads grouped over G key heads.
-
-  `mask` broadcasts to `[B, M, S]`; True may attend. A row that sees nothing
-  attends uniformly. `rate` is the dropout of the weights, on with `rng`.
-  """
-  q, k, v = (sharding.constrain(a, *sharding.HEADS) for a in (q, k, v))
-  b, n, m, h = q.shape
-  groups = k.shape[1]
-  q = q.reshape(b, groups, n // groups, m, h)
-  scores = jnp.einsum(
-    "bgrmh,bgsh->bgrms", q, k, preferred_element_type=jnp.float32
-  )
-  scores *= h**-0.5
-  mask = jnp.broadcast_to(mask, (b, m, k.shape[2]))[:, None, None]
-  scores = jnp.where(mask, scores, jnp.finfo("float32").min)
-  weights = dropout(jax.nn.softmax(scores, axis=-1), rate, rng).astype(v.dtype)
-  return jnp.einsum("bgrms,bgsh->bgrmh", weights, v).reshape(b, n, m, h)
+# --- the cache, and layers of one kind --------------------------------------
 
 
 @struct.dataclass
@@ -154,11 +120,42 @@ def cache_rows(cache: Cache) -> int:
   return jax.tree.leaves(cache.k)[0].shape[-2]
 
 
+# What of a layer's activations training keeps for the backward pass; the rest
+# is computed again. Weights gathered from other devices always are.
+REMAT = {
+  "none": jax.checkpoint_policies.save_anything_except_these_names(
+    sharding.GATHERED
+  ),
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def set_remat(model: nnx.Module, name: str) -> None:
+  """Makes `Layers`, and whatever has a `remat` too, follow a policy of REMAT.
+
+  "dots" keeps the results of products with weights, "full" what enters a layer.
+  """
+  if name not in REMAT:
+    raise ValueError(f"remat={name!r}: choose one of {tuple(REMAT)}.")
+  for _, module in nnx.iter_modules(model):
+    if hasattr(module, "remat"):
+      module.remat = name
+
+
+def checkpoint(function: Callable, remat: str, in_scan: bool = False):
+  """`function` under a policy of REMAT."""
+  if remat == "none" and not sharding.is_split():
+    return function
+  # A scan keeps the two passes apart; elsewhere barriers have to.
+  return jax.checkpoint(function, policy=REMAT[remat], prevent_cse=not in_scan)
+
+
 class Layers(nnx.Module):
   """`num_layers` equal layers with parameters stacked on a leading axis."""
 
   def __init__(self, make: Callable, num_layers: int, rngs: nnx.Rngs):
-    self.num_layers = num_layers
+    self.num_layers, self.remat = num_layers, "none"
     self.stacked = nnx.vmap(make)(rngs.split(num_layers))
 
   def __call__(self, apply: Callable, x: Array, xs: Any = None):
@@ -166,8 +163,10 @@ class Layers(nnx.Module):
     graphdef, params = nnx.split(self.stacked)
 
     def body(x, scanned):
-      return apply(nnx.merge(graphdef, scanned[0]), x, scanned[1])
+      layer = sharding.gather(nnx.merge(graphdef, scanned[0]))
+      return apply(layer, x, scanned[1])
 
+    body = checkpoint(body, self.remat, in_scan=True)
     return jax.lax.scan(body, x, (params, xs))
 
   def cached(self, apply: Callable, x: Array, cache: Cache):

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import (
   AbstractMesh,
@@ -41,6 +42,7 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what splits a batch
 HEADS = (ROWS, "tensor")  # the first axes of queries, keys and values
 SPLIT = ("tensor", "fsdp")  # both on one dimension of a weight
+GATHERED = "gathered"
 VECTORS = r"scale|bias|gain|pad|offsets|queries"  # the ends of their paths
 
 # (the end of a path, the axes of the last dimensions); the others are whole.
@@ -115,12 +117,15 @@ def row_parts(mesh: Mesh | AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def check_batch(mesh: Mesh | AbstractMesh, batch_size: int) -> None:
-  """ValueError unless the mesh splits a global batch evenly."""
-  if batch_size % row_parts(mesh):
+def check_batch(
+  mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int = 1
+) -> None:
+  """ValueError unless the mesh splits each part of a global batch evenly."""
+  if batch_size % (row_parts(mesh) * accumulate):
     raise ValueError(
       f"train.batch_size={batch_size} on a mesh of {dict(mesh.shape)}: expected"
-      f" a multiple of data * fsdp = {row_parts(mesh)}. Change one of them."
+      f" a multiple of data * fsdp = {row_parts(mesh)}, times"
+      f" train.accumulate={accumulate}. Change one of them."
     )
 
 
@@ -231,38 +236,72 @@ def bytes_of(tree: Any) -> tuple[int, int]:
 # --- activations -------------------------------------------------------------
 
 
-def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-  """x, split so wherever a mesh is set; `axes` are of the first dimensions.
+def platform() -> str:
+  """What a program is traced for: "cpu", "gpu", "tpu"; the set mesh says it."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = device.platform if device else jax.default_backend()
+  return "gpu" if name == "cuda" else name
 
-  Without it the compiler would follow the weights, and move activations
-  instead. Axes that someone has split by hand (`shard_map`) are left out.
+
+def _free(mesh: AbstractMesh) -> set[str]:
+  """The axes of more than one device that nobody has split by hand."""
+  types = dict(zip(mesh.axis_names, mesh.axis_types))
+  auto = {axis for axis in AXES if types.get(axis) == AxisType.Auto}
+  return {axis for axis in auto if mesh.shape[axis] > 1}
+
+
+def spec_of(x: jax.Array, *axes: Any) -> PartitionSpec:
+  """How the set mesh splits x; `axes` are those of its first dimensions.
+
+  Axes that someone has split by hand (`shard_map`) are left out.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  types = dict(zip(mesh.axis_names, mesh.axis_types))
-  free = {axis for axis in AXES if types.get(axis) == AxisType.Auto}
-  if math.prod(mesh.shape[axis] for axis in free) == 1:
-    return x
-  full = [
-    tuple(
-      a for a in ((one,) if isinstance(one, str) else one or ()) if a in free
-    )
-    for one in axes
-  ]
-  full += [()] * (x.ndim - len(axes))
-  return jax.lax.with_sharding_constraint(
-    x, fit(PartitionSpec(*full), x.shape, mesh)
-  )
+  free = _free(mesh)
+  names = [(one,) if isinstance(one, str) else one or () for one in axes]
+  names += [()] * (x.ndim - len(axes))
+  spec = PartitionSpec(*(tuple(a for a in one if a in free) for one in names))
+  return fit(spec, x.shape, mesh)
 
 
-def gather_vectors(weights: weights_lib.Weights) -> weights_lib.Weights:
-  """The weights with norms, biases and other vectors whole, for use.
+def is_split() -> bool:
+  """Whether a mesh is set that splits anything."""
+  return bool(_free(jax.sharding.get_abstract_mesh()))
 
-  Split they would split the width of the rows that they meet.
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+  """x, split as `spec_of` says; without a mesh, or on one device, x itself.
+
+  Else the compiler would follow the weights, and move activations instead.
   """
-  return {
-    path: constrain(array) if re.search(rf"(^|/)({VECTORS})$", path) else array
-    for path, array in weights.items()
-  }
+  if not is_split():
+    return x
+  return jax.lax.with_sharding_constraint(x, spec_of(x, *axes))
+
+
+def gather(model: nnx.Module) -> nnx.Module:
+  """The model as it computes: no weight is split over `fsdp` any more.
+
+  Stacked layers stay as they are: each gathers its own (`in_layer`) when its
+  turn comes, in its compute dtype. Left to the compiler, activations would now
+  and then be split by a weight's width, and XLA 0.10 has summed wrongly what was
+  split along two axes at once. GATHERED is the name of the results, for
+  `jax.checkpoint`: the backward pass gathers again. Nothing without a mesh.
+  """
+  if not is_split():
+    return model
+  skeleton, params, frozen = weights_lib.split(model)
+  places, found = specs(model), {**params, **frozen}
+  for path, array in found.items():
+    if "/stacked/" not in path:
+      axes = [_without(one, "fsdp") for one in places[path]]
+      axes = [None] * (array.ndim - len(axes)) + axes
+      found[path] = checkpoint_name(constrain(array, *axes), GATHERED)
+  return skeleton.merge(found)
+
+
+def _without(axes: Any, name: str) -> tuple[str, ...]:
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return tuple(axis for axis in axes if axis != name)
 
 
 # --- batches -----------------------------------------------------------------

@@ -92,8 +92,12 @@ class QueryTransformer(nnx.Module):
     )
     self.norm = backbone.make_norm(rngs)
     self.gain = nnx.Param(gain)
+    self.remat = "none"
 
   def __call__(self, memory: Float[Array, "*n m D"]) -> Float[Array, "*n q D"]:
+    return layers.checkpoint(self._run, self.remat)(memory)
+
+  def _run(self, memory):
     memory = self.memory_norm(memory)
     x = self.queries[...].astype(memory.dtype)
     for block in self.blocks:

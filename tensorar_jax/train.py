@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from tensorar_jax import (
   build,
+  layers,
   metrics,
   objective,
   optim,
@@ -38,23 +39,45 @@ from tensorar_jax.noising import NoiseConfig
 from tensorar_jax.sampling import SamplingConfig
 
 # Keys of the `train` section that change what is written, not what is learned.
-FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep")
+# (`accumulate` changes which noise is drawn, `remat` the last digits.)
+FREE_KEYS = tuple(
+  f"train.{key}"
+  for key in ("log_every", "checkpoint_every", "keep", "accumulate", "remat")
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Batch size (images, over all devices), steps, and how often to write."""
+  """How long, how much at once, and how often to write.
+
+  Attributes:
+    batch_size: images of a step, over all devices.
+    accumulate: parts of a batch that run one after another, in less memory.
+    remat: what of the activations the backward pass computes again: "none" of
+      them, all but the products with weights ("dots"), or "full", all.
+  """
 
   batch_size: int = 256
   num_steps: int = 1000
   log_every: int = 50
   checkpoint_every: int = 500
   keep: int = 2
+  accumulate: int = 1
+  remat: str = "none"
 
   def __post_init__(self):
+    if self.remat not in layers.REMAT:
+      raise ValueError(
+        f"train.remat={self.remat!r}: choose one of {tuple(layers.REMAT)}."
+      )
+    if self.batch_size % max(self.accumulate, 1):
+      raise ValueError(
+        f"train.batch_size={self.batch_size} is no multiple of"
+        f" accumulate={self.accumulate}: a batch has equal parts."
+      )
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if value < 1:
+      if isinstance(value, int) and value < 1:
         raise ValueError(f"train.{field.name}={value}: expected at least 1.")
     if self.checkpoint_every % self.log_every:
       raise ValueError(
@@ -191,7 +214,7 @@ def fit(stage: Mapping, folder: pathlib.Path) -> None:
     logging.info("%s: done, %d steps", folder.name, config.num_steps)
     return
   mesh = sharding.make_mesh(build.mesh_config(stage))
-  sharding.check_batch(mesh, config.batch_size)
+  sharding.check_batch(mesh, config.batch_size, config.accumulate)
   optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
   tx, ema = optim.make(optimiser, config.num_steps), optimiser.ema_decay > 0
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
@@ -210,9 +233,10 @@ def fit(stage: Mapping, folder: pathlib.Path) -> None:
     before = meta["seconds"]
     logging.info("%s: continues from step %d", folder.name, state.step)
   _log_sizes(folder.name, state, mesh)
+  layers.set_remat(model, config.remat)
   skeleton, _, _ = weights.split(model)
   step = train_step.make_train_step(
-    skeleton, task.loss, tx, optimiser.ema_decay, like
+    *(skeleton, task.loss, tx, optimiser.ema_decay, like, config.accumulate)
   )
   started = time.monotonic()
 

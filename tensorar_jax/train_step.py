@@ -6,6 +6,7 @@ made there, or read from a checkpoint, part by part.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from tensorar_jax import sharding, weights
+from tensorar_jax.interfaces import Key
 
 
 @struct.dataclass
@@ -96,34 +98,43 @@ def make_train_step(
   tx: optax.GradientTransformation,
   ema_decay: float,
   like: TrainState | None = None,
+  accumulate: int = 1,
 ) -> Callable:
   """The jitted (state, context, batch) -> (state, metrics); donates state.
 
   `like`, of `state_layout`, keeps the new state where the old one is; metrics
-  are on all devices. Without it the compiler chooses.
+  are on all devices. Without it the compiler chooses. `accumulate` is the
+  number of parts of a batch that are computed one after another, each with the
+  memory of its part; loss and gradients are the means over them.
   """
+  place = like and (sharding.shardings(like), like.step.sharding)
 
-  def train_step(state: TrainState, context, batch):
-    rng = jax.random.fold_in(state.rng, state.step)
-
+  def gradients(state, context, batch, rng):
     def compute(params):
-      model = skeleton.merge(sharding.gather_vectors(params), state.frozen)
+      model = sharding.gather(skeleton.merge(params, state.frozen))
       return loss(model, context, batch, rng, state.step)
 
     (value, scalars), grads = jax.value_and_grad(compute, has_aux=True)(
       state.params
     )
+    if place:  # summed over the devices into the parts that they have
+      grads = jax.lax.with_sharding_constraint(grads, place[0].params)
+    return {"loss": value, **scalars}, grads
+
+  def train_step(state: TrainState, context, batch):
+    rng = jax.random.fold_in(state.rng, state.step)
+    of = functools.partial(gradients, state, context)
+    if accumulate == 1:
+      scalars, grads = of(batch, rng)
+    else:
+      scalars, grads = _mean_over_parts(of, batch, rng, accumulate)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-    scalars = {
-      "loss": value,
-      **scalars,
-      "grad_norm": optax.tree.norm(grads),
-    }
+    scalars = {**scalars, "grad_norm": optax.tree.norm(grads)}
     state = state.replace(
       step=state.step + 1, params=params, opt_state=opt_state, ema=ema
     )
@@ -133,5 +144,25 @@ def make_train_step(
   # counts by source line, so every stage's step counts afresh.
   chex.clear_trace_counter()
   once = chex.assert_max_traces(train_step, n=1)
-  place = like and (sharding.shardings(like), like.step.sharding)
   return jax.jit(once, donate_argnums=0, out_shardings=place)
+
+
+def _mean_over_parts(of: Callable, batch: Any, rng: Key, parts: int) -> Any:
+  """The mean of `of(part, rng)` over `parts` equal parts of a batch."""
+
+  def split(array):
+    # Part i is every parts-th row: all devices have rows of every part.
+    rows = array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+    return sharding.constrain(rows, None, sharding.ROWS)
+
+  def add(total, numbered):
+    i, part = numbered
+    found = of(part, jax.random.fold_in(rng, i))
+    return jax.tree.map(lambda t, f: t + f / parts, total, found), None
+
+  batch = jax.tree.map(split, batch)
+  one = jax.tree.map(lambda a: a[0], batch)
+  zeros = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, one, rng)
+  )
+  return jax.lax.scan(add, zeros, (jnp.arange(parts), batch))[0]

@@ -19,24 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from tensorar_jax import layers, sharding
+from tensorar_jax import attention, layers, sharding
 from tensorar_jax.interfaces import Cache, Cond, Key
-
-
-def causal_mask(
-  rows: Int[Array, "M"], length: int, is_padding: Bool[Array, "B P"] | None
-) -> Bool[Array, "*B M S"]:
-  """Which of the `length` keys each row may see; [B, M, S] with padding."""
-  keys = jnp.arange(length)
-  mask = keys <= rows[:, None]
-  if is_padding is None:
-    return mask
-  prefix = is_padding.shape[1]
-  hidden = jnp.pad(is_padding, ((0, 0), (0, length - prefix)))
-  # Padding sees itself, as nothing to see would mean everything.
-  return mask & ~hidden[:, None] | (keys == rows[:, None])
 
 
 class CausalTransformer(nnx.Module):
@@ -122,7 +108,7 @@ class CausalTransformer(nnx.Module):
       x = layers.dropout(x, self.token_dropout, rng_token)
     rows, count = jnp.arange(x.shape[1]), self.blocks.num_layers
     x, at = self.place(cond, sharding.constrain(x, sharding.ROWS), rows)
-    mask = causal_mask(rows, len(rows), cond.get("is_padding"))
+    mask = attention.causal_mask(rows, len(rows), cond.get("is_padding"))
     keys = None if rng is None else jax.random.split(rng, count)
     rates = jnp.linspace(0.0, self.drop_path, count) if self.drop_path else None
 
@@ -141,7 +127,9 @@ class CausalTransformer(nnx.Module):
     cond, length = cache.context, x.shape[1]
     rows = cache.end + jnp.arange(length)
     x, at = self.place(cond, x, rows)
-    mask = causal_mask(rows, layers.cache_rows(cache), cond.get("is_padding"))
+    mask = attention.causal_mask(
+      rows, layers.cache_rows(cache), cond.get("is_padding")
+    )
 
     def apply(block, x, view):
       x, view = block(x, at, mask, cache=view)

@@ -48,6 +48,7 @@ LAYERS = (
     *("windows", "noising", "layers", "convolutions"),
     *("conditioning", "resumable", "text.captions"),
   },
+  {"attention"},
   {"sharding"},
   {"weights"},
   {"interfaces"},

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tensorar_jax import layers, transformer, weights
+from tensorar_jax import attention, layers, transformer, weights
 from tests import programs, tiny
 
 CONFIG = transformer.RotaryConfig(
@@ -55,11 +55,11 @@ def test_the_mask_is_causal_and_hides_padding_from_all_but_itself():
   padding = jnp.asarray([[True, False], [False, False]])
   rows = ["1000", "0100", "0110", "0111"], ["1000", "1100", "1110", "1111"]
   want = np.asarray([[list(map(int, r)) for r in b] for b in rows], bool)
-  got = transformer.causal_mask(jnp.arange(4), 4, padding)
+  got = attention.causal_mask(jnp.arange(4), 4, padding).visible
   np.testing.assert_array_equal(got, want)
-  got = transformer.causal_mask(jnp.arange(2, 4), 4, padding)
+  got = attention.causal_mask(jnp.arange(2, 4), 4, padding).visible
   np.testing.assert_array_equal(got, want[:, 2:])
-  got = transformer.causal_mask(jnp.arange(1, 3), 4, None)
+  got = attention.causal_mask(jnp.arange(1, 3), 4, None).visible
   np.testing.assert_array_equal(got, want[1, 1:3])
 
 

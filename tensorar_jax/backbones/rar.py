@@ -150,6 +150,8 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
   """Attention and MLP, each between an adaptive norm and a gate."""
 
+  sharding_rules = (("modulation/kernel", ("fsdp", "tensor")),)
+
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = c = config
     # Zero: a new layer's gates are shut, and it does nothing.
@@ -184,7 +186,7 @@ class Model(transformer.CausalTransformer):
   prefix = 2
   remembers = ("label", "is_null", "order")
   sharding_rules = (
-    (r"(final_)?modulation/kernel", ("fsdp", "tensor")),
+    (r"final_modulation/kernel", ("fsdp", "tensor")),
     (r"cls|(position|target|step)_table", (sharding.SPLIT,)),
   )
 

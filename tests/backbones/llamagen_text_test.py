@@ -10,11 +10,11 @@ from flax import nnx
 
 import tensorar_jax as tj
 from tensorar_jax import (
+  attention,
   conditioning,
   layers,
   noising,
   objective,
-  transformer,
 )
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.checkpoints import torch_export, torch_import
@@ -47,7 +47,7 @@ def test_text_moves_to_the_right_and_its_padding_is_zero(case):
 def test_attention_mask_and_rotary_table(case):
   rows = case.io["attn_mask"].shape[-1]
   padding = case.cond["is_padding"]
-  mask = transformer.causal_mask(jnp.arange(rows), rows, padding)
+  mask = attention.causal_mask(jnp.arange(rows), rows, padding).visible
   np.testing.assert_array_equal(mask[:, None], case.io["attn_mask"])
   c = case.model.config
   table = layers.rotary_table_2d(

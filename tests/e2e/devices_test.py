@@ -34,8 +34,12 @@ def rows():
   }
 
 
+def trained(rows):
+  return [(key, row) for key, row in rows.items() if "train" in row]
+
+
 def test_training_is_the_same_on_every_mesh(rows):
-  for (family, mesh), row in rows.items():
+  for (family, mesh), row in trained(rows):
     got, want = row["train"], rows[family, None]["train"]
     np.testing.assert_allclose(got["losses"], want["losses"], rtol=1e-5)
     assert max(got["difference"].values()) < 1e-5, (family, mesh)
@@ -58,6 +62,10 @@ def test_a_device_holds_its_part_and_no_more_from_the_start(rows):
     largest = rows["llamagen", mesh]["train"]["largest_array"]
     assert largest <= whole["largest_array"] / parts
   assert total == whole["bytes"][0]
+
+
+def test_a_mesh_splits_the_attention_kernel_of_tpus(rows):
+  assert rows["kernel", None]["difference"] < 2e-5
 
 
 def test_devices_that_split_rows_alone_do_not_talk_while_they_sample(rows):

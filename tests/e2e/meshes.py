@@ -9,12 +9,23 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
-from tensorar_jax import build, optim, sampling, sharding, train, train_step
-from tests import tiny, train_test
+from tensorar_jax import (
+  attention,
+  build,
+  layers,
+  optim,
+  sampling,
+  sharding,
+  train,
+  train_step,
+)
+from tests import attention_test, tiny, train_test
 from tests.contract import families
 
-# None: one device. Another family on the mesh that splits most.
+# None: one device. Another family on the mesh that splits most, in two parts a
+# step, whose layers keep nothing for the backward pass.
 MESHES = {
   "llamagen": (None, (8, 1, 1), (1, 8, 1), (2, 2, 2)),
   "rar": (None, (2, 2, 2)),
@@ -25,6 +36,8 @@ BACKBONES = {
   "llamagen": dict(SIZES, vocab_size=24),
   "rar": dict(SIZES, vocab_size=24),
 }
+ACCUMULATE = {"llamagen": 1, "rar": 2}
+REMAT = {"llamagen": "none", "rar": "full"}
 STEPS = 3
 
 
@@ -57,10 +70,13 @@ def train_on(family, mesh) -> dict:
   largest = largest_array()
   # All weights random: a zero head would hide mistakes.
   model = sharding.shard(tiny.redraw(model), mesh)
+  layers.set_remat(model, REMAT[family])
   skeleton, state = train_step.init_state(model, tx, 0, True, mesh)
   like = train_step.state_layout(model, tx, True, mesh)
   task = train.make_task(config, pathlib.Path(), model, images=False)
-  step = train_step.make_train_step(skeleton, task.loss, tx, 0.9, like)
+  step = train_step.make_train_step(
+    *(skeleton, task.loss, tx, 0.9, like, ACCUMULATE[family])
+  )
   rng, losses = np.random.default_rng(0), []
   with jax.set_mesh(mesh):
     for _ in range(STEPS):
@@ -113,6 +129,17 @@ def sample_on(mesh) -> dict:
   }
 
 
+def attend_on(mesh) -> float:
+  """The TPU's kernel, interpreted on a mesh, against plain attention."""
+  arrays, how = attention_test.heads(groups=4, rows=128), attention_test.mask
+  how = how(True, 128)
+  want = attention_test.compiled(attention.plain, arrays, how)
+  with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
+    got = attention_test.compiled(attention.flash, arrays, how)
+  pairs = zip(got, want, strict=True)
+  return max(float(np.abs(np.array(a) - np.array(b)).max()) for a, b in pairs)
+
+
 def parts(row):
   return [(name, row[name]) for name in ("train", "sample") if name in row]
 
@@ -135,6 +162,9 @@ def main():
         )
         part["difference"] = differences
       print(json.dumps(row), flush=True)
+  mesh = sharding.make_mesh(sharding.MeshConfig(2, 1, 4))
+  row = {"family": "kernel", "mesh": None, "difference": attend_on(mesh)}
+  print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
