@@ -13,6 +13,7 @@ test: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x launch/*.sh
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

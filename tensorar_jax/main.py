@@ -3,7 +3,8 @@
 Modes:
   run        (default) train every stage of the config, evaluate, and draw the
              report. What is done is skipped, what was interrupted continues.
-  train      train the stages only; --stage picks one.
+  train      train the stages only; --stage picks one. --profile=10:12 traces
+             these steps of this start into the stage's folder `profile`.
   sample     draw images from a trained stage: samples.npz as the ADM suite has
              it, manifest.json, a grid, the refinement strip, and PNGs. --stage,
              --num_images, --classes, --seed, --resize, --batch_size, --pngs,
@@ -24,8 +25,9 @@ Modes:
 
 Several processes train, import, sample and tokenize together: the same command
 in each with --coordinator=HOST:PORT, --num_processes and --process_id. Under
-SLURM, Open MPI or on a TPU pod they find one another (--coordinator=auto asks
-for it). What an array is split over: --config.mesh.data, .fsdp and .tensor.
+SLURM and Open MPI they find one another; --coordinator=auto asks a TPU pod.
+launch/ has a script for each of these. What an array is split over:
+--config.mesh.data, .fsdp and .tensor.
 
 Any value of the config can be set from here:
   python -m tensorar_jax.main --config=configs/digits.py \\
@@ -36,6 +38,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -122,6 +125,12 @@ _CROP_RANGE = flags.DEFINE_multi_float(
   "crop_range", [1.1], "Shorter side before ten_crop, in image sizes."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of --mode=sample.")
+_PROFILE = flags.DEFINE_string(
+  "profile",
+  None,
+  "FIRST:LAST, steps counted from this start of training, to trace with the JAX"
+  " profiler.",
+)
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
   None,
@@ -147,7 +156,7 @@ def run(config, folder: pathlib.Path) -> None:
   """Carries out --mode. The heavy imports wait until the flags are right."""
   import jax
 
-  from tensorar_jax import build, report, train
+  from tensorar_jax import build, report, throughput, train
   from tensorar_jax.evaluation import evaluate
 
   processes = jax.process_count()
@@ -157,6 +166,7 @@ def run(config, folder: pathlib.Path) -> None:
       f"--mode={_MODE.value} in {processes} processes: expected one of"
       f" {SHARED_MODES}. Run the other modes in one process."
     )
+  profile = throughput.parse_profile(_PROFILE.value)
   stages = build.stages(config)
   for name, stage in stages.items():
     try:
@@ -175,7 +185,7 @@ def run(config, folder: pathlib.Path) -> None:
     for name, stage in stages.items():
       wanted = stage["source"] or mode != "import"
       if _STAGE.value in (None, name) and wanted:
-        train.fit(stage, folder / name)
+        train.fit(stage, folder / name, profile)
   if mode == "sample":
     sample_stage(stages, folder)
   if mode == "tokenize":
@@ -336,7 +346,9 @@ def main(argv: list[str]) -> None:
     # These are messages to the user: a traceback would bury them.
     if logging.vlog_is_on(1):
       raise
-    sys.exit(f"error: {error}")
+    sharding.fail(f"error: {error}")
+  except Exception:
+    sharding.fail(traceback.format_exc())
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -11,7 +11,6 @@ import logging as py_logging
 import os
 import pathlib
 import re
-import time
 
 from absl import logging
 
@@ -28,24 +27,37 @@ def log_to_console() -> None:
   )
 
 
+# How the console says each of the speeds, of `throughput` and the ETA.
+SPEEDS = {
+  "step_seconds": lambda value: f"{1000 * value:,.1f} ms/step",
+  "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+  "images_per_second": lambda value: f"{value:,.1f} images/s",
+  "tflops_per_second": lambda value: f"{value:,.3f} TFLOP/s",
+  "mfu": lambda value: f"MFU {value:.1%}",
+  "data_wait": lambda value: f"waiting {value:.1%}",
+  "eta_seconds": lambda value: f"ETA {duration(value)}",
+}
+
+
 def _console_writer(stage: str, num_steps: int):
   """A clu writer that prints one line with progress, speed and ETA."""
   from clu import metric_writers
 
   class ConsoleWriter(metric_writers.LoggingWriter):
     def write_scalars(self, step, scalars):
-      values = dict(scalars)
-      seconds = values.pop("step_seconds")
-      speed = values.pop("tokens_per_second")
-      eta = duration(values.pop("eta_seconds"))
       shown = " ".join(
         f"{name}={value:.4g}"
-        for name, value in values.items()
-        if not name.startswith("accuracy/")
+        for name, value in scalars.items()
+        if not name.startswith(("accuracy/", "speed/"))
+      )
+      speeds = ", ".join(
+        show(scalars[f"speed/{name}"])
+        for name, show in SPEEDS.items()
+        if f"speed/{name}" in scalars
       )
       logging.info(
         f"{stage} {step}/{num_steps} ({step / num_steps:.0%}) {shown} |"
-        f" {1000 * seconds:.0f} ms/step, {speed:,.0f} tokens/s, ETA {eta}"
+        f" {speeds}"
       )
 
   return ConsoleWriter()
@@ -55,8 +67,8 @@ class TrainLog:
   """Writes one row per log step; a resumed run continues the same files.
 
   `log.jsonl` holds nothing but what training computed, so that the trace of an
-  interrupted run equals an uninterrupted one's byte for byte; step time and ETA
-  go to the console and to TensorBoard.
+  interrupted run equals an uninterrupted one's byte for byte; speeds and ETA go
+  to the console and to TensorBoard.
   """
 
   def __init__(self, folder: pathlib.Path, num_steps: int):
@@ -72,7 +84,6 @@ class TrainLog:
         metric_writers.SummaryWriter(str(folder / "tensorboard")),
       ]
     )
-    self._mark: tuple[float, int] | None = None
 
   def resume(self, step: int) -> None:
     """Forgets rows after `step`, which will be computed again."""
@@ -81,21 +92,19 @@ class TrainLog:
     temporary = self._path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, self._path)
-    self._mark = (time.monotonic(), step)
 
-  def write(self, step: int, scalars: dict[str, float], tokens: int) -> None:
-    """One row; `tokens` is the number of tokens of one step."""
+  def write(
+    self, step: int, scalars: dict[str, float], speeds: dict[str, float]
+  ) -> None:
+    """One row; `speeds` are what `throughput.Meter` reads."""
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **scalars}) + "\n")
-    now, (then, before) = time.monotonic(), self._mark
-    seconds = (now - then) / max(step - before, 1)
-    self._mark = (now, step)
-    progress = {
-      "step_seconds": seconds,
-      "tokens_per_second": tokens / seconds,
-      "eta_seconds": seconds * (self._num_steps - step),
+    eta = speeds["step_seconds"] * (self._num_steps - step)
+    speeds = {
+      f"speed/{name}": value
+      for name, value in {**speeds, "eta_seconds": eta}.items()
     }
-    self._writer.write_scalars(step, {**scalars, **progress})
+    self._writer.write_scalars(step, {**scalars, **speeds})
 
   def close(self) -> None:
     self._writer.close()
@@ -107,7 +116,9 @@ class NoLog:
   def resume(self, step: int) -> None:
     """Nothing."""
 
-  def write(self, step: int, scalars: dict[str, float], tokens: int) -> None:
+  def write(
+    self, step: int, scalars: dict[str, float], speeds: dict[str, float]
+  ) -> None:
     """Nothing."""
 
   def close(self) -> None:

@@ -20,8 +20,9 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -29,11 +30,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import (
+  AbstractDevice,
   AbstractMesh,
   AxisType,
   Mesh,
   NamedSharding,
   PartitionSpec,
+  use_abstract_mesh,
 )
 
 from tensorar_jax import weights as weights_lib
@@ -243,6 +246,13 @@ def platform() -> str:
   return "gpu" if name == "cuda" else name
 
 
+def as_if_plain():
+  """A context in which programs are traced for one device without kernels."""
+  device = AbstractDevice("cpu", None, "cpu")
+  one = AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
+  return use_abstract_mesh(one)
+
+
 def _free(mesh: AbstractMesh) -> set[str]:
   """The axes of more than one device that nobody has split by hand."""
   types = dict(zip(mesh.axis_names, mesh.axis_types))
@@ -402,6 +412,8 @@ def join_processes(
     jax.distributed.initialize(
       coordinator if by_hand else None,
       *given,
+      # A cluster that JAX sees as well would leave this process one GPU.
+      cluster_detection_method="deactivate" if by_hand else None,
       shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
   except (RuntimeError, ValueError, TypeError) as error:
@@ -409,6 +421,19 @@ def join_processes(
       f"cannot join the other processes (--coordinator={coordinator},"
       f" --num_processes={num_processes}, --process_id={process_id}): {error}"
     ) from error
+
+
+def fail(message: str) -> NoReturn:
+  """Ends with a message and exit code 1.
+
+  One of several does not wait for the others, as JAX would: they may be waiting
+  for it. Its end is what the launcher sees.
+  """
+  if jax.distributed.is_initialized():
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+  sys.exit(message)
 
 
 def is_first() -> bool:

@@ -8,6 +8,7 @@ killed and continues computes the same numbers, bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from tensorar_jax import (
   optim,
   published,
   sharding,
+  throughput,
   train_step,
   weights,
 )
@@ -192,12 +194,15 @@ def is_done(folder: pathlib.Path, num_steps: int) -> bool:
   return str(num_steps) in steps
 
 
-def fit(stage: Mapping, folder: pathlib.Path) -> None:
+def fit(
+  stage: Mapping, folder: pathlib.Path, profile: throughput.Steps | None = None
+) -> None:
   """Trains a stage in `folder`, from its newest checkpoint if there is one.
 
   Args:
     stage: a full stage config, of `build.stages`.
     folder: `<workdir>/<stage name>`.
+    profile: the steps of this start to trace into `<folder>/profile`.
 
   Raises:
     ValueError: the folder is another config's; the loss is not finite.
@@ -234,10 +239,10 @@ def fit(stage: Mapping, folder: pathlib.Path) -> None:
     logging.info("%s: continues from step %d", folder.name, state.step)
   _log_sizes(folder.name, state, mesh)
   layers.set_remat(model, config.remat)
-  skeleton, _, _ = weights.split(model)
-  step = train_step.make_train_step(
-    *(skeleton, task.loss, tx, optimiser.ema_decay, like, config.accumulate)
+  step, flops = _step_and_flops(
+    *(model, task, tx, optimiser.ema_decay, like, config.accumulate)
   )
+  meter = throughput.Meter(folder, step, flops, profile)
   started = time.monotonic()
 
   def save(state):
@@ -247,10 +252,22 @@ def fit(stage: Mapping, folder: pathlib.Path) -> None:
 
   try:
     with jax.set_mesh(mesh):
-      _loop(state, data, task, step, config, folder, save)
+      _loop(state, data, task, meter, config, folder, save)
   finally:
+    meter.close()
     checkpoints.close()
   sharding.wait_for_all(folder.name)
+
+
+def _step_and_flops(model, task, tx, ema_decay, like, accumulate):
+  """The jitted step, and what counts its model FLOPs, of the same arguments."""
+  skeleton, _, _ = weights.split(model)
+  return (
+    train_step.make_train_step(
+      *(skeleton, task.loss, tx, ema_decay, like, accumulate)
+    ),
+    functools.partial(train_step.model_flops, skeleton, task.loss),
+  )
 
 
 def _log_sizes(name, state, mesh):
@@ -307,21 +324,21 @@ def _check_lineage(folder: pathlib.Path, lineage: dict[str, str]) -> None:
     )
 
 
-def _loop(state, data, task, train_step, config, folder, save):
+def _loop(state, data, task, meter, config, folder, save):
   """Steps, rows of the log, and checkpoints until `num_steps`."""
   log = metrics.train_log(folder, config.num_steps, sharding.is_first())
-  start = int(state.step)
+  start, images = int(state.step), config.batch_size
   log.resume(start)
   pending = []  # the metrics of each step since the last row, on the device
   try:
     for step in range(start + 1, config.num_steps + 1):
-      batch = task.prepare(next(data))
-      state, scalars = train_step(state, task.context, batch)
+      batch = meter.fetch(lambda: task.prepare(next(data)))
+      state, scalars = meter.step(state, task.context, batch)
       pending.append(scalars)
       last = step == config.num_steps
       if step % config.log_every == 0 or last:
         row = _interval_means(pending, step, folder)
-        log.write(step, row, config.batch_size * task.tokens)
+        log.write(step, row, meter.read(images, images * task.tokens))
         pending = []
       if step % config.checkpoint_every == 0 or last:
         save(state)

@@ -17,7 +17,7 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from tensorar_jax import sharding, weights
+from tensorar_jax import flops, sharding, weights
 from tensorar_jax.interfaces import Key
 
 
@@ -166,3 +166,25 @@ def _mean_over_parts(of: Callable, batch: Any, rng: Key, parts: int) -> Any:
     lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, one, rng)
   )
   return jax.lax.scan(add, zeros, (jnp.arange(parts), batch))[0]
+
+
+def model_flops(
+  skeleton: weights.Skeleton,
+  loss: Callable,
+  state: TrainState,
+  context: Any,
+  batch: Any,
+) -> int:
+  """Model FLOPs of one step on these arrays, or their shapes; see `flops`.
+
+  They are those of the plain program, on any hardware: what kernels compute
+  cannot be looked into.
+  """
+
+  def compute(params, frozen, context, batch, rng, step):
+    return loss(skeleton.merge(params, frozen), context, batch, rng, step)[0]
+
+  args = (state.params, state.frozen, context, batch, state.rng, state.step)
+  args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+  with sharding.as_if_plain():
+    return flops.training_flops(compute, *args)

@@ -18,7 +18,7 @@ LAYERS = (
   {"visualize", "evaluation.evaluate", "data.tokenize"},
   {"train", "evaluation.samples", "evaluation.diagnostics"},
   {"published"},
-  {"build", "objective", "metrics", "train_step"},
+  {"build", "objective", "metrics", "throughput", "train_step"},
   {
     "sampling",
     "optim",
@@ -45,12 +45,12 @@ LAYERS = (
   },
   {"tensorar", "losses", "transformer", "text.t5"},
   {
-    *("windows", "noising", "layers", "convolutions"),
+    *("windows", "noising", "layers", "convolutions", "flops"),
     *("conditioning", "resumable", "text.captions"),
   },
   {"attention"},
   {"sharding"},
-  {"weights"},
+  {"weights", "hardware"},
   {"interfaces"},
 )
 FAMILIES = ("backbones", "tokenizers")

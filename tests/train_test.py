@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+import time
 
 import chex
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import tensorar_jax as tj
 from tensorar_jax import build, train, train_step, weights
 from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.data import pipeline
 
 
 def stage(num_steps=6, **sections):
@@ -76,6 +79,33 @@ def test_the_step_compiles_once_from_fresh_and_from_given_weights(
   train.fit(stage(2, optim=dict(ema_decay=0.0)), tmp_path / "fresh")
   train.fit(stage(2, init=str(trained)), tmp_path / "given")
   assert [step._cache_size() for step in steps] == [1, 1]
+
+
+def test_a_slow_input_is_seen_and_steps_are_traced(tmp_path, monkeypatch):
+  make, lines = pipeline.train_iterator, []
+
+  class Slow:
+    def __init__(self, *args, **options):
+      self.data = make(*args, **options)
+      self.get_state = self.data.get_state
+
+    def __next__(self):
+      time.sleep(0.55)
+      return next(self.data)
+
+  monkeypatch.setattr(pipeline, "train_iterator", Slow)
+  write = lambda text, *args: lines.append(text % args if args else text)
+  for level in ("info", "warning"):
+    monkeypatch.setattr(train.logging, level, write)
+  train.fit(stage(4), tmp_path / "stage", profile=(2, 3))
+  assert list((tmp_path / "stage" / "profile").rglob("*.trace.json.gz"))
+  slow = [line for line in lines if "input is too slow" in line]
+  assert slow and "had no batch for" in slow[0]
+  (row,) = [line for line in lines if " 2/4 " in line]
+  speeds = r"ms/step, .* tokens/s, .* images/s, .* TFLOP/s, waiting .*%, ETA"
+  assert re.search(speeds, row)
+  # The trace of an interrupted run has nothing that a clock decides.
+  assert "speed" not in (tmp_path / "stage" / "log.jsonl").read_text()
 
 
 def test_load_gives_the_trained_model_and_its_average(trained):

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -15,48 +14,41 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 4
 
 
-def start(workdir, devices, *flags, mode="train") -> subprocess.Popen:
-  """The command line in a process of its own with so many devices."""
+def start(workdir, devices, *flags, processes=1, mode="train"):
+  """The command line in processes of its own with so many devices each."""
   count = f"--xla_force_host_platform_device_count={devices}"
   command = [
-    *(sys.executable, "-m", "tensorar_jax.main", f"--mode={mode}"),
-    *("--config=tests/e2e/tiny_digits.py", "--stage=base"),
+    *("launch/local.sh", f"--processes={processes}"),
+    *("tests/e2e/tiny_digits.py", f"--mode={mode}", "--stage=base"),
     *(f"--workdir={workdir}", *flags),
   ]
   return subprocess.Popen(
     command,
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": count},
+    env={**os.environ, "XLA_FLAGS": count, "PYTHON": sys.executable},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
   )
 
 
-def finish(*processes) -> list[str]:
-  """What they print; all have to succeed."""
+def finish(process) -> tuple[str, str]:
+  """What its first process prints, and the second; they have to succeed."""
   try:
-    texts = [process.communicate(timeout=300)[0] for process in processes]
+    text = process.communicate(timeout=300)[0]
   finally:
-    for process in processes:
-      process.kill()
-  for process, text in zip(processes, texts, strict=True):
-    assert process.returncode == 0, text[-3000:]
-  return texts
-
-
-def two(workdir, *flags, mode="train") -> list[str]:
-  """Two processes of two devices each."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  join = f"--coordinator={address}", "--num_processes=2"
-  return finish(
-    *(
-      start(workdir, 2, *join, f"--process_id={i}", *flags, mode=mode)
-      for i in range(2)
-    )
+    process.terminate()
+  assert process.returncode == 0, text[-3000:]
+  lines = text.splitlines()
+  second = [line for line in lines if line.startswith("[1] ")]
+  return "\n".join(line for line in lines if line not in second), "\n".join(
+    second
   )
+
+
+def two(workdir, *flags, mode="train") -> tuple[str, str]:
+  """Two processes of two devices each."""
+  return finish(start(workdir, 2, *flags, processes=2, mode=mode))
 
 
 def losses(workdir) -> list[dict]:
@@ -99,7 +91,7 @@ def test_one_process_continues_what_two_began(straight, shared, tmp_path):
   """Another mesh as well; losses see the data, which must be the same."""
   shutil.copytree(shared[0] / "base", tmp_path / "base")
   shutil.rmtree(tmp_path / "base" / "checkpoints" / "4")
-  (text,) = finish(start(tmp_path, 2, "--config.mesh.tensor=2"))
+  text, _ = finish(start(tmp_path, 2, "--config.mesh.tensor=2"))
   assert "continues from step 2" in text
   assert "'tensor': 2" in text
   assert_same(losses(tmp_path), losses(straight))
@@ -117,13 +109,6 @@ def test_two_processes_sample_what_one_does(straight, tmp_path):
 
 
 def test_other_modes_are_for_one_process(straight):
-  processes = []
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  for i in range(2):
-    join = f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"
-    processes.append(start(straight, 1, *join, mode="evaluate"))
-  for process in processes:
-    text = process.communicate(timeout=120)[0]
-    assert process.returncode != 0 and "expected one of" in text
+  process = start(straight, 1, processes=2, mode="evaluate")
+  text = process.communicate(timeout=120)[0]
+  assert process.returncode == 1 and "expected one of" in text

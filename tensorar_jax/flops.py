@@ -1,0 +1,92 @@
+"""Model FLOPs: what a program must multiply, whatever the hardware repeats.
+
+Two a multiply-add, of the matrix products and convolutions of the traced
+program. Elementwise work, gathers (embeddings) and sorts count nothing.
+
+    training = FLOPs of the loss together with its directional derivative
+
+A matrix product x W has the derivative dx W + x dW, and the backward pass is
+that, transposed: as many FLOPs. So the sum is three times the forward pass of
+what is trained, once that of what is frozen or behind a `stop_gradient`, and
+what a checkpointed layer computes again does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+
+def matmul_flops(function: Callable, *args: Any) -> int:
+  """FLOPs of one call of `function`, traced at arrays or their shapes.
+
+  What no result depends on does not count. Of a `cond` the largest branch does,
+  of a `shard_map` every shard, and of a convolution its border as well.
+  ValueError for a `while` of unknown length around any of it.
+  """
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(live)
+
+
+def training_flops(loss: Callable, params: Any, *args: Any) -> int:
+  """FLOPs of `loss(params, *args)` and of its gradient by `params`.
+
+  The loss is a scalar, or a tuple or tree with one; it may not hold functions
+  with a backward pass of their own (`jax.custom_vjp`).
+  """
+
+  def derivative(params, *args):
+    return jax.jvp(lambda p: loss(p, *args), (params,), (params,))
+
+  return matmul_flops(derivative, params, *args)
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+  return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: core.JaxprEqn) -> int:
+  name, params = equation.primitive.name, equation.params
+  if name == "dot_general":
+    left = equation.invars[0].aval.shape
+    (contracted, _), _ = params["dimension_numbers"]
+    inner = math.prod(left[axis] for axis in contracted)
+    return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+  if name == "conv_general_dilated":
+    return _count_convolution(equation)
+  inner = [_count(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
+  if name == "cond":
+    return max(inner)
+  if name == "while" and any(inner):
+    raise ValueError(
+      "a `while` loop around matrix products: how often it runs is not known"
+      " before it runs. Use `jax.lax.scan`, or a `fori_loop` of fixed length."
+    )
+  return _repeats(name, params) * sum(inner)
+
+
+def _count_convolution(equation: core.JaxprEqn) -> int:
+  kernel = equation.invars[1].aval.shape
+  features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+  # Of an input spread out by zeros, the zeros are not multiplied.
+  spread = math.prod(equation.params["lhs_dilation"])
+  inner = math.prod(kernel) // features
+  return 2 * inner * math.prod(equation.outvars[0].aval.shape) // spread
+
+
+def _repeats(name: str, params: dict) -> int:
+  """How often an equation runs the programs that it holds."""
+  if name == "scan":
+    return params["length"]
+  if name == "shard_map":
+    sizes = params["mesh"].shape
+    return math.prod(sizes[axis] for axis in params["newly_manual_axes"])
+  if name == "pallas_call":
+    return math.prod(params["grid_mapping"].grid)
+  return 1

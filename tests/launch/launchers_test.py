@@ -1,0 +1,364 @@
+"""What the launchers would run, and how local.sh treats its processes."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+import yaml
+
+from tensorar_jax import sharding
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "launch").rglob("*.sh"))
+RUN = ["configs/digits.py", "--mode=train", "--workdir=a b"]
+CLUSTER = re.compile("SLURM|OMPI|TPU|JAX|CUDA|XLA|NCCL|PYTHON$")
+
+# Stands for the interpreter: says what it was given and waits for SIGTERM.
+PROGRAM = """#!/usr/bin/env bash
+trap 'echo stopped; exit 75' TERM
+echo "started $*"
+case "$*" in
+  *--process_id=1*) [ -z "$CODE" ] || { sleep 0.5; exit "$CODE"; } ;;
+  *) [ -z "$DEAF" ] || trap '' TERM ;;
+esac
+while :; do sleep 0.1; done
+"""
+
+
+def environment(**own) -> dict[str, str]:
+  """This process's, without what says of a cluster or a device."""
+  kept = {k: v for k, v in os.environ.items() if not CLUSTER.match(k)}
+  return {**kept, "JAX_PLATFORMS": "cpu", **own}
+
+
+def launch(name, *arguments, cwd=ROOT, code=0, **own) -> str:
+  """What a launcher prints; it must end with `code`."""
+  done = subprocess.run(
+    [cwd / "launch" / name, *arguments],
+    cwd=cwd,
+    env=environment(**own),
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == code, done.stderr
+  return done.stdout if code == 0 else done.stdout + done.stderr
+
+
+def commands(text: str) -> list[tuple[dict, list[str]]]:
+  """(variables, words) of every command of a dry run."""
+  found = []
+  for words in map(shlex.split, text.splitlines()):
+    assert words.pop(0) == "env"
+    variables = {}
+    while "=" in words[0]:
+      name, value = words.pop(0).split("=", 1)
+      variables[name] = value
+    found.append((variables, words))
+  return found
+
+
+def write_program(path: pathlib.Path, text: str = PROGRAM) -> str:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+  path.chmod(0o755)
+  return str(path)
+
+
+# --- dry runs ----------------------------------------------------------------
+
+
+def test_shellcheck_finds_nothing():
+  shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
+  subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_bad_option_is_named(path):
+  if path.name != "env.sh":
+    assert "--gpu=1: " in launch(path.name, "--gpu=1", *RUN, code=2)
+
+
+def test_local_dry_run():
+  ((variables, words),) = commands(launch("local.sh", "--dry-run", *RUN))
+  assert words[1:] == [
+    *("-m", "tensorar_jax.main", "--config=configs/digits.py"),
+    *("--mode=train", "--workdir=a b"),
+  ]
+  assert variables["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+  assert "latency_hiding" in variables["XLA_FLAGS"]
+  mine = launch("local.sh", "--dry-run", *RUN, XLA_FLAGS="--mine=1")
+  assert commands(mine)[0][0]["XLA_FLAGS"].endswith("=true --mine=1")
+
+
+def test_local_processes_share_the_gpus():
+  options = "--dry-run", "--processes=2"
+  gpus = dict(JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES="4,5,6,7")
+  found = commands(launch("local.sh", *options, *RUN, **gpus))
+  assert [v["CUDA_VISIBLE_DEVICES"] for v, _ in found] == ["4,5", "6,7"]
+  (_, first), (_, second) = found
+  assert first[:-1] == second[:-1] and "--num_processes=2" in first
+  assert first[-1] == "--process_id=0" and second[-1] == "--process_id=1"
+  assert re.fullmatch(r"--coordinator=127.0.0.1:\d+", first[-3])
+  odd = "--dry-run", "--processes=3"
+  assert "divisor of 4" in launch("local.sh", *odd, *RUN, code=2, **gpus)
+
+
+@pytest.mark.parametrize("tasks", ["gpu", "node"])
+def test_slurm_dry_run(tasks):
+  job = dict(SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES="3", SLURM_GPUS_ON_NODE="4")
+  job |= dict(SLURM_CPUS_ON_NODE="64", SLURM_SUBMIT_DIR=str(ROOT))
+  text = launch("slurm.sh", f"--tasks={tasks}", "--dry-run", *RUN, **job)
+  ((variables, words),) = commands(text)
+  assert words[0] == "srun" and words[-2:] == RUN[1:]
+  each = dict(gpu=(12, 4, 16), node=(3, 1, 64))[tasks]
+  names = "ntasks", "ntasks-per-node", "cpus-per-task"
+  assert {f"--{n}={v}" for n, v in zip(names, each)} < set(words)
+  ids = dict(gpu=None, node="0,1,2,3")[tasks]
+  assert variables.get("JAX_LOCAL_DEVICE_IDS") == ids
+
+
+def manifest(accelerator, *options) -> dict:
+  return yaml.safe_load(
+    launch(
+      *("k8s.sh", f"--accelerator={accelerator}", "--name=run-b"),
+      *("--image=place/image:1", "--claim=disk", "--hosts=4", *options),
+      *("--dry-run", *RUN, '--config.x={"a": "$(HOME)\\"}'),
+    )
+  )
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "tpu"])
+def test_k8s_dry_run(accelerator):
+  options = ["--tpu=tpu-v5-lite-podslice", "--topology=4x4"]
+  found = manifest(accelerator, *(options if accelerator == "tpu" else []))
+  assert found["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+  (workers,) = found["spec"]["replicatedJobs"]
+  job = workers["template"]["spec"]
+  assert job["parallelism"] == job["completions"] == 4
+  assert job["completionMode"] == "Indexed"
+  # 75 is saved and to be started again: the job says so, the set does it.
+  codes = job["podFailurePolicy"]["rules"][0]
+  assert (codes["action"], codes["onExitCodes"]["values"]) == ("FailJob", [75])
+  (rule,) = found["spec"]["failurePolicy"]["rules"]
+  assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+  assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+  pod = job["template"]["spec"]
+  (main,) = pod["containers"]
+  assert main["name"] == codes["onExitCodes"]["containerName"]
+  assert main["image"] == "place/image:1"
+  # What the user wrote stays what it is.
+  assert main["command"][:2] == ["launch/local.sh", "configs/digits.py"]
+  assert main["command"][-1] == '--config.x={"a": "$$(HOME)\\"}'
+  claims = [v.get("persistentVolumeClaim") for v in pod["volumes"]]
+  assert {"claimName": "disk"} in claims
+  join = main["command"][2:-3]
+  if accelerator == "tpu":
+    assert join == ["--coordinator=auto"]
+    assert main["resources"]["limits"] == {"google.com/tpu": 4}
+    selector = {k.rsplit("-", 1)[1]: v for k, v in pod["nodeSelector"].items()}
+    assert selector["topology"] == "4x4"
+  else:
+    assert join == [
+      # <set>-<replicated job>-<job>-<pod>.<set>, as JobSet names pods.
+      f"--coordinator=run-b-{workers['name']}-0-0.run-b:1234",
+      *("--num_processes=4", "--process_id=$(JOB_COMPLETION_INDEX)"),
+    ]
+    assert main["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+# --- local.sh with several processes -----------------------------------------
+
+
+def start(tmp_path, **own) -> subprocess.Popen:
+  program = write_program(tmp_path / "program")
+  return subprocess.Popen(
+    [ROOT / "launch" / "local.sh", "--processes=2", *RUN],
+    env=environment(PYTHON=program, **{"CODE": "", "DEAF": "", **own}),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def test_a_signal_reaches_all(tmp_path):
+  process = start(tmp_path)
+  first = [process.stdout.readline() for _ in range(2)]
+  assert all("started" in line for line in first)
+  process.send_signal(signal.SIGTERM)
+  rest = process.communicate(timeout=30)[0]
+  assert process.returncode == 75
+  assert sorted(rest.split()) == ["[1]", "stopped", "stopped"]
+
+
+@pytest.mark.parametrize("deaf", ["", "1"])
+def test_the_first_failure_stops_the_others(tmp_path, deaf):
+  started = time.monotonic()
+  process = start(tmp_path, CODE="3", DEAF=deaf, GRACE="1")
+  text = process.communicate(timeout=30)[0]
+  assert process.returncode == 3
+  assert ("stopped" in text) == (not deaf)
+  assert time.monotonic() - started < 20
+
+
+# --- the others with stand-ins for what they call -----------------------------
+
+
+@pytest.fixture
+def project(tmp_path) -> pathlib.Path:
+  """A copy of the launchers in a repository of its own, and stand-ins."""
+  folder = tmp_path / "project"
+  shutil.copytree(ROOT / "launch", folder / "launch")
+  (folder / "requirements.txt").touch()
+  subprocess.run(["git", "init", "-q", folder], check=True)
+  return folder
+
+
+@pytest.mark.parametrize(
+  "code, state, again",
+  [(75, "RUNNING", True), (75, "COMPLETING", False), (1, "RUNNING", False)],
+)
+def test_slurm_goes_back_to_the_queue(tmp_path, code, state, again):
+  stubs, log = tmp_path / "bin", tmp_path / "log"
+  write_program(stubs / "srun", f"#!/bin/sh\nexit {code}\n")
+  write_program(stubs / "squeue", f"#!/bin/sh\necho {state}\n")
+  write_program(stubs / "scontrol", f'#!/bin/sh\necho "$@" > {log}\n')
+  job = dict(SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES="1", SLURM_GPUS_ON_NODE="8")
+  path = f"{stubs}:{os.environ['PATH']}"
+  launch("slurm.sh", *RUN, code=code, PATH=path, **job)
+  assert (log.read_text() if log.exists() else "") == "requeue 7\n" * again
+
+
+def test_tpu_pod_starts_and_stops_on_a_host(tmp_path, project):
+  """Against a stand-in for gcloud whose one host is a folder."""
+  stubs, host = tmp_path / "bin", tmp_path / "host"
+  host.mkdir()
+  write_program(
+    stubs / "gcloud",
+    f"""#!/usr/bin/env bash
+[[ "$1 $2 $3" == "compute tpus tpu-vm" && $* == *"--zone=z --worker=all"* ]]
+if [[ $4 == scp ]]; then cp "$5" {host}; exit; fi
+command=${{!#}}
+cd {host} && bash -c "${{command#--command=}}"
+""",
+  )
+  program = write_program(tmp_path / "program")
+  write_program(
+    stubs / "python3.11",
+    "#!/bin/sh\nmkdir -p .venv/bin\nln -s /bin/true .venv/bin/pip\n"
+    f"cp {program} .venv/bin/python\n",
+  )
+  own = dict(PATH=f"{stubs}:{os.environ['PATH']}", CODE="", DEAF="")
+  pod = "--name=pod", "--zone=z"
+  dry = launch("tpu_pod.sh", *pod, "--dry-run", *RUN, cwd=project, **own)
+  words = shlex.split(dry)
+  steps = [words[i + 4] for i, word in enumerate(words) if word == "gcloud"]
+  assert steps == ["scp", "ssh"]
+  assert not list(host.iterdir())
+  launch("tpu_pod.sh", *pod, *RUN, cwd=project, **own)
+  log = host / "tensorar_jax" / "run.log"
+  wait_for(lambda: log.read_text())
+  assert log.read_text().split("main ")[1] == (
+    "--config=configs/digits.py --coordinator=auto --mode=train --workdir=a b\n"
+  )
+  text = launch("tpu_pod.sh", *pod, *RUN, cwd=project, code=1, **own)
+  assert "under way" in text
+  launch("tpu_pod.sh", *pod, "--action=stop", cwd=project, **own)
+  wait_for(lambda: "stopped" in log.read_text())
+
+
+def wait_for(done) -> None:
+  deadline = time.monotonic() + 20
+  while not done():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+# --- how a process finds the others -------------------------------------------
+
+
+@pytest.fixture
+def joined(monkeypatch) -> list:
+  """What `jax.distributed.initialize` is called with; no cluster around."""
+  for name in os.environ:
+    if CLUSTER.match(name):
+      monkeypatch.delenv(name)
+  calls = []
+  record = lambda *args, **kwargs: calls.append((args, kwargs))
+  monkeypatch.setattr(jax.distributed, "initialize", record)
+  return calls
+
+
+@pytest.mark.parametrize(
+  "variables, found",
+  [
+    ({}, False),
+    ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+    ({"SLURM_STEP_NUM_TASKS": "1"}, False),  # as in `srun --pty bash`
+    ({"OMPI_COMM_WORLD_SIZE": "8"}, True),
+    ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+  ],
+)
+def test_clusters_are_recognised(joined, monkeypatch, variables, found):
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  sharding.join_processes()
+  assert [args for args, _ in joined] == [(None, None, None)] * found
+  if found:  # the cluster is asked
+    assert joined[0][1]["cluster_detection_method"] is None
+
+
+def test_flags_come_before_the_cluster(joined, monkeypatch):
+  monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+  sharding.join_processes("host:1", 2, 1)
+  ((args, options),) = joined
+  assert args == ("host:1", 2, 1)
+  assert options["cluster_detection_method"] == "deactivate"
+  with pytest.raises(ValueError, match="expected all three"):
+    sharding.join_processes("auto", 2, 1)
+
+
+def test_two_tasks_of_slurm_find_one_another():
+  """As srun starts them; JAX makes the coordinator of the list of nodes.
+
+  The second then fails, and ends: it does not wait for the first.
+  """
+  step = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="127.0.0.1")
+  step |= dict(SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2")
+  code = (
+    "import jax, time; from tensorar_jax import sharding\n"
+    "sharding.join_processes()\n"
+    "print(jax.process_index(), jax.process_count(), flush=True)\n"
+    "if jax.process_index(): sharding.fail('error: alone')\n"
+    "time.sleep(60)"
+  )
+  first, second = (
+    subprocess.Popen(
+      [sys.executable, "-c", code],
+      cwd=ROOT,
+      env=environment(**step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  )
+  try:
+    text, errors = second.communicate(timeout=50)
+    assert text == "1 2\n" and errors.endswith("error: alone\n")
+    assert second.returncode == 1
+    assert first.stdout.readline() == "0 2\n"
+  finally:
+    first.kill()
+    second.kill()
+    first.communicate()
