@@ -159,11 +159,11 @@ def run(config, folder: pathlib.Path) -> None:
   from tensorar_jax import build, report, throughput, train
   from tensorar_jax.evaluation import evaluate
 
-  processes = jax.process_count()
+  count = jax.process_count()
   alone = _MODE.value not in SHARED_MODES and not _REFERENCE.value
-  if processes > 1 and alone:
+  if count > 1 and alone:
     raise ValueError(
-      f"--mode={_MODE.value} in {processes} processes: expected one of"
+      f"--mode={_MODE.value} in {count} processes: expected one of"
       f" {SHARED_MODES}. Run the other modes in one process."
     )
   profile = throughput.parse_profile(_PROFILE.value)
@@ -329,14 +329,14 @@ def export_stage(folder: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  from tensorar_jax import sharding
+  from tensorar_jax import processes
 
   metrics.log_to_console()
   try:
-    sharding.join_processes(
+    processes.join_processes(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
-    if not sharding.is_first():
+    if not processes.is_first():
       logging.set_verbosity(logging.WARNING)
     if _SAMPLES.value:
       measure_file()
@@ -346,9 +346,9 @@ def main(argv: list[str]) -> None:
     # These are messages to the user: a traceback would bury them.
     if logging.vlog_is_on(1):
       raise
-    sharding.fail(f"error: {error}")
+    processes.fail(f"error: {error}")
   except Exception:
-    sharding.fail(traceback.format_exc())
+    processes.fail(traceback.format_exc())
 
 
 def parse_flags(argv: list[str]) -> list[str]:

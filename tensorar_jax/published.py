@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from absl import logging
 from flax import nnx
 
-from tensorar_jax import build, sharding, weights
+from tensorar_jax import build, processes, sharding, weights
 from tensorar_jax.checkpoints import orbax_io, torch_export, torch_import
 from tensorar_jax.tensorar import TensorAR
 
@@ -101,7 +101,7 @@ def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
   }
   checkpoints.save(0, {"params": params, "frozen": frozen}, {}, meta)
   checkpoints.close()
-  sharding.wait_for_all(folder.name)
+  processes.wait_for_all(folder.name)
   seconds = time.monotonic() - started
   logging.info("%s: imported %s in %.0f s", folder.name, source, seconds)
 

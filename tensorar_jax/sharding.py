@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import (
   AbstractDevice,
   AbstractMesh,
@@ -291,11 +289,10 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 def gather(model: nnx.Module) -> nnx.Module:
   """The model as it computes: no weight is split over `fsdp` any more.
 
-  Stacked layers stay as they are: each gathers its own (`in_layer`) when its
-  turn comes, in its compute dtype. Left to the compiler, activations would now
-  and then be split by a weight's width, and XLA 0.10 has summed wrongly what was
-  split along two axes at once. GATHERED is the name of the results, for
-  `jax.checkpoint`: the backward pass gathers again. Nothing without a mesh.
+  Stacked layers stay as they are: each is gathered when its turn comes. Left to
+  the compiler, activations would now and then be split by a weight's width, and
+  XLA 0.10 has summed wrongly what was split along two axes at once. The results
+  are named GATHERED for `jax.checkpoint`: the backward pass gathers again.
   """
   if not is_split():
     return model
@@ -368,80 +365,3 @@ def global_batch(batch: Mapping, mesh: Mesh, part: Share) -> Any:
     return jax.make_array_from_callback(shape, rows(mesh), read)
 
   return jax.tree.map(place, batch)
-
-
-# --- processes ---------------------------------------------------------------
-
-# Environments that JAX can ask for the coordinator and the processes.
-CLUSTERS = {
-  "SLURM_STEP_NUM_TASKS": lambda value: int(value) > 1,
-  "OMPI_COMM_WORLD_SIZE": lambda value: int(value) > 1,
-  "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
-}
-SHUTDOWN_SECONDS = 24 * 3600  # processes that sample end at different times
-
-
-def join_processes(
-  coordinator: str | None = None,
-  num_processes: int | None = None,
-  process_id: int | None = None,
-) -> None:
-  """Makes this one of several processes, if that is what was asked for.
-
-  Args:
-    coordinator: HOST:PORT of process 0; "auto" asks the cluster; None does too
-      if it is one of CLUSTERS, and else this process stays alone.
-    num_processes: needed with HOST:PORT, as is process_id.
-    process_id: 0 to num_processes - 1.
-
-  Raises:
-    ValueError: only some are given, or the others cannot be reached.
-  """
-  given = num_processes, process_id
-  by_hand = coordinator not in (None, "auto")
-  if (None in given) if by_hand else given != (None, None):
-    raise ValueError(
-      f"--coordinator={coordinator} --num_processes={num_processes}"
-      f" --process_id={process_id}: expected all three, or --coordinator=auto"
-      " alone."
-    )
-  known = any(is_set(os.environ.get(k, "0")) for k, is_set in CLUSTERS.items())
-  if coordinator is None and not known:
-    return
-  try:
-    jax.distributed.initialize(
-      coordinator if by_hand else None,
-      *given,
-      # A cluster that JAX sees as well would leave this process one GPU.
-      cluster_detection_method="deactivate" if by_hand else None,
-      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-    )
-  except (RuntimeError, ValueError, TypeError) as error:
-    raise ValueError(
-      f"cannot join the other processes (--coordinator={coordinator},"
-      f" --num_processes={num_processes}, --process_id={process_id}): {error}"
-    ) from error
-
-
-def fail(message: str) -> NoReturn:
-  """Ends with a message and exit code 1.
-
-  One of several does not wait for the others, as JAX would: they may be waiting
-  for it. Its end is what the launcher sees.
-  """
-  if jax.distributed.is_initialized():
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
-    os._exit(1)
-  sys.exit(message)
-
-
-def is_first() -> bool:
-  """Whether this process is the one that writes logs and JSON."""
-  return jax.process_index() == 0
-
-
-def wait_for_all(where: str) -> None:
-  """Returns when every process has come here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(where)

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from tensorar_jax import hardware, sharding
+from tensorar_jax import hardware, processes
 
 STARVED = 0.05  # the share of waiting that is worth a warning,
 JUDGED_SECONDS = 1.0  # of an interval that lasted so long: less is chance
@@ -57,7 +57,8 @@ class Trace:
   """
 
   def __init__(self, folder: pathlib.Path, steps: Steps | None = None):
-    self._first, self._last = steps if steps and sharding.is_first() else (0, 0)
+    wanted = steps and processes.is_first()
+    self._first, self._last = steps if wanted else (0, 0)
     self._folder, self._runs = folder, False
 
   def before(self, step: int, newest: Any) -> None:

@@ -28,6 +28,7 @@ from tensorar_jax import (
   metrics,
   objective,
   optim,
+  processes,
   published,
   sharding,
   throughput,
@@ -223,9 +224,7 @@ def fit(
   optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
   tx, ema = optim.make(optimiser, config.num_steps), optimiser.ema_decay > 0
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
-  task, data = _task_and_data(
-    stage, folder.parent, model, config.batch_size, mesh
-  )
+  task, data = _task_and_data(stage, folder.parent, model, config, mesh)
   like = train_step.state_layout(model, tx, ema, mesh)
   checkpoints = orbax_io.Checkpoints(folder / "checkpoints", config.keep)
   before = 0.0
@@ -238,10 +237,7 @@ def fit(
     before = meta["seconds"]
     logging.info("%s: continues from step %d", folder.name, state.step)
   _log_sizes(folder.name, state, mesh)
-  layers.set_remat(model, config.remat)
-  step, flops = _step_and_flops(
-    *(model, task, tx, optimiser.ema_decay, like, config.accumulate)
-  )
+  step, flops = _step_and_flops(model, task, tx, optimiser, like, config)
   meter = throughput.Meter(folder, step, flops, profile)
   started = time.monotonic()
 
@@ -256,16 +252,16 @@ def fit(
   finally:
     meter.close()
     checkpoints.close()
-  sharding.wait_for_all(folder.name)
+  processes.wait_for_all(folder.name)
 
 
-def _step_and_flops(model, task, tx, ema_decay, like, accumulate):
+def _step_and_flops(model, task, tx, optimiser, like, config):
   """The jitted step, and what counts its model FLOPs, of the same arguments."""
+  layers.set_remat(model, config.remat)
   skeleton, _, _ = weights.split(model)
+  settings = optimiser.ema_decay, like, config.accumulate
   return (
-    train_step.make_train_step(
-      *(skeleton, task.loss, tx, ema_decay, like, accumulate)
-    ),
+    train_step.make_train_step(skeleton, task.loss, tx, *settings),
     functools.partial(train_step.model_flops, skeleton, task.loss),
   )
 
@@ -281,7 +277,7 @@ def _log_sizes(name, state, mesh):
   )
 
 
-def _task_and_data(stage, workdir, model, batch_size, mesh):
+def _task_and_data(stage, workdir, model, config, mesh):
   """What to train on, and the endless iterator over this process's part."""
   section = stage["data"]
   source = sources.load(
@@ -298,7 +294,7 @@ def _task_and_data(stage, workdir, model, batch_size, mesh):
   share = sharding.share(mesh)
   data = pipeline.train_iterator(
     source,
-    batch_size=batch_size,
+    batch_size=config.batch_size,
     seed=stage["seed"],
     flip=section.get("flip", False),
     share=share,
@@ -326,7 +322,7 @@ def _check_lineage(folder: pathlib.Path, lineage: dict[str, str]) -> None:
 
 def _loop(state, data, task, meter, config, folder, save):
   """Steps, rows of the log, and checkpoints until `num_steps`."""
-  log = metrics.train_log(folder, config.num_steps, sharding.is_first())
+  log = metrics.train_log(folder, config.num_steps, processes.is_first())
   start, images = int(state.step), config.batch_size
   log.resume(start)
   pending = []  # the metrics of each step since the last row, on the device

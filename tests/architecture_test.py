@@ -49,7 +49,7 @@ LAYERS = (
     *("conditioning", "resumable", "text.captions"),
   },
   {"attention"},
-  {"sharding"},
+  {"sharding", "processes"},
   {"weights", "hardware"},
   {"interfaces"},
 )

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from tensorar_jax import sharding, weights
+from tensorar_jax import processes, sharding, weights
 from tensorar_jax.tensorar import TensorAR
 from tests import tiny
 from tests.contract import families
@@ -87,7 +87,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused():
 )
 def test_half_a_cluster_is_refused(given):
   with pytest.raises(ValueError, match="expected all three"):
-    sharding.join_processes(*given)
+    processes.join_processes(*given)
 
 
 def test_blocks_in_any_order_make_the_global_batch():

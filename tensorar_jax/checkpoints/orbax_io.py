@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from tensorar_jax import sharding
+from tensorar_jax import processes
 from tensorar_jax.resumable import differences, write_json
 
 ITEMS = ("state", "data", "meta")
@@ -94,7 +94,7 @@ def claim(
   path = folder / "config.json"
   saved = any(p.name.isdigit() for p in (folder / "checkpoints").glob("*"))
   if not saved:
-    if sharding.is_first():
+    if processes.is_first():
       folder.mkdir(parents=True, exist_ok=True)
       write_json(path, config)
     return

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from tensorar_jax import resumable, sharding, visualize
+from tensorar_jax import processes, resumable, visualize
 from tensorar_jax.evaluation import (
   adm,
   extractor,
@@ -180,7 +180,7 @@ class Judge:
       arrays = {kind: getattr(found, kind) for kind in kinds}
       resumable.write_arrays(shard, **arrays)
       progress.add(len(images))
-    sharding.wait_for_all(f"features of {file.path}")
+    processes.wait_for_all(f"features of {file.path}")
     if not resumable.all_there(folder, list(shards)):
       return None
     arrays = {
@@ -337,7 +337,7 @@ def sweep(
       stage=stage,
       batch_size=batch_size,
     )
-    sharding.wait_for_all(f"samples in {place.folder}")
+    processes.wait_for_all(f"samples in {place.folder}")
     folder = place_of(place.npz, judge.file.path)
     records[f"guidance {_text(scale)}"] = judge.measure(place.npz, folder)
   if None in records.values():

@@ -14,7 +14,7 @@ import jax
 import pytest
 import yaml
 
-from tensorar_jax import sharding
+from tensorar_jax import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").rglob("*.sh"))
@@ -312,7 +312,7 @@ def joined(monkeypatch) -> list:
 def test_clusters_are_recognised(joined, monkeypatch, variables, found):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  sharding.join_processes()
+  processes.join_processes()
   assert [args for args, _ in joined] == [(None, None, None)] * found
   if found:  # the cluster is asked
     assert joined[0][1]["cluster_detection_method"] is None
@@ -320,12 +320,12 @@ def test_clusters_are_recognised(joined, monkeypatch, variables, found):
 
 def test_flags_come_before_the_cluster(joined, monkeypatch):
   monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-  sharding.join_processes("host:1", 2, 1)
+  processes.join_processes("host:1", 2, 1)
   ((args, options),) = joined
   assert args == ("host:1", 2, 1)
   assert options["cluster_detection_method"] == "deactivate"
   with pytest.raises(ValueError, match="expected all three"):
-    sharding.join_processes("auto", 2, 1)
+    processes.join_processes("auto", 2, 1)
 
 
 def test_two_tasks_of_slurm_find_one_another():
@@ -336,10 +336,10 @@ def test_two_tasks_of_slurm_find_one_another():
   step = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="127.0.0.1")
   step |= dict(SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2")
   code = (
-    "import jax, time; from tensorar_jax import sharding\n"
-    "sharding.join_processes()\n"
+    "import jax, time; from tensorar_jax import processes\n"
+    "processes.join_processes()\n"
     "print(jax.process_index(), jax.process_count(), flush=True)\n"
-    "if jax.process_index(): sharding.fail('error: alone')\n"
+    "if jax.process_index(): processes.fail('error: alone')\n"
     "time.sleep(60)"
   )
   first, second = (

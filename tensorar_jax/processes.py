@@ -1,0 +1,87 @@
+"""Several processes that are one run: how they meet, wait and end.
+
+Everything between them is JAX's own `jax.distributed`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+
+# Environments that JAX can ask for the coordinator and the processes.
+CLUSTERS = {
+  "SLURM_STEP_NUM_TASKS": lambda value: int(value) > 1,
+  "OMPI_COMM_WORLD_SIZE": lambda value: int(value) > 1,
+  "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
+}
+SHUTDOWN_SECONDS = 24 * 3600  # processes that sample end at different times
+
+
+def join_processes(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Makes this one of several processes, if that is what was asked for.
+
+  Args:
+    coordinator: HOST:PORT of process 0; "auto" asks the cluster; None does too
+      if it is one of CLUSTERS, and else this process stays alone.
+    num_processes: needed with HOST:PORT, as is process_id.
+    process_id: 0 to num_processes - 1.
+
+  Raises:
+    ValueError: only some are given, or the others cannot be reached.
+  """
+  given = num_processes, process_id
+  by_hand = coordinator not in (None, "auto")
+  if (None in given) if by_hand else given != (None, None):
+    raise ValueError(
+      f"--coordinator={coordinator} --num_processes={num_processes}"
+      f" --process_id={process_id}: expected all three, or --coordinator=auto"
+      " alone."
+    )
+  known = any(is_set(os.environ.get(k, "0")) for k, is_set in CLUSTERS.items())
+  if coordinator is None and not known:
+    return
+  try:
+    jax.distributed.initialize(
+      coordinator if by_hand else None,
+      *given,
+      # A cluster that JAX sees as well would leave this process one GPU.
+      cluster_detection_method="deactivate" if by_hand else None,
+      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+  except (RuntimeError, ValueError, TypeError) as error:
+    raise ValueError(
+      f"cannot join the other processes (--coordinator={coordinator},"
+      f" --num_processes={num_processes}, --process_id={process_id}): {error}"
+    ) from error
+
+
+def fail(message: str) -> NoReturn:
+  """Ends with a message and exit code 1.
+
+  One of several does not wait for the others, as JAX would: they may be waiting
+  for it. Its end is what the launcher sees.
+  """
+  if jax.distributed.is_initialized():
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+  sys.exit(message)
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes logs and JSON."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(where: str) -> None:
+  """Returns when every process has come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(where)
