@@ -1,6 +1,7 @@
 # make demo   trains, samples and compares on handwritten digits
 # make test   runs the tests
-# Both make .venv first if it is not there.
+# make soak   kills a training run 20 times; it must not show in the results
+# All make .venv first if it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,6 +10,9 @@ demo: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+soak: .venv/installed
+	$(BIN)/python -m launch.soak --kills=20
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -24,4 +28,4 @@ lint: .venv/installed-test
 	$(BIN)/pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test soak lint

@@ -60,7 +60,12 @@ def get_config() -> ConfigDict:
     ema_decay=0.0,
   )
   config.train = dict(
-    batch_size=64, num_steps=300, log_every=25, checkpoint_every=100
+    batch_size=64,
+    num_steps=300,
+    log_every=25,
+    checkpoint_every=100,
+    keep=2,
+    keep_every=0,
   )
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.sampling = dict(temperature=1.0, guidance=1.0, top_k=0, top_p=1.0)

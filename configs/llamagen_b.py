@@ -51,6 +51,8 @@ def variant(name: str, size: str, guidance: float) -> ConfigDict:
     num_steps=20 * STEPS_PER_EPOCH,
     log_every=100,
     checkpoint_every=5000,
+    keep=2,
+    keep_every=0,
   )
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.sampling = dict(temperature=1.0, guidance=guidance, top_k=0, top_p=1.0)

@@ -29,6 +29,8 @@ SLURM and Open MPI they find one another; --coordinator=auto asks a TPU pod.
 launch/ has a script for each of these. What an array is split over:
 --config.mesh.data, .fsdp and .tensor.
 
+SIGTERM makes training save and exit with 75: the same command continues.
+
 Any value of the config can be set from here:
   python -m tensorar_jax.main --config=configs/digits.py \\
     --workdir=runs/k8 --config.stages.tensorar.tensorar.window=8
@@ -37,6 +39,7 @@ Any value of the config can be set from here:
 from __future__ import annotations
 
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -336,6 +339,9 @@ def main(argv: list[str]) -> None:
     processes.join_processes(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
+    if _MODE.value not in ("run", "train"):
+      # With several processes JAX takes it, for training to see.
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not processes.is_first():
       logging.set_verbosity(logging.WARNING)
     if _SAMPLES.value:

@@ -12,6 +12,8 @@ import os
 import pathlib
 import re
 
+import jax
+import numpy as np
 from absl import logging
 
 
@@ -23,7 +25,7 @@ def log_to_console() -> None:
   handler.setFormatter(line)
   # Orbax reports every file it touches, JAX every backend it does not find.
   handler.addFilter(
-    lambda record: not re.search(r"orbax|jax._src", record.pathname)
+    lambda record: not re.search(r"orbax/|jax/_src", record.pathname)
   )
 
 
@@ -138,6 +140,32 @@ def read_trace(path: pathlib.Path) -> list[dict]:
     return []
   lines = path.read_text().split("\n")
   return [json.loads(line) for line in lines[:-1]]  # a torn last line has no \n
+
+
+def floats(
+  pending: list[dict], step: int, folder: pathlib.Path
+) -> list[dict[str, float]]:
+  """Scalars of the steps up to `step`; ValueError if a loss is not finite."""
+  pending = jax.device_get(pending)
+  for offset, scalars in enumerate(pending):
+    if not np.isfinite([scalars["loss"], scalars["grad_norm"]]).all():
+      bad = step - len(pending) + 1 + offset
+      raise ValueError(
+        f"{folder.name}: the loss of step {bad} is {scalars['loss']}, its"
+        f" gradient's norm {scalars['grad_norm']}; expected finite numbers."
+        " Nothing was saved since the last checkpoint in"
+        f" {folder / 'checkpoints'}. Lower optim.learning_rate or"
+        " optim.clip_norm, or look at the data of that step."
+      )
+  return [{k: float(v) for k, v in scalars.items()} for scalars in pending]
+
+
+def means(pending: list[dict[str, float]]) -> dict[str, float]:
+  """The mean of each scalar over some steps."""
+  return {
+    name: float(np.mean([scalars[name] for scalars in pending]))
+    for name in pending[0]
+  }
 
 
 def duration(seconds: float) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from typing import NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 # Environments that JAX can ask for the coordinator and the processes.
@@ -85,3 +87,10 @@ def wait_for_all(where: str) -> None:
   """Returns when every process has come here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(where)
+
+
+def all_same(value: object) -> bool:
+  """Whether every process has this value; all of them have to ask."""
+  mark = np.array(zlib.crc32(repr(value).encode()), np.uint32)
+  marks = np.ravel(multihost_utils.process_allgather(mark))
+  return bool((marks == marks[0]).all())

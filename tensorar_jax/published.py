@@ -69,11 +69,10 @@ def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
   config = build.training_config(stage)
   orbax_io.claim(folder, config)
   source = stage["source"]
-  checkpoints = orbax_io.Checkpoints(folder / "checkpoints")
-  if checkpoints.latest_step() is not None:
+  if orbax_io.steps(folder / "checkpoints"):
     logging.info("%s: imported before from %s", folder.name, source)
-    checkpoints.close()
     return
+  checkpoints = orbax_io.Checkpoints(folder / "checkpoints")
   started = time.monotonic()
   build.choose("objective with a source", stage["objective"], KINDS)
   if stage["objective"] == "tensorar" and stage["tensorar"]["window"] != 1:

@@ -2,11 +2,13 @@
 
 A step is a pure function of (state, batch); the key of step n is derived from
 the run's key and n; the data order from (seed, position). So a run that was
-killed and continues computes the same numbers, bit for bit.
+killed and continues computes the same numbers, bit for bit. SIGTERM asks it to
+save and stop; see `preemption`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -28,6 +30,7 @@ from tensorar_jax import (
   metrics,
   objective,
   optim,
+  preemption,
   processes,
   published,
   sharding,
@@ -44,8 +47,9 @@ from tensorar_jax.sampling import SamplingConfig
 # Keys of the `train` section that change what is written, not what is learned.
 # (`accumulate` changes which noise is drawn, `remat` the last digits.)
 FREE_KEYS = tuple(
-  f"train.{key}"
-  for key in ("log_every", "checkpoint_every", "keep", "accumulate", "remat")
+  f"train.{name}"
+  for name in ("log_every", "checkpoint_every", "keep", "keep_every")
+  + ("accumulate", "remat")
 )
 
 
@@ -58,6 +62,8 @@ class TrainConfig:
     accumulate: parts of a batch that run one after another, in less memory.
     remat: what of the activations the backward pass computes again: "none" of
       them, all but the products with weights ("dots"), or "full", all.
+    keep, keep_every: the newest `keep` checkpoints stay, and those at multiples
+      of `keep_every` steps; 0 is none.
   """
 
   batch_size: int = 256
@@ -65,6 +71,7 @@ class TrainConfig:
   log_every: int = 50
   checkpoint_every: int = 500
   keep: int = 2
+  keep_every: int = 0
   accumulate: int = 1
   remat: str = "none"
 
@@ -80,13 +87,16 @@ class TrainConfig:
       )
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if isinstance(value, int) and value < 1:
-        raise ValueError(f"train.{field.name}={value}: expected at least 1.")
-    if self.checkpoint_every % self.log_every:
+      least = 0 if field.name == "keep_every" else 1
+      if isinstance(value, int) and value < least:
+        raise ValueError(
+          f"train.{field.name}={value}: expected at least {least}."
+        )
+    if self.keep_every % self.checkpoint_every:
       raise ValueError(
-        f"train.checkpoint_every={self.checkpoint_every} is no multiple of"
-        f" log_every={self.log_every}: a resumed run could not repeat the row"
-        " of the log that the checkpoint cuts in two."
+        f"train.keep_every={self.keep_every} is no multiple of"
+        f" checkpoint_every={self.checkpoint_every}: there would be no"
+        " checkpoint to keep. Change one of them; keep_every=0 keeps none."
       )
 
 
@@ -189,12 +199,6 @@ def check(stage: Mapping) -> None:
   model.backbone.check(cond)
 
 
-def is_done(folder: pathlib.Path, num_steps: int) -> bool:
-  """Whether the stage's last checkpoint is there."""
-  steps = [p.name for p in (folder / "checkpoints").glob("*")]
-  return str(num_steps) in steps
-
-
 def fit(
   stage: Mapping, folder: pathlib.Path, profile: throughput.Steps | None = None
 ) -> None:
@@ -207,6 +211,7 @@ def fit(
 
   Raises:
     ValueError: the folder is another config's; the loss is not finite.
+    SystemExit: of `preemption.EXIT_CODE`, after SIGTERM.
   """
   if stage["source"]:
     published.import_stage(stage, folder)
@@ -214,45 +219,46 @@ def fit(
   config = build.call(TrainConfig, stage["train"], "train")
   saved_config = build.training_config(stage)
   orbax_io.claim(folder, saved_config, FREE_KEYS)
-  lineage = build.lineage(stage, folder.parent)
-  _check_lineage(folder, lineage)
-  if is_done(folder, config.num_steps):
-    logging.info("%s: done, %d steps", folder.name, config.num_steps)
-    return
+  lineage = _lineage(stage, folder)
   mesh = sharding.make_mesh(build.mesh_config(stage))
   sharding.check_batch(mesh, config.batch_size, config.accumulate)
   optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
   tx, ema = optim.make(optimiser, config.num_steps), optimiser.ema_decay > 0
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
-  task, data = _task_and_data(stage, folder.parent, model, config, mesh)
   like = train_step.state_layout(model, tx, ema, mesh)
-  checkpoints = orbax_io.Checkpoints(folder / "checkpoints", config.keep)
-  before = 0.0
-  if checkpoints.latest_step() is None:
+  checkpoints = orbax_io.Checkpoints(
+    folder / "checkpoints", config.keep, config.keep_every
+  )
+  found = checkpoints.restore(like)
+  if found and found[0].step == config.num_steps:
+    checkpoints.close()
+    logging.info("%s: done, %d steps", folder.name, config.num_steps)
+    return
+  task, data = _task_and_data(stage, folder, model, config, mesh)
+  if found:
+    state, position, meta = found
+    data.set_state(position)
+    logging.info("%s: continues from step %d", folder.name, state.step)
+  else:
     model = build.initial_model(stage, folder.parent, mesh)
     _, state = train_step.init_state(model, tx, stage["seed"], ema, mesh)
-  else:
-    state, position, meta = checkpoints.restore(like)
-    data.set_state(position)
-    before = meta["seconds"]
-    logging.info("%s: continues from step %d", folder.name, state.step)
+    meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
   step, flops = _step_and_flops(model, task, tx, optimiser, like, config)
   meter = throughput.Meter(folder, step, flops, profile)
-  started = time.monotonic()
+  started = time.monotonic() - meta["seconds"]
 
-  def save(state):
-    seconds = before + time.monotonic() - started
-    meta = {"config": saved_config, "lineage": lineage, "seconds": seconds}
+  def save(state, pending):
+    meta = {"config": saved_config, "lineage": lineage, "pending": pending}
+    meta["seconds"] = time.monotonic() - started
     checkpoints.save(int(state.step), state, data.get_state(), meta)
 
-  try:
-    with jax.set_mesh(mesh):
-      _loop(state, data, task, meter, config, folder, save)
-  finally:
-    meter.close()
-    checkpoints.close()
-  processes.wait_for_all(folder.name)
+  start = state, meta["pending"]
+  with preemption.watch(folder.name) as asked:
+    closing = contextlib.closing
+    with closing(checkpoints), closing(meter), jax.set_mesh(mesh):
+      _loop(start, data, task, meter, config, folder, save, asked)
+    processes.wait_for_all(folder.name)
 
 
 def _step_and_flops(model, task, tx, optimiser, like, config):
@@ -277,7 +283,7 @@ def _log_sizes(name, state, mesh):
   )
 
 
-def _task_and_data(stage, workdir, model, config, mesh):
+def _task_and_data(stage, folder, model, config, mesh):
   """What to train on, and the endless iterator over this process's part."""
   section = stage["data"]
   source = sources.load(
@@ -299,7 +305,7 @@ def _task_and_data(stage, workdir, model, config, mesh):
     flip=section.get("flip", False),
     share=share,
   )
-  task = make_task(stage, workdir, model, images=not tokens)
+  task = make_task(stage, folder.parent, model, images=not tokens)
 
   def prepare(batch):
     return sharding.global_batch(task.prepare(batch), mesh, share)
@@ -308,54 +314,44 @@ def _task_and_data(stage, workdir, model, config, mesh):
   return dataclasses.replace(task, context=context, prepare=prepare), data
 
 
-def _check_lineage(folder: pathlib.Path, lineage: dict[str, str]) -> None:
-  """Refuses to go on from weights whose parents have been trained again."""
-  if not any((folder / "checkpoints").glob("[0-9]*")):
-    return
-  before = orbax_io.read_meta(orbax_io.find(folder)).get("lineage")
+def _lineage(stage: Mapping, folder: pathlib.Path) -> dict[str, str]:
+  """The ids of the parents' weights; refuses others than it went on from."""
+  lineage = build.lineage(stage, folder.parent)
+  if not orbax_io.steps(folder / "checkpoints"):
+    return lineage
+  before = orbax_io.run_meta(folder).get("lineage")
   if before != lineage:
     raise ValueError(
       f"{folder} was trained from other weights than its parents now have:"
       f" {before} then, {lineage} now. Move the folder away to train it again."
     )
+  return lineage
 
 
-def _loop(state, data, task, meter, config, folder, save):
-  """Steps, rows of the log, and checkpoints until `num_steps`."""
+def _loop(start, data, task, meter, config, folder, save, asked):
+  """Steps, rows and checkpoints until `num_steps`, or until `asked` to stop.
+
+  `start` is (state, the metrics of each step since the last row of the log).
+  """
   log = metrics.train_log(folder, config.num_steps, processes.is_first())
-  start, images = int(state.step), config.batch_size
-  log.resume(start)
-  pending = []  # the metrics of each step since the last row, on the device
+  state, pending = start
+  first, images = int(state.step), config.batch_size
+  log.resume(first)
   try:
-    for step in range(start + 1, config.num_steps + 1):
+    for step in range(first + 1, config.num_steps + 1):
       batch = meter.fetch(lambda: task.prepare(next(data)))
       state, scalars = meter.step(state, task.context, batch)
+      # Were the devices given more at once, a save would have to wait for it.
+      jax.block_until_ready(pending[-1:])
       pending.append(scalars)
-      last = step == config.num_steps
+      last, stop = step == config.num_steps, asked()
       if step % config.log_every == 0 or last:
-        row = _interval_means(pending, step, folder)
+        row = metrics.means(metrics.floats(pending, step, folder))
         log.write(step, row, meter.read(images, images * task.tokens))
         pending = []
-      if step % config.checkpoint_every == 0 or last:
-        save(state)
+      if step % config.checkpoint_every == 0 or last or stop:
+        save(state, metrics.floats(pending, step, folder))
+      if stop:
+        break
   finally:
     log.close()
-
-
-def _interval_means(pending, step, folder) -> dict[str, float]:
-  """Means over the steps since the last row; refuses a loss gone bad."""
-  pending = jax.device_get(pending)
-  for offset, scalars in enumerate(pending):
-    if not np.isfinite([scalars["loss"], scalars["grad_norm"]]).all():
-      bad = step - len(pending) + 1 + offset
-      raise ValueError(
-        f"{folder.name}: the loss of step {bad} is {scalars['loss']}, its"
-        f" gradient's norm {scalars['grad_norm']}; expected finite numbers."
-        " Nothing was saved since the last checkpoint in"
-        f" {folder / 'checkpoints'}. Lower optim.learning_rate or"
-        " optim.clip_norm, or look at the data of that step."
-      )
-  return {
-    name: float(np.mean([scalars[name] for scalars in pending], dtype=float))
-    for name in pending[0]
-  }

@@ -46,7 +46,7 @@ LAYERS = (
   {"tensorar", "losses", "transformer", "text.t5"},
   {
     *("windows", "noising", "layers", "convolutions", "flops"),
-    *("conditioning", "resumable", "text.captions"),
+    *("conditioning", "preemption", "resumable", "text.captions"),
   },
   {"attention"},
   {"sharding", "processes"},

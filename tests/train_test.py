@@ -1,14 +1,29 @@
 import json
+import logging as py_logging
+import os
 import re
 import shutil
+import signal
 import time
 
 import chex
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from absl import logging
 
 import tensorar_jax as tj
-from tensorar_jax import build, train, train_step, weights
+from tensorar_jax import (
+  build,
+  metrics,
+  optim,
+  preemption,
+  sharding,
+  train,
+  train_step,
+  weights,
+)
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import pipeline
 
@@ -49,21 +64,60 @@ def trained(tmp_path_factory):
   return folder
 
 
-def test_a_run_resumed_from_a_checkpoint_equals_a_straight_one(
-  trained, tmp_path
+def layout(config):
+  """Shapes and places of the state of a stage's training, on one device."""
+  model = weights.abstract(lambda rngs: build.model(config, rngs))
+  optimiser = build.call(optim.OptimConfig, config["optim"], "optim")
+  tx, mesh = optim.make(optimiser, 6), sharding.make_mesh()
+  return train_step.state_layout(model, tx, True, mesh)
+
+
+def assert_same(folder, trained):
+  """Parameters, EMA, optimiser, key and data position; and the log."""
+  logs = [(path / "log.jsonl").read_text() for path in (folder, trained)]
+  assert logs[0] == logs[1]
+  (a, *rest), (b, *_) = [
+    orbax_io.Checkpoints(path / "checkpoints").restore(layout(stage()))
+    for path in (folder, trained)
+  ]
+  keys = [jax.random.key_data(state.rng) for state in (a, b)]
+  chex.assert_trees_all_equal(*keys)
+  chex.assert_trees_all_equal(a.replace(rng=0), b.replace(rng=0))
+  assert a.ema and rest[0] == {"next_index": 6}
+
+
+def saved(folder):
+  return {path.name for path in (folder / "checkpoints").iterdir()}
+
+
+def test_sigterm_saves_behind_any_step_and_the_rest_is_the_same(
+  trained, tmp_path, monkeypatch
 ):
-  """Parameters, EMA, optimiser, key and data position all come back."""
-  folder = tmp_path / "stage"
-  shutil.copytree(trained, folder)
-  shutil.rmtree(folder / "checkpoints" / "6")
-  train.fit(stage(), folder)
-  assert (folder / "log.jsonl").read_text() == (
-    trained / "log.jsonl"
-  ).read_text()
-  a = orbax_io.read_weights(orbax_io.find(folder))
-  b = orbax_io.read_weights(orbax_io.find(trained))
-  chex.assert_trees_all_equal(a, b)
-  assert set(a) == {"params", "ema"}
+  """The checkpoint of step 3 cuts a row of the log in two."""
+  folder, steps, place = tmp_path / "stage", [], sharding.global_batch
+  partial = folder / "checkpoints" / "1.orbax-checkpoint-tmp"
+  partial.mkdir(parents=True)
+
+  def signalled(*args):
+    steps.append(len(steps) + 1)
+    if steps[-1] == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), signal.SIGTERM)
+    return place(*args)
+
+  before = signal.getsignal(signal.SIGTERM)
+  often = stage(train=dict(checkpoint_every=1, keep=1, keep_every=2))
+  with monkeypatch.context() as patch:
+    patch.setattr(sharding, "global_batch", signalled)
+    with pytest.raises(SystemExit) as stopped:
+      train.fit(often, folder)
+  assert stopped.value.code == preemption.EXIT_CODE == 75
+  assert steps == [1, 2, 3]
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert saved(folder) == {"2", "3"}
+  train.fit(often, folder)
+  assert saved(folder) == {"2", "4", "6"}
+  assert_same(folder, trained)
 
 
 def test_the_step_compiles_once_from_fresh_and_from_given_weights(
@@ -127,18 +181,97 @@ def test_training_lowers_the_loss(tmp_path):
   assert rows[-1]["ce/2"] < 0.9 * rows[0]["ce/2"]
 
 
-def test_a_damaged_checkpoint_is_named(trained, tmp_path):
-  folder = tmp_path / "stage"
-  shutil.copytree(trained, folder)
-  shutil.rmtree(folder / "checkpoints" / "6")
-  newest = folder / "checkpoints" / "4"
-  for file in (newest / "state").rglob("*"):
+def truncate(folder):
+  """Half of the largest file, which holds arrays, is lost."""
+  files = [file for file in folder.rglob("*") if file.is_file()]
+  largest = max(files, key=lambda file: file.stat().st_size)
+  os.truncate(largest, largest.stat().st_size // 2)
+
+
+def fill(folder):
+  for file in (folder / "state").rglob("*"):
     if file.is_file():
       file.write_bytes(b"junk")
-  with pytest.raises(ValueError, match="cannot be read.*damaged"):
+
+
+DAMAGE = {
+  "truncated": truncate,
+  "junk": fill,
+  "no state": lambda folder: shutil.rmtree(folder / "state"),
+  "no data": lambda folder: shutil.rmtree(folder / "data"),
+  "no file of arrays": lambda folder: shutil.rmtree(folder / "state" / "d"),
+  "no names": lambda folder: (folder / "state" / "_METADATA").unlink(),
+  "an empty file": lambda folder: os.truncate(folder / "data" / "metadata", 0),
+  "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_the_checkpoint_before_a_damaged_one_is_taken(
+  trained, tmp_path, caplog, damage
+):
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(trained / "checkpoints", folder)
+  (folder / "6.damaged").mkdir()
+  damage(folder / "6")
+  state, position, meta = orbax_io.Checkpoints(folder).restore(layout(stage()))
+  assert state.step == 4 and position == {"next_index": 4}
+  assert meta["id"].endswith("-4")
+  assert saved(tmp_path) == {"4", "6.damaged", "6.damaged1"}
+  assert "DAMAGED" in caplog.text
+  for words in ("6 cannot be read", "continues from the one before", "/4"):
+    assert words in caplog.text
+
+
+def test_the_console_shows_what_this_project_says_of_checkpoints():
+  metrics.log_to_console()
+  handler = logging.get_absl_handler()
+  shown = {
+    module.__name__: handler.filter(
+      py_logging.LogRecord("", 30, module.__file__, 1, "DAMAGED", (), None)
+    )
+    for module in (orbax_io, ocp.checkpoint_manager)
+  }
+  handler.removeFilter(handler.filters[-1])
+  assert list(map(bool, shown.values())) == [True, False]
+
+
+def test_a_run_behind_a_damaged_checkpoint_ends_as_a_sound_one(
+  trained, tmp_path
+):
+  """It was complete; what refers to its last checkpoint still finds it."""
+  folder = tmp_path / "stage"
+  shutil.copytree(trained, folder)
+  shutil.rmtree(folder / "checkpoints" / "6" / "meta")
+  train.fit(stage(), folder)
+  assert saved(folder) == {"4", "6", "6.damaged"}
+  assert_same(folder, trained)
+  metas = [orbax_io.run_meta(path) for path in (folder, trained)]
+  assert metas[0]["id"] == metas[1]["id"]
+
+
+def test_without_a_sound_checkpoint_nothing_is_renamed(trained, tmp_path):
+  folder = tmp_path / "stage"
+  shutil.copytree(trained, folder)
+  for step in ("4", "6"):
+    fill(folder / "checkpoints" / step)
+  with pytest.raises(ValueError, match="/6: .* cannot be read.*damaged"):
     train.fit(stage(), folder)
-  with pytest.raises(ValueError, match="cannot be read"):
+  with pytest.raises(ValueError, match="/6: .* cannot be read"):
     tj.load(folder)
+  assert saved(folder) == {"4", "6"}
+
+
+def test_another_model_is_not_damage(trained, tmp_path):
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(trained / "checkpoints", folder)
+  wider = layout(stage(backbone=dict(width=32)))
+  with pytest.raises(ValueError, match="not damaged.*\n.*was .*is "):
+    orbax_io.Checkpoints(folder).restore(wider)
+  fewer = layout(stage(tensorar=dict(window=1)))
+  with pytest.raises(ValueError, match="was .*, is None"):
+    orbax_io.Checkpoints(folder).restore(fewer)
+  assert saved(tmp_path) == {"4", "6"}
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
@@ -156,8 +289,7 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path):
     ValueError, match="loss of step .* expected finite numbers"
   ):
     train.fit(bad, tmp_path / "stage")
-  saved = {p.name for p in (tmp_path / "stage" / "checkpoints").iterdir()}
-  assert not saved & {"4", "6", "8"}
+  assert not saved(tmp_path / "stage") & {"4", "6", "8"}
 
 
 def test_a_gradient_that_is_not_finite_stops_under_a_finite_loss(tmp_path):
@@ -165,7 +297,7 @@ def test_a_gradient_that_is_not_finite_stops_under_a_finite_loss(tmp_path):
   with pytest.raises(
     ValueError, match="step 7 is 1.0, its gradient's norm nan"
   ):
-    train._interval_means(rows, 7, tmp_path)
+    metrics.floats(rows, 7, tmp_path)
 
 
 def test_another_config_in_the_folder_is_refused(trained):
@@ -188,7 +320,8 @@ def test_weights_of_another_model_are_refused(trained, tmp_path):
 @pytest.mark.parametrize(
   "section, value, words",
   [
-    ("train", dict(checkpoint_every=3), "checkpoint_every=3"),
+    ("train", dict(keep_every=3), "keep_every=3 is no multiple"),
+    ("train", dict(keep=0), "keep=0: expected at least 1"),
     ("train", dict(nmu_steps=3), "Did you mean 'num_steps'"),
     ("optim", dict(schedule="steep"), "steep"),
     ("optim", dict(learning_rate="high"), "learning_rate='high'"),

@@ -9,6 +9,8 @@ read for one process alone waits for no other.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pathlib
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,58 +18,106 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from tensorar_jax import processes
 from tensorar_jax.resumable import differences, write_json
 
 ITEMS = ("state", "data", "meta")
+# What keeps a sound checkpoint from being read: too little memory, no right to.
+NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)
+
+
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """No: `preemption.watch` asks, and two that ask would disagree."""
+    return False
 
 
 class Checkpoints:
-  """The checkpoints of one run, newest last."""
+  """The checkpoints of one run, newest last.
 
-  def __init__(self, directory: str | pathlib.Path, keep: int = 2):
+  Of those before the newest `keep`, the ones whose step is a multiple of
+  `keep_every` stay as well, if that is not 0. A save that was cut short by the
+  end of its process is removed.
+  """
+
+  def __init__(
+    self, directory: str | pathlib.Path, keep: int = 2, keep_every: int = 0
+  ):
     self.directory = pathlib.Path(directory).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
-
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    self._run = uuid.uuid4().hex
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      keep_period=keep_every or None,
+      cleanup_tmp_directories=True,
+    )
+    self._manager = _Manager(self.directory, options=options)
 
   def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
     """Starts saving; the arrays may be donated as soon as this returns.
 
-    `meta` gets an `id` of its own, by which other files refer to these weights.
+    `meta` gets an `id`, by which other files refer to these weights: of the
+    run, which stays the same when it continues, and of the step.
     """
+    meta = {**meta, "id": f"{self._run}-{step}"}
     self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         data=ocp.args.JsonSave(data),
-        meta=ocp.args.JsonSave({**meta, "id": uuid.uuid4().hex}),
+        meta=ocp.args.JsonSave(meta),
       ),
     )
 
-  def restore(self, like: Any) -> tuple[Any, dict, dict]:
+  def restore(self, like: Any) -> tuple[Any, dict, dict] | None:
     """(state, data, meta) of the newest checkpoint, laid out as `like`.
 
-    `like` is of `sharding.layout`; the state may come from any other mesh.
+    `like` is of `sharding.layout`; the state may come from any other mesh. None
+    if nothing was saved yet. A checkpoint that cannot be read, by any of the
+    processes, is renamed and the one before it is taken.
+
+    Raises:
+      ValueError: none can be read, the state is another model's, or not all
+        processes see the same. Nothing has been renamed then.
     """
-    step = self._manager.latest_step()
-    try:
-      found = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(like),
-          data=ocp.args.JsonRestore(),
-          meta=ocp.args.JsonRestore(),
-        ),
-      )
-    except Exception as error:  # whatever Orbax and TensorStore raise
+    damaged: dict[pathlib.Path, Exception | None] = {}
+    saved = steps(self.directory)
+    if not processes.all_same(saved):
       raise ValueError(
-        _unreadable(self.directory / str(step), error)
-      ) from error
-    return found.state, found.data, found.meta
+        f"{self.directory}: this process sees the checkpoints {saved}, others"
+        " see others. Name a --workdir on a disk that all processes share."
+      )
+    for step in reversed(saved):
+      path = self.directory / str(step)
+      _check_fit(path, like)
+      found, error = _read_all(path, like)
+      if processes.all_same(error is None) and found:
+        self._set_aside(damaged, path)
+        self._run = found[2]["id"].split("-")[0]
+        return found
+      damaged[path] = error
+      found = None  # frees it before the next one comes
+    for path, error in damaged.items():
+      raise ValueError(_unreadable(path, error)) from error
+    return None
+
+  def _set_aside(self, damaged, used) -> None:
+    """Renames what could not be read, so that no one takes it for newest."""
+    renamed = {path: _free_name(path) for path in damaged}
+    for path, error in damaged.items():
+      logging.warning(
+        "DAMAGED CHECKPOINT: %s cannot be read (%s). Training continues from"
+        " the one before, %s. The damaged one is kept as %s.",
+        *(path, _words(error), used, renamed[path]),
+      )
+    if damaged:
+      processes.wait_for_all(f"{used}: names")  # before they change
+      if processes.is_first():
+        for path, new in renamed.items():
+          path.rename(new)
+      processes.wait_for_all(f"{used}: renamed")
+      self._manager.reload()
 
   def close(self) -> None:
     """Waits for what is being saved, by any process."""
@@ -75,10 +125,79 @@ class Checkpoints:
     self._manager.close()
 
 
-def _unreadable(path: pathlib.Path, error: Exception) -> str:
-  first = (str(error).splitlines() or [""])[0][:300]
+def steps(directory: pathlib.Path) -> list[int]:
+  """The steps of the checkpoints in a folder, in order."""
+  # A folder that is being saved, or was damaged, has more than digits.
+  return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+
+
+def _free_name(path):
+  names = (f".damaged{number or ''}" for number in itertools.count())
+  return next(p for name in names if not (p := path.with_suffix(name)).exists())
+
+
+def _read_all(path, like):
+  """((state, data, meta), None) of a checkpoint folder, or (None, why not)."""
+  own = _own_process()
+  handler = ocp.StandardCheckpointHandler(multiprocessing_options=own)
+  try:
+    with ocp.Checkpointer(handler, multiprocessing_options=own) as reader:
+      state = reader.restore(
+        path / "state", args=ocp.args.StandardRestore(like)
+      )
+    return (state, _read_json(path / "data"), _read_json(path / "meta")), None
+  except NOT_DAMAGE:
+    raise
+  except Exception as error:  # whatever Orbax and TensorStore raise
+    return None, error
+
+
+def _check_fit(path, like):
+  """ValueError if a checkpoint is readable and not of arrays like these."""
+  try:
+    with _reader() as reader:
+      tree = reader.metadata(path / "state").item_metadata.tree
+  except Exception:  # whatever Orbax and TensorStore raise
+    return  # reading it all will say what it is
+  saved, wanted = _shapes(tree), _shapes(like)
+  changed = [
+    f"{key}: was {saved.get(key)}, is {wanted.get(key)}"
+    for key in sorted(saved.keys() | wanted.keys())
+    if saved.get(key) != wanted.get(key)
+  ]
+  if changed:
+    listed = "\n  ".join(changed[:20])
+    raise ValueError(
+      f"{path} is not damaged, but does not fit this model's training state"
+      f" ({len(changed)} arrays):\n  {listed}\nPass another --workdir, or"
+      " continue with the code and config that it was saved with."
+    )
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+  """The shape of every array of a tree, by its path; of keys, as saved."""
+
+  def shape(leaf):
+    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+      leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return tuple(leaf.shape)
+
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): shape(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _words(error: Exception | None) -> str:
+  if error is None:
+    return "by another process"
+  first = (str(error).splitlines() or [""])[0][:150]
+  return f"{type(error).__name__}: {first}"
+
+
+def _unreadable(path: pathlib.Path, error: Exception | None) -> str:
   return (
-    f"{path}: the checkpoint cannot be read ({type(error).__name__}: {first})."
+    f"{path}: the checkpoint cannot be read ({_words(error)})."
     " It may be damaged. Remove this folder to continue from the checkpoint"
     " before it, or choose another --workdir to start afresh."
   )
@@ -92,13 +211,12 @@ def claim(
   `free_keys` may differ. Without a checkpoint in it there is nothing to lose.
   """
   path = folder / "config.json"
-  saved = any(p.name.isdigit() for p in (folder / "checkpoints").glob("*"))
-  if not saved:
+  if not steps(folder / "checkpoints"):
     if processes.is_first():
       folder.mkdir(parents=True, exist_ok=True)
       write_json(path, config)
     return
-  before = read_meta(find(folder))["config"]
+  before = run_meta(folder)["config"]
   changed = [
     f"{key}: was {old!r}, is {new!r}"
     for key, old, new in differences(before, config)
@@ -123,9 +241,8 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
   if all((path / item).is_dir() for item in ITEMS):
     return path
   for folder in (path / "checkpoints", path):
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
-    if steps:
-      return folder / str(max(steps))
+    if found := steps(folder):
+      return folder / str(found[-1])
   stages = sorted(p.parent.name for p in path.glob("*/checkpoints"))
   if len(stages) == 1:
     return find(path / stages[0])
@@ -140,9 +257,18 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
 def read_meta(path: pathlib.Path) -> dict:
   """The metadata of a checkpoint folder."""
   try:
-    return ocp.JsonCheckpointHandler().restore(path / "meta")
+    return _read_json(path / "meta")
   except Exception as error:  # whatever Orbax and TensorStore raise
     raise ValueError(_unreadable(path, error)) from error
+
+
+def run_meta(folder: pathlib.Path) -> dict:
+  """The metadata of a stage's newest checkpoint that has some to read."""
+  directory = folder / "checkpoints"
+  for step in reversed(steps(directory)):
+    with contextlib.suppress(ValueError):
+      return read_meta(directory / str(step))
+  return read_meta(find(folder))  # says what is wrong with the newest
 
 
 def weight_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -189,13 +315,24 @@ def read_weights(
     raise ValueError(_unreadable(path, error)) from error
 
 
-def _reader() -> ocp.Checkpointer:
-  """A checkpointer that waits for no other process."""
+def _read_json(path):
+  found = ocp.JsonCheckpointHandler().restore(path)
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} holds {type(found)}, expected a JSON object")
+  return found
+
+
+def _own_process() -> ocp.options.MultiprocessingOptions:
+  """For reading that waits for no other process."""
   own = jax.process_index()
-  options = ocp.options.MultiprocessingOptions(
+  return ocp.options.MultiprocessingOptions(
     primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"p{own}"
   )
+
+
+def _reader() -> ocp.Checkpointer:
+  own = _own_process()
   return ocp.Checkpointer(
-    ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
-    multiprocessing_options=options,
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=own),
+    multiprocessing_options=own,
   )

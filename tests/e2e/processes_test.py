@@ -4,11 +4,15 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+
+from tensorar_jax import preemption
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 4
@@ -32,13 +36,13 @@ def start(workdir, devices, *flags, processes=1, mode="train"):
   )
 
 
-def finish(process) -> tuple[str, str]:
-  """What its first process prints, and the second; they have to succeed."""
+def finish(process, code: int = 0) -> tuple[str, str]:
+  """What its first process prints, and the second; all exit with the code."""
   try:
     text = process.communicate(timeout=300)[0]
   finally:
     process.terminate()
-  assert process.returncode == 0, text[-3000:]
+  assert process.returncode == code, text[-3000:]
   lines = text.splitlines()
   second = [line for line in lines if line.startswith("[1] ")]
   return "\n".join(line for line in lines if line not in second), "\n".join(
@@ -95,6 +99,34 @@ def test_one_process_continues_what_two_began(straight, shared, tmp_path):
   assert "continues from step 2" in text
   assert "'tensor': 2" in text
   assert_same(losses(tmp_path), losses(straight))
+
+
+def pid_of(index, workdir) -> int:
+  """The process that local.sh started as number `index`."""
+  wanted = f"--process_id={index}", f"--workdir={workdir}"
+  for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    words = path.read_bytes().decode().split("\0")
+    if set(wanted) <= set(words) and "tensorar_jax.main" in words:
+      return int(path.parent.name)
+  raise AssertionError(f"no process {wanted}")
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_behind_one_step(tmp_path):
+  flags = (
+    "--config.train.checkpoint_every=100000",
+    "--config.stages.base.train.num_steps=100000",
+  )
+  process = start(tmp_path, 2, *flags, processes=2)
+  log, deadline = tmp_path / "base" / "log.jsonl", time.monotonic() + 300
+  while not (log.exists() and log.stat().st_size):
+    assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(0.05)
+  os.kill(pid_of(1, tmp_path), signal.SIGTERM)
+  first, _ = finish(process, code=preemption.EXIT_CODE)
+  assert "exits with 75; the same command continues" in first
+  (step,) = (path.name for path in (tmp_path / "base/checkpoints").iterdir())
+  # A step that only one of them had taken would not have been saved.
+  assert losses(tmp_path)[-1]["step"] == int(step)
 
 
 def test_two_processes_sample_what_one_does(straight, tmp_path):

@@ -1,15 +1,14 @@
 """The whole story in small: train, kill, resume, sample, measure, report."""
 
 import json
-import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+
+from launch import soak
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "tests/e2e/tiny_digits.py"
@@ -103,32 +102,14 @@ def test_sampling_writes_pictures(finished):
 
 
 def test_a_killed_run_continues_bit_for_bit(finished, tmp_path):
-  """kill -9 after the first checkpoint of a stage, twice; then to the end."""
+  """A small soak: kill -9 into two saves, and once at any time."""
   workdir, _ = finished
-  for stage in ("base", "drafts"):
-    _kill_when(tmp_path, tmp_path / stage / "checkpoints" / "2")
-  done = run(tmp_path, "--mode=train")
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert "continues from step 2" in done.stderr
-  for stage in ("classifier", "base", "continued", "tensorar", "drafts"):
-    assert trace(tmp_path, stage) == trace(workdir, stage), stage
-
-
-def _kill_when(workdir, path, seconds=240):
-  """Starts the run and kills it as soon as `path` exists."""
-  process = subprocess.Popen(
-    command(workdir, "--mode=train"),
-    cwd=ROOT,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-  )
-  deadline = time.monotonic() + seconds
-  while not path.exists() and process.poll() is None:
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
-  assert process.poll() is None, f"finished before {path} was seen"
-  os.kill(process.pid, signal.SIGKILL)
-  process.wait()
+  killed, log = tmp_path / "run", tmp_path / "log"
+  train = soak.train_command(CONFIG, killed)
+  moments = soak.draw_moments(3, 0, seed=0, most_saves=2)
+  done = [soak.end_at(moment, train, killed, log) for moment in moments]
+  soak.run_to_the_end(train, log)
+  assert soak.differences(workdir, killed) == [], done
 
 
 def test_another_config_is_refused_and_nothing_changes(finished):
