@@ -65,6 +65,8 @@ def get_config() -> ConfigDict:
     log_every=25,
     checkpoint_every=100,
     keep=2,
+    accumulate=1,
+    remat="none",
     keep_every=0,
   )
   config.mesh = dict(data=-1, fsdp=1, tensor=1)

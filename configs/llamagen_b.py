@@ -38,7 +38,10 @@ def variant(name: str, size: str, guidance: float) -> ConfigDict:
   )
   config.conditioning = dict(name="class", num_classes=1000)
   config.backbone = dict(
-    name="llamagen", variant=name, grid=(pixels // 16, pixels // 16)
+    name="llamagen",
+    variant=name,
+    grid=(pixels // 16, pixels // 16),
+    dtype="float32",
   )
   config.tensorar = dict(window=1)
   config.noise = dict(kind="categorical", schedule="exponential")
@@ -52,6 +55,8 @@ def variant(name: str, size: str, guidance: float) -> ConfigDict:
     log_every=100,
     checkpoint_every=5000,
     keep=2,
+    accumulate=1,
+    remat="none",
     keep_every=0,
   )
   config.mesh = dict(data=-1, fsdp=1, tensor=1)

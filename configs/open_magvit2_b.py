@@ -43,7 +43,7 @@ def variant(
   config.data = dict(name="tokens:data/imagenet256_lfq", train_split="train")
   config.tokenizer = dict(name="lfq", weights="first_stage", init="tokenizer")
   config.conditioning = dict(name="class", num_classes=1000)
-  config.backbone = dict(name="open_magvit2", variant=name)
+  config.backbone = dict(name="open_magvit2", variant=name, dtype="float32")
   config.tensorar = dict(window=1)
   config.noise = dict(kind="categorical", schedule="exponential")
   config.loss = dict(weights="rdm", condition_dropout=0.1)
@@ -56,6 +56,8 @@ def variant(
     log_every=100,
     checkpoint_every=5000,
     keep=2,
+    accumulate=1,
+    remat="none",
     keep_every=0,
   )
   config.mesh = dict(data=-1, fsdp=1, tensor=1)

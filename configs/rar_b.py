@@ -38,7 +38,7 @@ def variant(
   )
   config.tokenizer = dict(name="maskgit_vq", init="tokenizer")
   config.conditioning = dict(name="class", num_classes=1000)
-  config.backbone = dict(name="rar", variant=name)
+  config.backbone = dict(name="rar", variant=name, dtype="float32")
   config.tensorar = dict(window=1)
   config.noise = dict(kind="categorical", schedule="sine")
   config.loss = dict(weights="rdm", condition_dropout=0.1)
@@ -55,6 +55,8 @@ def variant(
     log_every=100,
     checkpoint_every=5000,
     keep=2,
+    accumulate=1,
+    remat="none",
     keep_every=0,
   )
   config.mesh = dict(data=-1, fsdp=1, tensor=1)

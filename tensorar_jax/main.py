@@ -22,6 +22,13 @@ Modes:
   tokenize   turn images into token shards: --images=folder:DIR (or tfds:NAME),
              --output, --recipe=center|flip|ten_crop, --crop_range.
   export     write a stage's base weights as published: --stage, --output.
+  benchmark  measure speed on random weights, beside the machine's own limits:
+             --stage, --batches, --windows, --depths, --rounds, --train_batch,
+             --parts, --peer=torch, --output=FOLDER.
+  compile    compile a stage's train step and sampler for hardware that need not
+             be there: memory, traffic and a bound on the time of each; fails if
+             one does not fit. --target=v5e:4x4, --stage, --batch_size,
+             --output=FILE.json.
 
 Several processes train, import, sample and tokenize together: the same command
 in each with --coordinator=HOST:PORT, --num_processes and --process_id. Under
@@ -51,7 +58,7 @@ from tensorar_jax import metrics
 SHARED_MODES = ("train", "sample", "import", "tokenize")  # and --reference
 MODES = (
   *("run", "train", "sample", "evaluate", "visualize"),
-  *("import", "tokenize", "export"),
+  *("import", "tokenize", "export", "compile", "benchmark"),
 )
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -94,7 +101,14 @@ _OUTPUT = flags.DEFINE_string(
   None,
   "Of --mode=export: a .pt or .safetensors file. Of --mode=tokenize: a folder."
   " Of --mode=sample: a folder or a .npz file; default: a numbered folder. Of"
-  " --samples: a folder; default: beside the samples.",
+  " --samples: a folder; default: beside the samples. Of --mode=compile: a"
+  " .json file.",
+)
+_TARGET = flags.DEFINE_string(
+  "target",
+  "here",
+  "What to compile for: v5e:4x4, v5p:2x2x2, v6e:4x4, v4:2x2x2, tpu7x:2x2x1,"
+  " h100:8, a100:8, or the devices that are here.",
 )
 _SAMPLES = flags.DEFINE_string(
   "samples", None, "Images to measure: .npz with arr_0, uint8 [n, h, w, 3]."
@@ -126,6 +140,17 @@ _RECIPE = flags.DEFINE_enum(
 )
 _CROP_RANGE = flags.DEFINE_multi_float(
   "crop_range", [1.1], "Shorter side before ten_crop, in image sizes."
+)
+_BENCHMARK = (
+  flags.DEFINE_list("batches", None, "Images at once. Default: 1,8."),
+  flags.DEFINE_list("windows", None, "Windows k. Default: 1,2,4,8."),
+  flags.DEFINE_list("depths", None, "Depths of one window. Default: 1,2,4."),
+  flags.DEFINE_integer("rounds", None, "How often all is timed. Default: 3."),
+  flags.DEFINE_integer(
+    "train_batch", None, "Images of a step. Default: the config's; on a CPU 4."
+  ),
+  flags.DEFINE_list("parts", None, "Of decode,tokenizer,train. Default: all."),
+  flags.DEFINE_string("peer", None, "torch: runs it too, for comparison."),
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of --mode=sample.")
 _PROFILE = flags.DEFINE_string(
@@ -159,7 +184,7 @@ def run(config, folder: pathlib.Path) -> None:
   """Carries out --mode. The heavy imports wait until the flags are right."""
   import jax
 
-  from tensorar_jax import build, report, throughput, train
+  from tensorar_jax import build, commands, report, throughput, train
   from tensorar_jax.evaluation import evaluate
 
   count = jax.process_count()
@@ -183,20 +208,24 @@ def run(config, folder: pathlib.Path) -> None:
     section = config.evaluation.to_dict()
     settings = build.call(evaluate.EvaluationConfig, section, "evaluation")
     settings.check(stages)
-  mode = _MODE.value
+  mode, given = _MODE.value, flags.FLAGS
   if mode in ("run", "train", "import"):
     for name, stage in stages.items():
       wanted = stage["source"] or mode != "import"
       if _STAGE.value in (None, name) and wanted:
         train.fit(stage, folder / name, profile)
   if mode == "sample":
-    sample_stage(stages, folder)
+    commands.sample(given, stages, folder)
   if mode == "tokenize":
-    tokenize_images(stages, folder)
+    commands.tokenize_images(given, stages, folder)
   if mode == "export":
-    export_stage(folder)
+    commands.export(given, folder)
+  if mode == "benchmark":
+    commands.run_benchmark(given, stages, folder)
+  if mode == "compile":
+    commands.compile_stage(given, stages)
   if mode == "evaluate" and _REFERENCE.value:
-    measure_stage(stages, folder)
+    commands.measure_stage(given, stages, folder)
   elif mode == "evaluate" and not settings:
     raise ValueError(
       "--mode=evaluate: the config has no section `evaluation`; name a"
@@ -209,132 +238,14 @@ def run(config, folder: pathlib.Path) -> None:
     report.draw(stages, folder, command)
 
 
-def request(num_images: int):
-  """--num_images and the other flags that say which images."""
-  from tensorar_jax.evaluation import sample_files
-
-  classes = _CLASSES.value
-  try:
-    classes = tuple(map(int, classes)) if classes is not None else None
-  except ValueError as error:
-    raise ValueError(f"--classes={classes}: expected integers.") from error
-  count = _NUM_IMAGES.value or num_images
-  return sample_files.Request(count, classes, _SEED.value, _RESIZE.value)
-
-
-def sample_stage(stages: dict, folder: pathlib.Path) -> None:
-  """--mode=sample."""
-  from tensorar_jax.evaluation import sample_files
-
-  sample_files.sample(
-    *(stages, folder, request(100)),
-    stage=_STAGE.value,
-    output=_OUTPUT.value,
-    batch_size=_BATCH_SIZE.value,
-    pngs=_PNGS.value,
-  )
-
-
-def make_judge():
-  """What --reference, --inception and --bootstrap say."""
-  import jax
-
-  from tensorar_jax.evaluation import protocol
-
-  return protocol.Judge(
-    *(_REFERENCE.value, _INCEPTION.value),
-    bootstrap=_BOOTSTRAP.value,
-    batch_size=_BATCH_SIZE.value,
-    share=(jax.process_index(), jax.process_count()),
-  )
-
-
-def measure_file() -> None:
-  """--mode=evaluate --samples."""
-  from tensorar_jax.evaluation import protocol
-
-  if _MODE.value != "evaluate" or not _REFERENCE.value:
-    raise ValueError("--samples goes with --mode=evaluate and --reference.")
-  samples, judge = pathlib.Path(_SAMPLES.value), make_judge()
-  folder = _OUTPUT.value or protocol.place_of(samples, _REFERENCE.value)
-  record = judge.measure(samples, folder)
-  if record:
-    print(protocol.table({samples.name: record}))
-    print(f"{pathlib.Path(folder, 'metrics.json')}")
-
-
-def measure_stage(stages: dict, folder: pathlib.Path) -> None:
-  """--mode=evaluate --reference: samples a stage for it first."""
-  from tensorar_jax.evaluation import protocol, sample_files
-
-  if _OUTPUT.value:
-    raise ValueError("--output: samples and metrics go to the stage's folder.")
-  name = sample_files.drawable(stages, _STAGE.value)
-  default = stages[name].get("sampling", {}).get("guidance", 1.0)
-  scales = [default]
-  if _GUIDANCE.value is not None:
-    try:
-      pairs = [tuple(map(float, s.split(":"))) for s in _GUIDANCE.value]
-    except ValueError as error:
-      raise ValueError(
-        f"--guidance={_GUIDANCE.value}: expected scales as 1.5,2 or 4:6,5:7."
-      ) from error
-    scales = [pair[0] if len(pair) == 1 else pair for pair in pairs]
-  records = protocol.sweep(
-    *(make_judge(), stages, folder, request(50_000)),
-    stage=name,
-    scales=scales,
-    batch_size=_BATCH_SIZE.value,
-  )
-  if records:
-    print(protocol.table(records))
-
-
-def tokenize_images(stages: dict, folder: pathlib.Path) -> None:
-  """--mode=tokenize, with the tokenizer of --stage or of the last stage."""
-  import jax
-
-  from tensorar_jax import build
-  from tensorar_jax.data import codes, sources, tokenize
-
-  if not (_IMAGES.value and _OUTPUT.value):
-    raise ValueError("--mode=tokenize needs --images and --output.")
-  readers = [n for n, s in stages.items() if s["objective"] == "tensorar"]
-  stage = stages[_STAGE.value or readers[-1]]
-  tokenizer = build.frozen_tokenizer(stage, folder)
-  rows, cols = tokenizer.config.image_size
-  if rows != cols:
-    raise ValueError(f"image_size {rows} x {cols}: crops are square.")
-  source = sources.load(_IMAGES.value, "train")
-  if isinstance(source, codes.TokenSource):
-    raise ValueError(f"--images={_IMAGES.value}: these are tokens already.")
-  tokenize.tokenize(
-    source,
-    tokenizer,
-    _OUTPUT.value,
-    recipe=_RECIPE.value,
-    image_size=rows,
-    crop_range=tuple(_CROP_RANGE.value),
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-
-
-def export_stage(folder: pathlib.Path) -> None:
-  """--mode=export."""
-  from tensorar_jax import published
-
-  if not (_STAGE.value and _OUTPUT.value):
-    raise ValueError("--mode=export needs --stage and --output.")
-  published.export_stage(folder / _STAGE.value, pathlib.Path(_OUTPUT.value))
-
-
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  from tensorar_jax import processes
+  from tensorar_jax import processes, targets
 
   metrics.log_to_console()
+  if _MODE.value == "compile":
+    targets.stay_off_devices(_TARGET.value)
   try:
     processes.join_processes(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
@@ -345,7 +256,9 @@ def main(argv: list[str]) -> None:
     if not processes.is_first():
       logging.set_verbosity(logging.WARNING)
     if _SAMPLES.value:
-      measure_file()
+      from tensorar_jax import commands
+
+      commands.measure_file(flags.FLAGS)
     else:
       run(_CONFIG.value, workdir())
   except (ValueError, OSError) as error:

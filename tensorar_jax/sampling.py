@@ -231,17 +231,20 @@ def _draw_slots(uniform, logits, config):
   return jnp.concatenate([first, rest], axis=1)
 
 
-def _batch_mesh(cond: Cond) -> Mesh | None:
-  """The mesh that a condition is on, or None if it is on one device."""
+def _place(cond) -> tuple[str, Mesh | None]:
+  """(platform, mesh) that a condition is on; None is a single device."""
   place = getattr(jax.tree.leaves(cond)[0], "sharding", None)
+  if place is None:
+    return jax.default_backend(), None
+  platform = next(iter(place.device_set)).platform
   if not isinstance(place, NamedSharding) or place.num_devices == 1:
-    return None
+    return platform, None
   if place.mesh.axis_names != sharding.AXES:
     raise ValueError(
       f"the condition is on a mesh of {place.mesh.axis_names}: expected one of"
       f" {sharding.AXES}. Make it by sharding.make_mesh."
     )
-  return place.mesh
+  return platform, place.mesh
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "how"))
@@ -330,7 +333,14 @@ def generate(
     image_index: the index of each image in the run, 0..B-1 by default; with
       `rng` it alone decides the image's random numbers.
   """
-  return _run(model, (cond, null), rng, config, image_index, None)
+  args, how = _arguments(model, (cond, null), rng, config, image_index)
+  return _generate(*args, how=how)
+
+
+def trace(model, cond, null, *args) -> jax.stages.Traced:
+  """`generate`, not run, of its arguments or of their shapes on a mesh."""
+  args, how = _arguments(model, (cond, null), *args)
+  return _generate.trace(*args, how=how)
 
 
 def draft_along(
@@ -347,24 +357,22 @@ def draft_along(
   drew; the slots >= 1 are the model's own drafts, each drawn behind a window
   of such drafts. Along the tokens of `generate` these are its `drafts`.
   """
-  return _run(model, (cond, null), rng, config, None, tokens).drafts
+  args, how = _arguments(model, (cond, null), rng, config, path=tokens)
+  return _generate(*args, how=how).drafts
 
 
-def _run(model, conds, rng, config, image_index, path) -> Samples:
-  """Checks, then samples; `path` are tokens to commit, or None."""
+def _arguments(model, conds, rng, config, image_index=None, path=None):
+  """What `_generate` takes, checked; `path` are tokens to commit, or None."""
   cond, null = conds
   if not isinstance(model, TensorAR):
     raise ValueError(
-      f"model is a {type(model).__name__}: wrap it first, TensorAR(backbone,"
-      " window=1) is the base model."
+      f"model is a {type(model).__name__}: wrap it, TensorAR(it, window=1)."
     )
   batch = jax.tree.leaves(cond)[0].shape[0]
   if image_index is None:
     image_index = jnp.arange(batch)
   if len(image_index) != batch:
-    raise ValueError(
-      f"image_index has {len(image_index)} entries for {batch} conditions."
-    )
+    raise ValueError(f"{len(image_index)} image_index, {batch} conditions.")
   given = (batch, model.num_tokens, len(model.vocab_sizes))
   if path is not None and path.shape != given:
     raise ValueError(
@@ -381,19 +389,11 @@ def _run(model, conds, rng, config, image_index, path) -> Samples:
   if (scales == 1).all():
     null = None
   if isinstance(rng, int) or not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-    raise ValueError(
-      f"rng={rng!r}: expected a typed key, such as jax.random.key(0)."
-    )
-  model.backbone.check(cond if null is None else null)
+    raise ValueError(f"rng={rng!r}: expected a key, as jax.random.key(0).")
+  if not isinstance(jax.tree.leaves(cond)[0], jax.ShapeDtypeStruct):
+    model.backbone.check(cond if null is None else null)
   # The scales are an array of their own: one program serves every guidance.
   config = dataclasses.replace(config, **_UNGUIDED)
-  return _generate(
-    *nnx.split(model),
-    cond,
-    null,
-    rng,
-    jnp.asarray(image_index),
-    jnp.asarray(scales),
-    None if path is None else jnp.asarray(path),
-    how=(config, jax.default_backend() == "cpu", _batch_mesh(cond)),
-  )
+  platform, mesh = _place(cond)
+  args = (*nnx.split(model), cond, null, rng, image_index, scales, path)
+  return args, (config, platform == "cpu", mesh)

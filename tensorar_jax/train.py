@@ -19,9 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from clu import parameter_overview
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from tensorar_jax import (
@@ -222,10 +224,8 @@ def fit(
   lineage = _lineage(stage, folder)
   mesh = sharding.make_mesh(build.mesh_config(stage))
   sharding.check_batch(mesh, config.batch_size, config.accumulate)
-  optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
-  tx, ema = optim.make(optimiser, config.num_steps), optimiser.ema_decay > 0
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
-  like = train_step.state_layout(model, tx, ema, mesh)
+  tx, like = make_layout(stage, model, mesh)
   checkpoints = orbax_io.Checkpoints(
     folder / "checkpoints", config.keep, config.keep_every
   )
@@ -241,10 +241,11 @@ def fit(
     logging.info("%s: continues from step %d", folder.name, state.step)
   else:
     model = build.initial_model(stage, folder.parent, mesh)
-    _, state = train_step.init_state(model, tx, stage["seed"], ema, mesh)
+    averaged = like.ema is not None
+    _, state = train_step.init_state(model, tx, stage["seed"], averaged, mesh)
     meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
-  step, flops = _step_and_flops(model, task, tx, optimiser, like, config)
+  step, flops = make_step(stage, model, task, tx, like)
   meter = throughput.Meter(folder, step, flops, profile)
   started = time.monotonic() - meta["seconds"]
 
@@ -261,13 +262,30 @@ def fit(
     processes.wait_for_all(folder.name)
 
 
-def _step_and_flops(model, task, tx, optimiser, like, config):
-  """The jitted step, and what counts its model FLOPs, of the same arguments."""
+def make_layout(
+  stage: Mapping, model: nnx.Module, mesh: Mesh
+) -> tuple[optax.GradientTransformation, train_step.TrainState]:
+  """(optimiser, layout of the state) of a stage's training.
+
+  The model may be abstract, and the mesh of devices that are not there.
+  """
+  optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
+  tx = optim.make(optimiser, stage["train"]["num_steps"])
+  averaged = optimiser.ema_decay > 0
+  return tx, train_step.state_layout(model, tx, averaged, mesh)
+
+
+def make_step(
+  stage: Mapping, model: nnx.Module, task: Task, tx, like
+) -> tuple[Callable, Callable]:
+  """(jitted step, its model FLOPs at the same arguments); see `make_layout`."""
+  config = build.call(TrainConfig, stage["train"], "train")
+  decay = build.call(optim.OptimConfig, stage["optim"], "optim").ema_decay
   layers.set_remat(model, config.remat)
   skeleton, _, _ = weights.split(model)
-  settings = optimiser.ema_decay, like, config.accumulate
+  settings = tx, decay, like, config.accumulate
   return (
-    train_step.make_train_step(skeleton, task.loss, tx, *settings),
+    train_step.make_train_step(skeleton, task.loss, *settings),
     functools.partial(train_step.model_flops, skeleton, task.loss),
   )
 

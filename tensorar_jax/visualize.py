@@ -243,7 +243,7 @@ def _draw(axes: Any, title: str, curves: Mapping[str, np.ndarray]) -> None:
     # The first steps from scratch would press everything else together.
     low, top = axes.get_ylim()[0], max(settled)
     axes.set_ylim(low, top + (top - low) * 0.3)
-  _tidy(axes, title)
+  tidy(axes, title)
   axes.set_xlabel("step", fontsize=9, color=_MUTED)
   if "" not in curves:
     ncols = min(4, len(curves)) if offsets else 1
@@ -279,7 +279,7 @@ def save_diagnostics(path: Path_, found: Named) -> None:
         style = {"ls": "--", "mfc": "white"} if noise else {"label": name}
         slots = range(first, first + len(values))
         axes.plot(slots, values, color=f"C{i}", marker="o", lw=1.8, **style)
-    _tidy(axes, title)
+    tidy(axes, title)
     last = max(own["window"] for own in found.values()) - 1
     axes.set_xticks(range(first, last + 1))
     axes.set_xlim(first - 0.5, last + 0.5)
@@ -316,7 +316,7 @@ def save_planes(
     for axes, (x, y) in zip(line, planes):
       for i, (name, series) in enumerate(models.items()):
         _points(axes, series, (x, y), f"C{i}", name)
-      _tidy(axes, f"{title}: {y} by {x}")
+      tidy(axes, f"{title}: {y} by {x}")
       axes.set_xlabel(x, fontsize=9, color=_MUTED)
       axes.set_ylabel(y, fontsize=9, color=_MUTED)
     style = {"color": _MUTED, "mfc": "white", "marker": "o", "ls": ""}
@@ -351,7 +351,7 @@ def save_scan(
     axes.errorbar(at, values, yerr=halves, marker="o", lw=1.2, capsize=3)
     best = int((np.argmax if higher else np.argmin)(values))
     axes.plot(best, values[best], "o", ms=9, mfc="none", mec="C1", mew=2)
-    _tidy(axes, f"{name} {'↑' if higher else '↓'}")
+    tidy(axes, f"{name} {'↑' if higher else '↓'}")
     axes.set_xticks(at, scales)
     axes.set_xlabel("guidance scale", fontsize=9, color=_MUTED)
   figure.savefig(path, format="png")
@@ -370,7 +370,7 @@ def _points(axes, series, plane, color, name) -> None:
     axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], **style)
 
 
-def _tidy(axes: Any, title: str) -> None:
+def tidy(axes: Any, title: str) -> None:
   """The look of every panel with curves."""
   axes.set_title(title, loc="left", fontsize=11, color=_INK)
   axes.spines[["top", "right"]].set_visible(False)

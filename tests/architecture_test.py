@@ -13,9 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from layers to its right, and from its own.
 LAYERS = (
   {"main"},
-  {"report", "evaluation.protocol"},
-  {"evaluation.sample_files"},
+  {"commands"},
+  {"report", "evaluation.protocol", "benchmark", "compile"},
+  {"evaluation.sample_files", "benchmark_report", "peer_torch"},
   {"visualize", "evaluation.evaluate", "data.tokenize"},
+  {"workloads"},
   {"train", "evaluation.samples", "evaluation.diagnostics"},
   {"published"},
   {"build", "objective", "metrics", "throughput", "train_step"},
@@ -45,12 +47,13 @@ LAYERS = (
   },
   {"tensorar", "losses", "transformer", "text.t5"},
   {
-    *("windows", "noising", "layers", "convolutions", "flops"),
+    *("windows", "noising", "layers", "convolutions", "flops", "machine"),
+    "targets",
     *("conditioning", "preemption", "resumable", "text.captions"),
   },
   {"attention"},
   {"sharding", "processes"},
-  {"weights", "hardware"},
+  {"weights", "hardware", "hlo"},
   {"interfaces"},
 )
 FAMILIES = ("backbones", "tokenizers")
@@ -60,8 +63,10 @@ FAMILIES_MAY_IMPORT = {
 }
 HEAVY = {
   "tensorflow": {"data.sources", "metrics"},
-  "torch": {"checkpoints.torch_files", "checkpoints.torch_export"},
-  "transformers": {"conditioning"},
+  "torch": {
+    *("checkpoints.torch_files", "checkpoints.torch_export", "peer_torch"),
+  },
+  "transformers": {"conditioning", "peer_torch"},
 }
 
 

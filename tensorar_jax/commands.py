@@ -1,0 +1,138 @@
+"""What each mode of the command line does with its flags.
+
+`given` has the value of every flag of `main.py` as an attribute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+from absl.flags import FlagValues as Flags
+
+from tensorar_jax import benchmark, build, compile, published, targets
+from tensorar_jax.data import codes, sources, tokenize
+from tensorar_jax.evaluation import protocol, sample_files
+
+
+def request(given: Flags, num_images: int):
+  """--num_images and the other flags that say which images."""
+  classes = given.classes
+  try:
+    classes = tuple(map(int, classes)) if classes is not None else None
+  except ValueError as error:
+    raise ValueError(f"--classes={classes}: expected integers.") from error
+  count = given.num_images or num_images
+  return sample_files.Request(count, classes, given.seed, given.resize)
+
+
+def sample(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+  """--mode=sample."""
+  sample_files.sample(
+    *(stages, folder, request(given, 100)),
+    stage=given.stage,
+    output=given.output,
+    batch_size=given.batch_size,
+    pngs=given.pngs,
+  )
+
+
+def make_judge(given: Flags):
+  """What --reference, --inception and --bootstrap say."""
+  return protocol.Judge(
+    *(given.reference, given.inception),
+    bootstrap=given.bootstrap,
+    batch_size=given.batch_size,
+    share=(jax.process_index(), jax.process_count()),
+  )
+
+
+def measure_file(given: Flags) -> None:
+  """--mode=evaluate --samples."""
+  if given.mode != "evaluate" or not given.reference:
+    raise ValueError("--samples goes with --mode=evaluate and --reference.")
+  samples, judge = pathlib.Path(given.samples), make_judge(given)
+  folder = given.output or protocol.place_of(samples, given.reference)
+  record = judge.measure(samples, folder)
+  if record:
+    print(protocol.table({samples.name: record}))
+    print(f"{pathlib.Path(folder, 'metrics.json')}")
+
+
+def measure_stage(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+  """--mode=evaluate --reference: samples a stage for it first."""
+  if given.output:
+    raise ValueError("--output: samples and metrics go to the stage's folder.")
+  name = sample_files.drawable(stages, given.stage)
+  default = stages[name].get("sampling", {}).get("guidance", 1.0)
+  scales = [default]
+  if given.guidance is not None:
+    try:
+      pairs = [tuple(map(float, s.split(":"))) for s in given.guidance]
+    except ValueError as error:
+      raise ValueError(
+        f"--guidance={given.guidance}: expected scales as 1.5,2 or 4:6,5:7."
+      ) from error
+    scales = [pair[0] if len(pair) == 1 else pair for pair in pairs]
+  records = protocol.sweep(
+    *(make_judge(given), stages, folder, request(given, 50_000)),
+    stage=name,
+    scales=scales,
+    batch_size=given.batch_size,
+  )
+  if records:
+    print(protocol.table(records))
+
+
+def tokenize_images(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+  """--mode=tokenize, with the tokenizer of --stage or of the last stage."""
+  if not (given.images and given.output):
+    raise ValueError("--mode=tokenize needs --images and --output.")
+  readers = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  stage = stages[given.stage or readers[-1]]
+  tokenizer = build.frozen_tokenizer(stage, folder)
+  rows, cols = tokenizer.config.image_size
+  if rows != cols:
+    raise ValueError(f"image_size {rows} x {cols}: crops are square.")
+  source = sources.load(given.images, "train")
+  if isinstance(source, codes.TokenSource):
+    raise ValueError(f"--images={given.images}: these are tokens already.")
+  tokenize.tokenize(
+    source,
+    tokenizer,
+    given.output,
+    recipe=given.recipe,
+    image_size=rows,
+    crop_range=tuple(given.crop_range),
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def run_benchmark(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+  """--mode=benchmark."""
+  names = [field.name for field in dataclasses.fields(benchmark.Settings)]
+  values = {name: getattr(given, name) for name in names}
+  values = {name: value for name, value in values.items() if value is not None}
+  benchmark.run(
+    *(stages, folder, benchmark.parse(values)),
+    stage=given.stage,
+    output=given.output,
+  )
+
+
+def export(given: Flags, folder: pathlib.Path) -> None:
+  """--mode=export."""
+  if not (given.stage and given.output):
+    raise ValueError("--mode=export needs --stage and --output.")
+  published.export_stage(folder / given.stage, pathlib.Path(given.output))
+
+
+def compile_stage(given: Flags, stages: dict) -> None:
+  """--mode=compile."""
+  compile.report(
+    *(stages, given.stage, targets.find(given.target)),
+    batch_size=given.batch_size,
+    output=given.output,
+  )
