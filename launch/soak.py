@@ -28,16 +28,6 @@ from ml_collections import config_flags
 from tensorar_jax import metrics, preemption
 from tensorar_jax.checkpoints import orbax_io
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/digits.py", "As of main.", lock_config=True
-)
-_KILLS = flags.DEFINE_integer("kills", 20, "How many kill -9.", lower_bound=0)
-_TERMS = flags.DEFINE_integer("terms", 5, "How many SIGTERM.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_STEPS = flags.DEFINE_integer("steps", 120, "Steps of every stage.")
-_SAVE_EVERY = flags.DEFINE_integer("save_every", 5, "Steps between saves.")
-_FOLDER = flags.DEFINE_string("folder", None, "A new one. Default: temporary.")
-
 # The most seconds after the start, after a save, and after a save is seen.
 STARTING, PAUSE, INTO_SAVE = 12.0, 1.0, 0.08
 ROOT = pathlib.Path(__file__).parents[1]
@@ -165,28 +155,29 @@ def _bits(path: pathlib.Path) -> dict[str, bytes]:
 
 def main(argv: list[str]) -> None:
   del argv
+  given = flags.FLAGS
   metrics.log_to_console()
-  folder = _FOLDER.value or tempfile.mkdtemp(prefix="soak")
+  folder = given.folder or tempfile.mkdtemp(prefix="soak")
   folder = pathlib.Path(folder).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-  values = {"num_steps": _STEPS.value, "checkpoint_every": _SAVE_EVERY.value}
+  values = {"num_steps": given.steps, "checkpoint_every": given.save_every}
   settings = [f"--config.train.{key}={value}" for key, value in values.items()]
   settings += [  # those that a stage has for itself
     f"--config.stages.{name}.train.{key}={value}"
-    for name, stage in _CONFIG.value.stages.items()
+    for name, stage in given.config.stages.items()
     for key, value in values.items()
     if key in stage.get("train", {})
   ]
-  config = config_flags.get_config_filename(flags.FLAGS["config"])
+  config = config_flags.get_config_filename(given["config"])
   straight, killed, log = (folder / n for n in ("straight", "killed", "log"))
   started = time.monotonic()
   run_to_the_end(train_command(config, straight, *settings), log)
   alone = time.monotonic() - started
   print(f"the run left alone: {metrics.duration(alone)}", flush=True)
   command, done = train_command(config, killed, *settings), {}
-  moments = draw_moments(_KILLS.value, _TERMS.value, _SEED.value)
+  moments = draw_moments(given.kills, given.terms, given.seed)
   started = time.monotonic()
   for i, moment in enumerate(moments, 1):
     what = end_at(moment, command, killed, log)
@@ -210,4 +201,13 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  config_flags.DEFINE_config_file(
+    "config", "configs/digits.py", "As of main.", lock_config=True
+  )
+  flags.DEFINE_integer("kills", 20, "How many kill -9.", lower_bound=0)
+  flags.DEFINE_integer("terms", 5, "How many SIGTERM.", lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "Of the moments.")
+  flags.DEFINE_integer("steps", 120, "Steps of every stage.")
+  flags.DEFINE_integer("save_every", 5, "Steps between saves.")
+  flags.DEFINE_string("folder", None, "A new one. Default: temporary.")
   app.run(main)

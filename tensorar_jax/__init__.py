@@ -2,8 +2,9 @@
 
 from tensorar_jax.build import load
 from tensorar_jax.conditioning import ClassConditioning, TextConditioning
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.published import import_backbone, import_tokenizer
-from tensorar_jax.sampling import SamplingConfig, generate
+from tensorar_jax.sampling import generate
 from tensorar_jax.tensorar import TensorAR
 from tensorar_jax.text.encoder import import_t5, import_text_encoder
 

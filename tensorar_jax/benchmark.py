@@ -26,8 +26,8 @@ from tensorar_jax import (
   resumable,
   workloads,
 )
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.evaluation import sample_files
-from tensorar_jax.sampling import SamplingConfig
 from tensorar_jax.workloads import Case, Work
 
 PARTS = ("decode", "tokenizer", "train")

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tensorar_jax import (
   build,
+  drawing,
   flops,
   hlo,
   sampling,
@@ -115,7 +116,7 @@ def sampler_program(stage: Mapping, mesh: Mesh, batch_size: int) -> Program:
   )
   rng = jax.eval_shape(lambda: jax.random.key(0))
   config = build.call(
-    sampling.SamplingConfig, stage.get("sampling", {}), "sampling"
+    drawing.SamplingConfig, stage.get("sampling", {}), "sampling"
   )
   traced = sampling.trace(model, cond, null, rng, config, index)
   both = 2 if config.guided else 1

@@ -172,7 +172,7 @@ class Layers(nnx.Module):
   def cached(self, apply: Callable, x: Array, cache: Cache):
     """Runs `apply(layer, x, layer_cache)`; returns (x, cache).
 
-    With unrolled layers (see `unroll`) every layer owns its cache arrays;
+    With single layers (see `for_decoding`) every layer owns its cache arrays;
     else the stacked cache is the carry of a scan and gets one write a layer.
     """
     if isinstance(self.stacked, nnx.List):
@@ -218,17 +218,21 @@ class Layers(nnx.Module):
     return Cache(k=empty, v=empty, end=end)
 
 
-def unroll(model: nnx.Module) -> nnx.Module:
-  """A copy of `model` whose stacked layers are lists of single layers.
+def for_decoding(model: nnx.Module) -> nnx.Module:
+  """A copy of `model` in the form in which a CPU decodes fastest.
 
-  On CPU a slice of stacked weights inside the decoding loop would be copied at
-  every step; sliced once before the loop it is not. On GPU and TPU the stacked
-  form avoids a second copy of the weights.
+  Stacked layers are lists of single ones, and projections have their weights
+  transposed and in the compute dtype as well: made once before the decoding
+  loop, where every slice, transposition and conversion would be made at every
+  step. GPU and TPU do not need it, nor the memory.
   """
   model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
     if isinstance(module, Layers):
       module.stacked = nnx.List(module.each())
+  for _, module in list(nnx.iter_modules(model)):
+    if isinstance(module, Linear):
+      module.transpose()
   return model
 
 
@@ -260,9 +264,34 @@ class Linear(nnx.Linear):
   as that of a product with two batch axes.
   """
 
+  def transpose(self) -> None:
+    """Keeps the weights as [out, in] too, for `few rows x weights` on a CPU.
+
+    There a product reads bfloat16 weights 1.3 to 2 times as fast that way, and
+    float32 weights up to 1.5 times from four rows on, if there are more outputs
+    than inputs; unless it does, nothing changes. What is not read is not made.
+    """
+    kernel = self.kernel[...].astype(self.dtype or self.param_dtype)
+    # Else XLA would take the transposition into the product, and back.
+    self.transposed = nnx.Param(jax.lax.optimization_barrier(kernel.T))
+
   def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n E"]:
-    y = super().__call__(x.reshape(-1, x.shape[-1]))
+    rows = x.reshape(-1, x.shape[-1])
+    transposed = getattr(self, "transposed", None)
+    if transposed is not None and self._is_faster_transposed(len(rows)):
+      weight = transposed[...]
+      y = jax.lax.dot_general(
+        *(rows.astype(weight.dtype), weight, (((1,), (1,)), ((), ()))),
+        preferred_element_type=jnp.float32,
+      ).astype(weight.dtype)
+      y = y + self.bias[...].astype(y.dtype) if self.use_bias else y
+    else:
+      y = super().__call__(rows)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+  def _is_faster_transposed(self, rows: int) -> bool:
+    half = jnp.dtype(self.dtype or self.param_dtype).itemsize == 2
+    return half or (rows >= 4 and self.out_features > self.in_features)
 
 
 def linear(

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from tensorar_jax import layers, machine, sampling, workloads
+from tensorar_jax import drawing, layers, machine, workloads
 from tensorar_jax.workloads import Case, Work
 
 MODES = ("eager", "compile")
@@ -85,7 +85,7 @@ def check_installed() -> None:
 class Peer:
   """The process of the peer; close it."""
 
-  def __init__(self, sizes: Sizes, config: sampling.SamplingConfig):
+  def __init__(self, sizes: Sizes, config: drawing.SamplingConfig):
     check_installed()
     options = dataclasses.asdict(config.sub_token(0))
     if not config.guided:

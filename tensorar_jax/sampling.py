@@ -4,8 +4,6 @@ Step n turns the window drawn at step n - 1 into one backbone input, decodes one
 position with the KV cache, and draws the next window; its first token is
 committed. Whatever k is, there are T backbone steps. Spec: section 6.
 
-    logits -> guidance -> temperature -> top-k -> top-p -> one uniform number
-
 The random numbers of image i come from (rng, i, step, slot) alone, so an image
 is the same in any batch, on any number of devices, in any process.
 """
@@ -22,171 +20,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import layers, sharding
+from tensorar_jax import drawing, layers, sharding
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.interfaces import Cond, Key, Samples
 from tensorar_jax.tensorar import TensorAR
 from tensorar_jax.windows import valid_slots
-
-_PER_SUB_TOKEN = {  # and the type of each
-  "temperature": float,
-  "draft_temperature": float,
-  "guidance": float,
-  "top_k": int,
-  "top_p": float,
-}
-Guidance = float | tuple[float, ...]  # a scale, or one for each sub-token
-_UNGUIDED = dict(guidance=1.0, guidance_power=0.0, guidance_interval=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-  """How tokens are drawn.
-
-  The starred attributes are one value, or one for each sub-token.
-
-  Attributes:
-    temperature*: divides the logits; 0 means argmax.
-    draft_temperature*: the same for the slots >= 1; None: as the committed one.
-    guidance*: scale s of uncond + s (cond - uncond); 1 is no guidance.
-    guidance_power: p; the scale of token n of T is
-      1 + (s - 1) (1 - cos(pi (n / T)^p)) / 2. 0 is s everywhere.
-    guidance_interval: (first, end): only tokens first <= n < end are guided,
-      the others see the conditional logits alone. None guides all.
-    top_k*: keeps logits not below the k-th largest; 0 keeps all. Ties survive.
-    top_p*: keeps the fewest tokens whose probability reaches p; 1 keeps all.
-      Applied to what top-k left, the token that crosses p included.
-    return_logits: whether `Samples.logits` is filled.
-  """
-
-  temperature: float | tuple[float, ...] = 1.0
-  draft_temperature: float | tuple[float, ...] | None = None
-  guidance: float | tuple[float, ...] = 1.0
-  guidance_power: float = 0.0
-  guidance_interval: tuple[int, int] | None = None
-  top_k: int | tuple[int, ...] = 0
-  top_p: float | tuple[float, ...] = 1.0
-  return_logits: bool = False
-
-  def __post_init__(self):
-    # Plain numbers and tuples can be hashed, and equal ones are equal.
-    for name, kind in _PER_SUB_TOKEN.items():
-      if (value := getattr(self, name)) is not None:
-        many = np.ndim(value) > 0
-        plain = tuple(map(kind, value)) if many else kind(value)
-        object.__setattr__(self, name, plain)
-    self._expect("temperature", lambda t: t >= 0, "0 (argmax) or more")
-    self._expect("draft_temperature", lambda t: t >= 0, "0 (argmax) or more")
-    self._expect("top_k", lambda k: k >= 0, "0 (keep all) or more")
-    self._expect("top_p", lambda p: 0 < p <= 1, "0 < top_p <= 1")
-    self._expect("guidance", np.isfinite, "a finite scale")
-    self._expect("guidance_power", lambda p: 0 <= p < np.inf, "0 or more")
-    if self.guidance_interval is not None:
-      first, end = self.guidance_interval
-      if not 0 <= first <= end:
-        raise ValueError(
-          f"guidance_interval={self.guidance_interval}: expected 0 <= first <="
-          " end, the half-open range of guided tokens."
-        )
-      object.__setattr__(self, "guidance_interval", (int(first), int(end)))
-
-  def _expect(self, name, is_right, words):
-    value = getattr(self, name)
-    if value is not None and not all(map(is_right, np.atleast_1d(value))):
-      raise ValueError(f"{name}={value}: expected {words}.")
-
-  def check(self, factors: int) -> None:
-    """ValueError if a tuple has not one value for each of the sub-tokens."""
-    for name in _PER_SUB_TOKEN:
-      value = getattr(self, name)
-      if isinstance(value, tuple) and len(value) != factors:
-        raise ValueError(
-          f"{name}={value}: this model has {factors} sub-tokens. Give one"
-          " number, or one for each of them."
-        )
-
-  def sub_token(self, f: int) -> SamplingConfig:
-    """The settings of sub-token f alone."""
-    values = {name: getattr(self, name) for name in _PER_SUB_TOKEN}
-    own = {n: v[f] for n, v in values.items() if isinstance(v, tuple)}
-    return dataclasses.replace(self, **own)
-
-  @property
-  def guided(self) -> bool:
-    return bool((np.asarray(self.guidance) != 1).any())
-
-
-def guidance_scales(
-  config: SamplingConfig, num_tokens: int, factors: int = 1
-) -> Float[np.ndarray, "T F"]:
-  """The guidance scale of each sub-token; 1 where it is unguided.
-
-  With the power-cosine rise (Yu et al., arXiv:2411.00776) the first token is
-  unguided, and the last nearly has the whole scale.
-  """
-  token = np.arange(num_tokens)
-  rise = (token / num_tokens) ** config.guidance_power  # 0^0 is 1: constant
-  rise = (1 - np.cos(np.pi * rise)) / 2
-  scale = np.broadcast_to(np.asarray(config.guidance), (factors,))
-  scales = 1 + (scale - 1) * rise[:, None]
-  if config.guidance_interval is not None:
-    first, end = config.guidance_interval
-    scales[(token < first) | (token >= end)] = 1.0
-  return scales.astype(np.float32)
-
-
-def guide(
-  logits: Float[Array, "both *n V"], scale: Float[Array, ""]
-) -> Float[Array, "half *n V"]:
-  """uncond + scale (cond - uncond) of a [cond | uncond] batch; cond at 1."""
-  cond, uncond = jnp.split(logits, 2)
-  return jnp.where(scale == 1, cond, uncond + scale * (cond - uncond))
-
-
-def filter_logits(
-  logits: Float[Array, "*n V"], config: SamplingConfig
-) -> Float[Array, "*n V"]:
-  """The logits with what top-k and top-p remove at -inf."""
-  vocab = logits.shape[-1]
-  if 0 < config.top_k < vocab:
-    kth = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
-    logits = jnp.where(logits < kth, -jnp.inf, logits)
-  if config.top_p < 1:
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
-    before = jnp.pad(before[..., :-1], [(0, 0)] * (before.ndim - 1) + [(1, 0)])
-    ranked = jnp.where(before > config.top_p, -jnp.inf, ranked)
-    inverse = jnp.argsort(order, axis=-1)
-    logits = jnp.take_along_axis(ranked, inverse, axis=-1)
-  return logits
-
-
-def token_probs(
-  logits: Float[Array, "*n V"], temperature: float, config: SamplingConfig
-) -> Float[Array, "*n V"]:
-  """What a token is drawn from, after temperature (not 0), top-k and top-p."""
-  logits = filter_logits(logits / max(temperature, 1e-5), config)
-  return jax.nn.softmax(logits, axis=-1)
-
-
-def draw_token(
-  uniform: Float[Array, "*n"],
-  logits: Float[Array, "*n V"],
-  temperature: float,
-  config: SamplingConfig,
-) -> Int[Array, "*n"]:
-  """One token of each distribution by inverting its CDF at `uniform`.
-
-  One uniform number a token: V Gumbel numbers would cost more than the head.
-  """
-  if temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  probs = token_probs(logits, temperature, config)
-  # A float32 cumulative sum may rise where a removed token adds nothing.
-  cdf = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
-  total = jnp.max(cdf, axis=-1, keepdims=True)
-  reached = cdf > uniform[..., None] * total
-  return jnp.argmax(reached, axis=-1).astype(jnp.int32)
 
 
 def _uniforms(
@@ -214,21 +52,11 @@ def _draw_window(model, hidden, keys, step, scale, config):
   for f in range(factors):
     both = jnp.concatenate([tokens, tokens]) if guided else tokens
     logits = model.logits(u, both)[f]
-    logits = guide(logits, scale[f]) if guided else logits
+    logits = drawing.guide(logits, scale[f]) if guided else logits
     kept.append(logits)
-    new = _draw_slots(uniform[..., f], logits, config.sub_token(f))
+    new = drawing.draw_slots(uniform[..., f], logits, config.sub_token(f))
     tokens = tokens.at[..., f].set(new)
   return tokens, tuple(kept)
-
-
-def _draw_slots(uniform, logits, config):
-  """A token for every slot [B, k], drafts at a temperature of their own."""
-  temperature, draft = config.temperature, config.draft_temperature
-  if draft in (None, temperature) or logits.shape[1] == 1:
-    return draw_token(uniform, logits, temperature, config)
-  first = draw_token(uniform[:, :1], logits[:, :1], temperature, config)
-  rest = draw_token(uniform[:, 1:], logits[:, 1:], draft, config)
-  return jnp.concatenate([first, rest], axis=1)
 
 
 def _place(cond) -> tuple[str, Mesh | None]:
@@ -247,11 +75,14 @@ def _place(cond) -> tuple[str, Mesh | None]:
   return platform, place.mesh
 
 
+_UNGUIDED = dict(guidance=1.0, guidance_power=0.0, guidance_interval=None)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "how"))
 def _generate(graphdef, state, cond, null, rng, image_index, scales, path, how):
-  """`how` is (SamplingConfig, whether to unroll the layers, mesh)."""
-  config, unrolled, mesh = how
-  run = functools.partial(_generate_rows, graphdef, config, unrolled)
+  """`how` is (SamplingConfig, whether it is for a CPU, mesh)."""
+  config, on_cpu, mesh = how
+  run = functools.partial(_generate_rows, graphdef, config, on_cpu)
   if mesh:
     # Left to the partitioner, [cond | null] would be one batch to split, and
     # the halves of an image would meet across devices at every token. Rows are
@@ -270,11 +101,11 @@ def _generate(graphdef, state, cond, null, rng, image_index, scales, path, how):
 
 
 def _generate_rows(
-  graphdef, config, unrolled, state, cond, null, rng, image_index, scales, path
+  graphdef, config, on_cpu, state, cond, null, rng, image_index, scales, path
 ):
   """Samples of the rows of one device, or of those that share its rows."""
   model = nnx.merge(graphdef, state)
-  model = layers.unroll(model) if unrolled else model
+  model = layers.for_decoding(model) if on_cpu else model
   keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(image_index)
   guided = null is not None
   if guided:
@@ -380,7 +211,9 @@ def _arguments(model, conds, rng, config, image_index=None, path=None):
       " condition."
     )
   config.check(len(model.vocab_sizes))
-  scales = guidance_scales(config, model.num_tokens, len(model.vocab_sizes))
+  scales = drawing.guidance_scales(
+    config, model.num_tokens, len(model.vocab_sizes)
+  )
   if null is None and config.guided:
     raise ValueError(
       f"guidance={config.guidance} needs the unconditional half: pass"

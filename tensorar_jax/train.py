@@ -42,9 +42,9 @@ from tensorar_jax import (
 )
 from tensorar_jax.checkpoints import orbax_io, torch_import
 from tensorar_jax.data import codes, pipeline, sources
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.interfaces import Batch
 from tensorar_jax.noising import NoiseConfig
-from tensorar_jax.sampling import SamplingConfig
 
 # Keys of the `train` section that change what is written, not what is learned.
 # (`accumulate` changes which noise is drawn, `remat` the last digits.)

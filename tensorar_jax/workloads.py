@@ -25,6 +25,7 @@ from flax import nnx
 
 from tensorar_jax import (
   build,
+  drawing,
   flops,
   machine,
   optim,
@@ -146,7 +147,7 @@ class Workloads:
     """The generation of a batch: prefill and all steps, one program."""
     model = self.model(window, depth)
     config = build.call(
-      *(sampling.SamplingConfig, self.stage.get("sampling", {}), "sampling")
+      *(drawing.SamplingConfig, self.stage.get("sampling", {}), "sampling")
     )
     if guided != config.guided:
       scale = GUIDANCE if guided else 1.0

@@ -48,7 +48,7 @@ LAYERS = (
   {"tensorar", "losses", "transformer", "text.t5"},
   {
     *("windows", "noising", "layers", "convolutions", "flops", "machine"),
-    "targets",
+    *("targets", "drawing"),
     *("conditioning", "preemption", "resumable", "text.captions"),
   },
   {"attention"},

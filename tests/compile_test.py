@@ -129,7 +129,7 @@ def test_the_table_of_chips_knows_its_devices():
   assert hardware.of(HERE[0]) is None
 
 
-def test_the_target_decides_whether_layers_are_unrolled():
+def test_the_target_decides_how_layers_are_decoded():
   """Not the devices that are here."""
   device = types.SimpleNamespace(platform="tpu")
   place = types.SimpleNamespace(device_set=[device])

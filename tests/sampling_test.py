@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tensorar_jax import layers, sampling, windows
-from tensorar_jax.sampling import SamplingConfig
+from tensorar_jax import drawing, layers, sampling, windows
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.tensorar import TensorAR
 from tests import programs, tiny
 
@@ -36,7 +36,7 @@ def test_both_cache_layouts_compute_the_same():
   model, cond = tiny.wrapped(2), tiny.cond()
   x = jax.random.normal(jax.random.key(0), (2, 8, 16))
   want = programs.forward(model.backbone, cond, x)
-  for layout in (model, layers.unroll(model)):
+  for layout in (model, layers.for_decoding(model)):
     got = programs.cached(layout.backbone, cond, x)
     np.testing.assert_allclose(got, want, atol=2e-5)
 
@@ -105,7 +105,7 @@ def test_guidance_combines_and_the_interval_switches_it_off():
   want = want.at[:, 4:].set(rows[0][:, 4:])
   np.testing.assert_allclose(out.logits[0], want, atol=1e-3)
   np.testing.assert_array_equal(
-    sampling.guidance_scales(
+    drawing.guidance_scales(
       SamplingConfig(guidance=3.0, guidance_interval=(2, 4)), 6
     )[:, 0],
     [1, 1, 3, 3, 1, 1],
@@ -116,7 +116,7 @@ def test_power_cosine_guidance_is_the_published_schedule(parity):
   io = np.load(parity / "rar" / "schedules" / "io.npz")
   for i, (scale, power, steps) in enumerate(io["cfg_params"]):
     config = SamplingConfig(guidance=scale, guidance_power=power)
-    got = sampling.guidance_scales(config, int(steps))[:, 0]
+    got = drawing.guidance_scales(config, int(steps))[:, 0]
     np.testing.assert_allclose(got, io[f"cfg_{i:02d}"], rtol=1e-6)
 
 
@@ -130,7 +130,7 @@ def test_settings_may_differ_between_sub_tokens():
   assert first.top_p == second.top_p == 1.0
   assert config.guided and hash(config) == hash(config)
   np.testing.assert_allclose(
-    sampling.guidance_scales(config, 3, 2), [[1.9, 2.0]] * 3
+    drawing.guidance_scales(config, 3, 2), [[1.9, 2.0]] * 3
   )
   config.check(2)
   with pytest.raises(ValueError, match="this model has 1 sub-tokens"):
@@ -161,7 +161,7 @@ def test_draws_follow_the_filtered_distribution():
   batch = jnp.broadcast_to(logits, (4000, 5))
 
   def frequencies(config, temperature=1.0):
-    draws = sampling.draw_token(uniform, batch, temperature, config)
+    draws = drawing.draw_token(uniform, batch, temperature, config)
     return np.bincount(draws, minlength=5) / 4000
 
   np.testing.assert_allclose(
@@ -230,9 +230,9 @@ def test_no_removed_token_is_ever_drawn():
   logits = jax.random.normal(jax.random.key(0), (4, 16384)) * 2
   config = SamplingConfig(top_k=2000)
   even = np.linspace(0, 1 - 2**-24, 4000, dtype=np.float32)
-  draw = lambda u, row: sampling.draw_token(u, row, 1.0, config)
+  draw = lambda u, row: drawing.draw_token(u, row, 1.0, config)
   for row in logits:
-    probs = sampling.token_probs(row, 1.0, config)
+    probs = drawing.token_probs(row, 1.0, config)
     cdf = np.asarray(jnp.cumsum(probs))
     # Where the sum rises although a removed token adds nothing.
     rises = (probs[1:] == 0) & (cdf[1:] > cdf[:-1])

@@ -32,11 +32,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import losses, objective, sampling, windows
+from tensorar_jax import drawing, losses, objective, sampling, windows
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.evaluation import samples
 from tensorar_jax.interfaces import Batch, Conditioning
 from tensorar_jax.noising import NoiseConfig
-from tensorar_jax.sampling import SamplingConfig
 from tensorar_jax.tensorar import TensorAR
 
 SEED = 2**21  # apart from every seed that images are measured with
@@ -101,7 +101,7 @@ def entropy(
     own = config.sub_token(f)
     if own.temperature == 0:  # nothing is left to chance
       continue
-    probs = sampling.token_probs(one, own.temperature, own)
+    probs = drawing.token_probs(one, own.temperature, own)
     logs = jnp.log(jnp.where(probs > 0, probs, 1.0))
     total -= jnp.sum(probs * logs, axis=-1)
   return total

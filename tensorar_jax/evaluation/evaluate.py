@@ -22,9 +22,9 @@ from flax import nnx
 from tensorar_jax import build, metrics, resumable, train
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import pipeline, sources
+from tensorar_jax.drawing import Guidance, SamplingConfig
 from tensorar_jax.evaluation import diagnostics, samples, scores
 from tensorar_jax.noising import NoiseConfig
-from tensorar_jax.sampling import Guidance, SamplingConfig
 
 SCAN_SEED = 2**20  # of the guidance scan, apart from every measured seed
 

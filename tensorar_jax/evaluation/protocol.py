@@ -29,6 +29,7 @@ import numpy as np
 from absl import logging
 
 from tensorar_jax import processes, resumable, visualize
+from tensorar_jax.drawing import Guidance
 from tensorar_jax.evaluation import (
   adm,
   extractor,
@@ -37,7 +38,6 @@ from tensorar_jax.evaluation import (
   sample_files,
   scores,
 )
-from tensorar_jax.sampling import Guidance
 
 FORMAT = 1
 SHARD_SIZE = 512  # images: what a killed run may lose

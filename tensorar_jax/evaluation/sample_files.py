@@ -38,9 +38,9 @@ from jaxtyping import Int, UInt8
 from tensorar_jax import build, resumable, sharding, visualize
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import encoder
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.evaluation import npz, samples
 from tensorar_jax.interfaces import Samples, Tokenizer
-from tensorar_jax.sampling import SamplingConfig
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from tensorar_jax import sampling, sharding, windows
+from tensorar_jax import drawing, sampling, sharding, windows
 from tensorar_jax.evaluation.resize import resize_bicubic
 from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.tensorar import TensorAR
@@ -78,7 +78,7 @@ class Sampler:
 
   model: TensorAR
   conditioning: Conditioning
-  config: sampling.SamplingConfig
+  config: drawing.SamplingConfig
   seed: int
   mesh: Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
@@ -135,7 +135,7 @@ def generate(
   conditioning: Conditioning,
   labels: Int[np.ndarray, "n"],
   seed: int,
-  config: sampling.SamplingConfig,
+  config: drawing.SamplingConfig,
   batch_size: int,
 ) -> Iterator[sampling.Samples]:
   """Samples for each label, a batch at a time, the last one cut to size.

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import conditioning, layers, sampling, weights
+from tensorar_jax import conditioning, drawing, layers, weights
 from tensorar_jax.backbones import llamagen
 from tests import programs, tiny
 from tests.backbones.llamagen_case import Case, close
@@ -107,7 +107,7 @@ def test_filters(parity):
     # A published top_k above the vocabulary keeps all of it.
     config = tj.SamplingConfig(top_k=int(top_k), top_p=float(top_p))
     scaled = logits / max(float(temperature), 1e-5)
-    got = sampling.filter_logits(scaled, config)
+    got = drawing.filter_logits(scaled, config)
     want = io[f"filter_out_{i}"]
     np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
     close(got, want, 1e-4 * max(1, np.abs(want[np.isfinite(want)]).max()))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tensorar_jax as tj
-from tensorar_jax import layers, losses, sampling, weights
+from tensorar_jax import attention, drawing, layers, losses, sampling, weights
 from tensorar_jax.backbones import open_magvit2
 from tensorar_jax.checkpoints import torch_export, torch_import
 from tests import programs
@@ -49,7 +49,8 @@ def spatial_taps(case):
   x = jnp.concatenate([start, x], axis=1)
   block = model.blocks.each()[0]
   rotate = model.config.rotation(jnp.arange(x.shape[1]), prefix=1)
-  mask = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
+  rows = jnp.arange(x.shape[1])
+  mask = attention.causal_mask(rows, len(rows), None)
   norm = block.attention_norm(x)
   mixed, _ = block.attention(norm, rotate, mask)
   states, _ = programs.states(model, case.cond, x[:, 1:])
@@ -89,7 +90,7 @@ def teacher_forced(case):
   null = case.logits(case.null, case.tokens)
   scales = jnp.asarray(case.input("cfg_scale"), jnp.float32)
   guided = [
-    sampling.guide(jnp.concatenate(both), scale)
+    drawing.guide(jnp.concatenate(both), scale)
     for *both, scale in zip(cond, null, scales, strict=True)
   ]
   return {
@@ -115,7 +116,7 @@ def cached(case):
   both = jax.tree.map(lambda *a: jnp.concatenate(a), case.cond, case.null)
   _, doubled = rows(both, jnp.concatenate([tokens, tokens]))
   scales = jnp.asarray(case.input("cfg_scale"), jnp.float32)
-  guided = [sampling.guide(a, s) for a, s in zip(doubled, scales, strict=True)]
+  guided = [drawing.guide(a, s) for a, s in zip(doubled, scales, strict=True)]
   return {
     "kv_context": hidden,
     **halves("kv_logits", plain),
@@ -166,7 +167,7 @@ def sampled(case):
     for f, logits in enumerate(out.logits):
       config = tj.SamplingConfig(**options).sub_token(f)
       scaled = logits[:, :, 0] / config.temperature
-      probs.append(jax.nn.softmax(sampling.filter_logits(scaled, config)))
+      probs.append(jax.nn.softmax(drawing.filter_logits(scaled, config)))
     arrays |= halves(name, (out.tokens[..., 0], out.tokens[..., 1]))
     arrays |= halves(f"{name}_probs", probs)
   return arrays
@@ -179,7 +180,7 @@ def filters(case):
     for top_k, top_p in case.input("filter_settings")
   ]
   return {
-    f"filter_out_{i}": sampling.filter_logits(logits, config)
+    f"filter_out_{i}": drawing.filter_logits(logits, config)
     for i, config in enumerate(configs)
   }
 

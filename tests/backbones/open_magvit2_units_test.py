@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import layers, weights
+from tensorar_jax import attention, layers, weights
 from tensorar_jax.backbones import open_magvit2
 from tests import programs, tiny
 from tests.contract import families
@@ -42,7 +42,7 @@ def test_the_inner_steps_are_a_plain_causal_transformer(fields):
   pairs = [hidden, model.token_embeds[0](tokens[..., 0])]
   x = jnp.stack(pairs, axis=2).reshape(-1, 2, 24)
   rotate = model.config.rotation(jnp.arange(2), prefix=1)
-  mask = jnp.tril(jnp.ones((2, 2), bool))
+  mask = attention.causal_mask(jnp.arange(2), 2, None)
 
   @jax.jit
   def plain(block, x):
@@ -69,7 +69,7 @@ def test_fewer_key_heads_decode_what_they_were_taught():
 def test_the_first_sub_token_costs_one_step(unrolled, optimised):
   """And a call for each sub-token costs no more than one for both."""
   model = model_with(width=48, mlp_multiple=64)
-  model = layers.unroll(model) if unrolled else model
+  model = layers.for_decoding(model) if unrolled else model
   hidden, tokens = jnp.ones((7, 48)), jnp.zeros((7, 2), jnp.int32)
 
   def flops(run):

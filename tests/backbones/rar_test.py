@@ -12,8 +12,8 @@ from flax import nnx
 import tensorar_jax as tj
 from tensorar_jax import (
   conditioning,
+  drawing,
   losses,
-  sampling,
   weights,
 )
 from tensorar_jax.backbones import rar
@@ -130,7 +130,7 @@ class Case:
         jax.random.key(0),
         config,
       )
-      factors = sampling.guidance_scales(config, self.model.num_tokens)
+      factors = drawing.guidance_scales(config, self.model.num_tokens)
       out[setting["name"]] = setting, factors, samples
     return out
 

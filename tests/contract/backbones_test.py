@@ -8,6 +8,7 @@ from flax import nnx
 
 from tensorar_jax import (
   conditioning,
+  drawing,
   interfaces,
   layers,
   sampling,
@@ -39,7 +40,7 @@ def test_cache_equals_forward(name, unrolled):
   model, cond = families.backbone(name), families.cond(name)
   x = programs.embed(model, inputs(model)[:, :-1])
   want = programs.forward(model, cond, x)
-  model = layers.unroll(model) if unrolled else model
+  model = layers.for_decoding(model) if unrolled else model
   got = programs.cached(model, cond, x)
   np.testing.assert_allclose(got, want, atol=5e-5)
 
@@ -113,7 +114,7 @@ def test_it_wraps_and_samples(name):
   base = families.backbone(name)
   model = TensorAR(base, window=3, rngs=nnx.Rngs(0))
   cond = families.cond(name)
-  config = sampling.SamplingConfig(guidance=2.0)
+  config = drawing.SamplingConfig(guidance=2.0)
   args = (cond, conditioning.null(cond), jax.random.key(0), config)
   out = sampling.generate(model, *args)
   want = sampling.generate(TensorAR(base), *args)

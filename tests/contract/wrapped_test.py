@@ -9,6 +9,7 @@ from flax import nnx
 
 from tensorar_jax import (
   conditioning,
+  drawing,
   noising,
   objective,
   sampling,
@@ -121,7 +122,7 @@ def test_sampled_tokens_become_images(name):
   tokenizer = families.tokenizer(families.TOKENIZER_OF[name])
   assert tokenizer.vocab_sizes == base.vocab_sizes
   model = TensorAR(base, window=3, rngs=nnx.Rngs(0))
-  config = sampling.SamplingConfig(guidance=2.0, guidance_power=1.0, top_k=3)
+  config = drawing.SamplingConfig(guidance=2.0, guidance_power=1.0, top_k=3)
   cond = families.cond(name)
   out = sampling.generate(
     model, cond, conditioning.null(cond), jax.random.key(0), config

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tensorar_jax import (
   attention,
   build,
+  drawing,
   layers,
   optim,
   sampling,
@@ -106,7 +107,7 @@ def sample_on(mesh) -> dict:
   """Guided samples of eight images, their logits, and what devices say."""
   model, cond = tiny.wrapped(3), tiny.cond(8)
   null = tiny.CLASSES.null(cond)
-  config = sampling.SamplingConfig(guidance=1.5, return_logits=True)
+  config = drawing.SamplingConfig(guidance=1.5, return_logits=True)
   if mesh.size > 1:
     model = sharding.shard(model, mesh)
     cond, null = jax.device_put((cond, null), sharding.rows(mesh))

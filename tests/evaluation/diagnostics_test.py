@@ -9,9 +9,9 @@ import pytest
 import scipy.stats
 
 from tensorar_jax import sampling, weights, windows
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.evaluation import diagnostics
 from tensorar_jax.noising import NoiseConfig
-from tensorar_jax.sampling import SamplingConfig
 from tensorar_jax.tensorar import TensorAR
 from tests import programs, tiny
 from tests.contract import families

@@ -15,8 +15,8 @@ from PIL import Image
 
 from tensorar_jax import train
 from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.evaluation import npz, sample_files, samples
-from tensorar_jax.sampling import SamplingConfig
 from tensorar_jax.tokenizers import pixels
 from tests import tiny, train_test
 

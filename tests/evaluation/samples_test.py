@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.evaluation import samples
-from tensorar_jax.sampling import SamplingConfig
 from tensorar_jax.tokenizers import pixels
 from tests import tiny
 
