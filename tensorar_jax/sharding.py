@@ -17,7 +17,6 @@ left out there. Names, not annotations: a model knows nothing of a mesh but for
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -301,22 +300,10 @@ def gather(model: nnx.Module) -> nnx.Module:
   places, found = specs(model), {**params, **frozen}
   for path, array in found.items():
     if "/stacked/" not in path:
-      axes = (None,) * (array.ndim - len(places[path])) + tuple(places[path])
-      whole = tuple(_without(one, "fsdp") for one in axes)
-      found[path] = checkpoint_name(_gather(array, axes, whole), GATHERED)
+      axes = [_without(one, "fsdp") for one in places[path]]
+      axes = [None] * (array.ndim - len(axes)) + axes
+      found[path] = checkpoint_name(constrain(array, *axes), GATHERED)
   return skeleton.merge(found)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x, split, whole):
-  """x, split as `whole` says; its gradient as `split`, summed part by part."""
-  return constrain(x, *whole)
-
-
-_gather.defvjp(
-  lambda x, split, whole: (_gather(x, split, whole), None),
-  lambda split, whole, _, g: (constrain(g, *split),),
-)
 
 
 def _without(axes: Any, name: str) -> tuple[str, ...]:
