@@ -134,6 +134,11 @@ def _status(key: str) -> int | None:
   return int(lines[key].split()[0]) * 1024 if key in lines else None
 
 
+def resident() -> int | None:
+  """Bytes of memory that this process holds."""
+  return _status("VmRSS")
+
+
 def watched(run: Callable[[], None], count: int) -> dict[str, float | None]:
   """{"seconds", "extra_bytes"} of so many runs; seconds are their mean.
 

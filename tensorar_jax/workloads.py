@@ -28,7 +28,6 @@ from tensorar_jax import (
   drawing,
   flops,
   machine,
-  optim,
   sampling,
   sharding,
   train,
@@ -192,28 +191,19 @@ class Workloads:
     Only one such step may still have to be compiled; see `make_train_step`.
     """
     stage, mesh = self._with(window, depth), self.mesh
-    optimiser = build.call(optim.OptimConfig, stage["optim"], "optim")
-    tx = optim.make(optimiser, stage["train"]["num_steps"])
-    decay = optimiser.ema_decay
     # Its own weights: the step gives them away.
     model = build.initial_model(stage, self.workdir, mesh)
     task = train.make_task(stage, self.workdir, model, images=False)
-    like = train_step.state_layout(model, tx, decay > 0, mesh)
-    skeleton, state = train_step.init_state(
-      model, tx, stage["seed"], decay > 0, mesh
-    )
-    step = train_step.make_train_step(skeleton, task.loss, tx, decay, like)
+    tx, like = train.make_layout(stage, model, mesh)
+    averaged = like.ema is not None
+    _, state = train_step.init_state(model, tx, stage["seed"], averaged, mesh)
+    step, count = train.make_step(stage, model, task, tx, like)
     shape = (batch, model.num_tokens, len(model.vocab_sizes))
     batch_ = {"tokens": np.zeros(shape, np.int32), "cond": self.rows(batch)}
     batch_ = jax.device_put(batch_, sharding.rows(mesh))
-
-    def loss(params):
-      model, rng = skeleton.merge(params, state.frozen), state.rng
-      return task.loss(model, None, batch_, rng, jnp.zeros((), jnp.int32))[0]
-
     work = Work(
       *("train", batch, window, depth, False, model.num_tokens),
-      flops=flops.training_flops(loss, state.params),
+      flops=count(state, task.context, batch_),
     )
 
     def run():

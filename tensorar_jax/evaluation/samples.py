@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from tensorar_jax import drawing, sampling, sharding, windows
@@ -23,6 +23,7 @@ from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.tensorar import TensorAR
 
 STRIPS = 6  # images in a refinement strip
+DECODED = 8  # images that a device decodes at once: activations are large
 
 
 def to_uint8(
@@ -36,12 +37,26 @@ def to_uint8(
   return jnp.clip(127.5 * images + offset, 0, 255).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "size"))
-def _decode(graphdef, state, tokens, size):
-  tokenizer = nnx.merge(graphdef, state)
-  images = tokenizer.decode(tokens)
-  images = resize_bicubic(images, size) if size else images
-  return to_uint8(images, tokenizer.uint8_offset)
+@functools.partial(jax.jit, static_argnames=("graphdef", "size", "mesh"))
+def _decode(graphdef, state, tokens, size, mesh=None):
+  def some(state, tokens):
+    tokenizer = nnx.merge(graphdef, state)
+    images = tokenizer.decode(tokens)
+    images = resize_bicubic(images, size) if size else images
+    return to_uint8(images, tokenizer.uint8_offset)
+
+  def of_device(state, tokens):
+    if len(tokens) <= DECODED:
+      return some(state, tokens)
+    one = lambda token: some(state, token[None])[0]
+    return jax.lax.map(one, tokens, batch_size=DECODED)
+
+  if mesh is None:
+    return of_device(state, tokens)
+  whole, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
+  return jax.shard_map(
+    *(of_device,), mesh=mesh, in_specs=(whole, rows), out_specs=rows
+  )(state, tokens)
 
 
 def decode(
@@ -115,7 +130,7 @@ class Sampler:
     """(images, samples) a batch at a time, the next one always under way."""
     graphdef, state = nnx.split(sharding.replicate(tokenizer, self.mesh))
     started = (
-      (_decode(graphdef, state, out.tokens, size), out, count)
+      (_decode(graphdef, state, out.tokens, size, self.mesh), out, count)
       for out, count in self.batches(labels, batch_size, first)
     )
     # The None at the end takes the last batch out.
