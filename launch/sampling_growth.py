@@ -3,9 +3,9 @@
   python -m launch.sampling_growth --batches=200
 
 Times generation of one guided image of 256, 576 and 1,024 tokens by a model of
---width and --layers. Then draws many batches of one size, and compares the first
-tenth, without the very first ones, with the last: seconds a batch, memory of the
-process, compiled programs.
+--width and --layers. Then draws many batches of one size, and compares the
+second tenth of them with the last one: seconds a batch, memory of the process,
+compiled programs.
 """
 
 from __future__ import annotations

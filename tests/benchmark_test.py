@@ -1,7 +1,6 @@
 """What a benchmark says follows from what it timed, and it runs to its end."""
 
 import dataclasses
-import importlib.util
 import json
 
 import numpy as np
@@ -20,7 +19,6 @@ from tensorar_jax.workloads import Case, Work
 from tests import tiny
 from tests.e2e import tiny_digits
 
-HAS_PEER = all(map(importlib.util.find_spec, peer_torch.PACKAGES))
 WORK = Work("decode", 2, 1, 1, True, tokens=10, flops=60, bytes=30)
 
 
@@ -171,7 +169,7 @@ def quick(monkeypatch):
 
 
 def test_a_run_leaves_its_files_and_numbers(tmp_path, quick, capsys):
-  peer = "torch" if HAS_PEER else None
+  peer = "torch"
   settings = benchmark.Settings(
     (1,), windows=(1, 2), depths=(1,), rounds=2, train_batch=1, peer=peer
   )
@@ -218,7 +216,6 @@ def test_what_fails_is_a_line_of_the_table(tmp_path):
 # --- the peer ----------------------------------------------------------------
 
 
-@pytest.mark.skipif(not HAS_PEER, reason="requirements-peer.txt")
 def test_the_peer_draws_with_the_same_settings():
   import torch
 
