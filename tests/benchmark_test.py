@@ -169,9 +169,8 @@ def quick(monkeypatch):
 
 
 def test_a_run_leaves_its_files_and_numbers(tmp_path, quick, capsys):
-  peer = "torch"
   settings = benchmark.Settings(
-    (1,), windows=(1, 2), depths=(1,), rounds=2, train_batch=1, peer=peer
+    (1,), windows=(1, 2), depths=(1,), rounds=2, train_batch=1, peer="torch"
   )
   folder = benchmark.run(digits(), tmp_path, settings, stage="base")
   assert folder == tmp_path / "benchmark" / "000"
@@ -182,13 +181,12 @@ def test_a_run_leaves_its_files_and_numbers(tmp_path, quick, capsys):
     *("decode 2x1 k=1", "decode 2x1 k=2 depth 1", "decode 1x1 k=1"),
     *("tokenizer 1", "train 1 k=1"),
   ]
-  if peer:
-    assert ("decode 2x1 k=1", "torch eager") in programs
-    assert ("train 1 k=1", "torch eager") in programs
+  assert ("decode 2x1 k=1", "torch eager") in programs
+  assert ("train 1 k=1", "torch eager") in programs
   for case in found["cases"]:
     assert "error" not in case and len(case["seconds"]) == 2
     assert (np.array(case["seconds"]) > 0).all()
-  assert len(found["ratios"]) == (3 if peer else 1)
+  assert len(found["ratios"]) == 3
   page = (folder / "benchmark.md").read_text()
   printed = capsys.readouterr().out
   assert all(name in page and name in printed for name, _ in programs)
