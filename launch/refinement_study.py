@@ -44,7 +44,7 @@ from absl import app, flags, logging
 from launch import refinement_report
 from tensorar_jax import build, metrics, train
 from tensorar_jax.checkpoints import orbax_io
-from tensorar_jax.evaluation import diagnostics, evaluate
+from tensorar_jax.evaluation import diagnostics, evaluate, yardsticks
 
 _FOLDER = flags.DEFINE_string(
   "folder", "runs/refinement_study", "Where models are trained."
@@ -203,9 +203,7 @@ class Study:
     self._train(run.stage)
     stage, folder = self.stages[run.stage], self.folder / run.stage
     subject = evaluate.Subject(run.stage, stage, folder)
-    found = evaluate.measure_model(
-      subject, self.yardstick, self.settings, self.classifier
-    )
+    found = evaluate.measure_model(subject, self.yardstick, self.settings)
     values = {
       name: value["values"][0] if isinstance(value, dict) else value
       for name, value in found["metrics"].items()
@@ -226,18 +224,9 @@ class Study:
     return record | {"seconds": round(time.monotonic() - started, 1)}
 
   @functools.cached_property
-  def yardstick(self) -> evaluate.Yardstick:
-    name = self.settings.classifier
-    self._train(name)
-    model = build.load_stage(self.stages[name], self.folder / name)
-    limit = self.settings.real_images
-    return evaluate.Yardstick(model, self.stages[name], limit)
-
-  @functools.cached_property
-  def classifier(self) -> str:
-    """The id of the yardstick's weights."""
-    folder = self.folder / self.settings.classifier
-    return orbax_io.read_meta(orbax_io.find(folder))["id"]
+  def yardstick(self) -> yardsticks.ByClassifier:
+    self._train(self.settings.classifier)
+    return yardsticks.ByClassifier(self.stages, self.settings, self.folder)
 
   def _train(self, name: str) -> None:
     """Trains a stage, after what it starts from."""
@@ -269,11 +258,12 @@ class Study:
     # Beyond the scan this is its end; the record shows the entropy reached.
     temperature = float(np.interp(entropy, *zip(*scan)))
     sampler = self._sampler("continued", temperature)
-    drawn = sampler.draw(scale, SEED, self.settings.num_images)
+    labels = self.yardstick.labels(0, self.settings.num_images)
+    drawn = sampler.draw(scale, SEED, labels)
     return {
       "temperature": temperature,
       "entropy": self._entropy("continued", temperature, scale),
-      **self.yardstick.measure(drawn["images"], drawn["labels"]),
+      **self.yardstick.measure_set(drawn["images"], labels),
     }
 
 

@@ -17,6 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -39,14 +40,14 @@ class Mask:
   """
 
   visible: Bool[Array, "*B M S"]
-  is_padding: Bool[Array, "B P"] | None = None
+  is_padding: Bool[Array | np.ndarray, "B P"] | None = None
   is_whole: bool = struct.field(pytree_node=False, default=False)
 
 
 def causal_mask(
   rows: Int[Array, "M"],
   length: int,
-  is_padding: Bool[Array, "B P"] | None,
+  is_padding: Bool[Array | np.ndarray, "B P"] | None,
 ) -> Mask:
   """Row `rows[m]` of a sequence sees keys 0 .. rows[m], but for padding.
 

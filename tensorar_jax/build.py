@@ -29,7 +29,9 @@ from tensorar_jax import sharding
 from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import ClassConditioning, TextConditioning
+from tensorar_jax.interfaces import TextEncoder
 from tensorar_jax.tensorar import TensorAR
+from tensorar_jax.text.encoder import import_text_encoder
 
 CONDITIONINGS = {"class": ClassConditioning, "text": TextConditioning}
 # What each objective's training depends on; the rest of a config may change.
@@ -153,21 +155,38 @@ def mesh_config(stage: Mapping) -> sharding.MeshConfig:
   return call(sharding.MeshConfig, stage.get("mesh", {}), "mesh")
 
 
-def check_drawable(name: str, stage: Mapping) -> None:
-  """ValueError unless images of the stage can be drawn class by class."""
-  section = stage["conditioning"]
-  if not isinstance(conditioning(section), ClassConditioning):
+def _words(name: str, texts: TextConditioning, mesh: Mesh | None):
+  words = family("text", "words")
+  return words.WordEncoder(width=texts.width, length=texts.length)
+
+
+def _t5(path: str, texts: TextConditioning, mesh: Mesh | None):
+  return import_text_encoder(path, texts.encoder_dtype, texts.length, mesh)
+
+
+TEXT_ENCODERS = {"t5": _t5, "words": _words}
+
+
+def text_encoder(section: Mapping, mesh: Mesh | None = None) -> TextEncoder:
+  """What the conditioning's `encoder` names: a kind, or the folder of a T5."""
+  texts = conditioning(section)
+  if not getattr(texts, "encoder", ""):
     raise ValueError(
-      f"stage {name!r} makes images from the conditioning {section['name']!r}:"
-      " --mode=sample and --mode=evaluate draw classes, they do not read"
-      " prompts yet. Sample it from Python with tensorar_jax.generate."
+      f"{dict(section)}: expected an `encoder`, such as weights/flan-t5-xl."
     )
+  kind = texts.encoder if texts.encoder in TEXT_ENCODERS else "t5"
+  made = TEXT_ENCODERS[kind](texts.encoder, texts, mesh)
+  if (has := (made.width, made.length)) != (texts.width, texts.length):
+    raise ValueError(
+      f"{texts.encoder} encodes texts as (width, length) = {has}: set those of"
+      f" the conditioning, {texts.width} and {texts.length}."
+    )
+  return made
 
 
 def model(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
   """A freshly initialised model of a stage's objective."""
-  objective = config["objective"]
-  choose("objective", objective, OBJECTIVES)
+  choose("objective", objective := config["objective"], OBJECTIVES)
   if objective == "tokenizer":
     return component("tokenizers", config["tokenizer"], rngs)
   if objective == "classifier":
@@ -226,11 +245,8 @@ def parents(stage: Mapping) -> dict[str, str]:
 
 
 def _merge(shared: dict, override: dict, where: str) -> dict:
-  defaults = {
-    **{"objective": "tensorar", "init": None},
-    **{"source": None, "source_dtype": None},
-  }
-  merged = {**defaults, **copy.deepcopy(shared)}
+  empty = dict.fromkeys(("init", "source", "source_dtype"))
+  merged = {"objective": "tensorar", **empty, **copy.deepcopy(shared)}
   for key, value in override.items():
     choose(where, key, {s: s for s in SECTIONS - {"stages"}})
     if isinstance(value, dict) and isinstance(merged.get(key), dict):

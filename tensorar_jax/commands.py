@@ -11,26 +11,38 @@ import pathlib
 import jax
 from absl.flags import FlagValues as Flags
 
-from tensorar_jax import benchmark, build, compile, published, targets
+from tensorar_jax import (
+  benchmark,
+  build,
+  compile,
+  published,
+  sharding,
+  targets,
+)
 from tensorar_jax.data import codes, sources, tokenize
-from tensorar_jax.evaluation import protocol, sample_files
+from tensorar_jax.evaluation import protocol, request, sample_files
 
 
-def request(given: Flags, num_images: int):
+def asked(given: Flags, num_images: int) -> request.Request:
   """--num_images and the other flags that say which images."""
-  classes = given.classes
+  classes, prompts = given.classes, given.prompt
   try:
     classes = tuple(map(int, classes)) if classes is not None else None
   except ValueError as error:
     raise ValueError(f"--classes={classes}: expected integers.") from error
-  count = given.num_images or num_images
-  return sample_files.Request(count, classes, given.seed, given.resize)
+  if given.prompts is not None:
+    if prompts is not None:
+      raise ValueError("--prompts and --prompt: expected one or the other.")
+    prompts = request.read_prompts(pathlib.Path(given.prompts))
+  prompts = None if prompts is None else tuple(prompts)
+  count = given.num_images or (num_images if prompts is None else 4)
+  return request.Request(count, classes, given.seed, given.resize, prompts)
 
 
 def sample(given: Flags, stages: dict, folder: pathlib.Path) -> None:
   """--mode=sample."""
   sample_files.sample(
-    *(stages, folder, request(given, 100)),
+    *(stages, folder, asked(given, 100)),
     stage=given.stage,
     output=given.output,
     batch_size=given.batch_size,
@@ -65,6 +77,7 @@ def measure_stage(given: Flags, stages: dict, folder: pathlib.Path) -> None:
   if given.output:
     raise ValueError("--output: samples and metrics go to the stage's folder.")
   name = sample_files.drawable(stages, given.stage)
+  request.check_classes(name, stages[name])
   default = stages[name].get("sampling", {}).get("guidance", 1.0)
   scales = [default]
   if given.guidance is not None:
@@ -76,7 +89,7 @@ def measure_stage(given: Flags, stages: dict, folder: pathlib.Path) -> None:
       ) from error
     scales = [pair[0] if len(pair) == 1 else pair for pair in pairs]
   records = protocol.sweep(
-    *(make_judge(given), stages, folder, request(given, 50_000)),
+    *(make_judge(given), stages, folder, asked(given, 50_000)),
     stage=name,
     scales=scales,
     batch_size=given.batch_size,
@@ -98,6 +111,10 @@ def tokenize_images(given: Flags, stages: dict, folder: pathlib.Path) -> None:
   source = sources.load(given.images, "train")
   if isinstance(source, codes.TokenSource):
     raise ValueError(f"--images={given.images}: these are tokens already.")
+  text, section = None, stage["conditioning"]
+  if source.num_classes is None and build.conditioning(section).is_text:
+    mesh = sharding.local_mesh(build.mesh_config(stage))
+    text = build.text_encoder(section, mesh)
   tokenize.tokenize(
     source,
     tokenizer,
@@ -107,6 +124,7 @@ def tokenize_images(given: Flags, stages: dict, folder: pathlib.Path) -> None:
     crop_range=tuple(given.crop_range),
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    text=text,
   )
 
 

@@ -6,6 +6,8 @@ backbone's weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +94,8 @@ def refuse_order(cond: Cond) -> None:
 class ClassConditioning:
   """Class labels 0 .. num_classes - 1 as {"label": int32[B], "is_null"}."""
 
+  is_text = False
+
   def __init__(self, num_classes: int):
     if num_classes < 1:
       raise ValueError(f"num_classes={num_classes}: expected at least 1.")
@@ -131,13 +135,35 @@ class ClassConditioning:
 def align_right(
   features: Float[Array | np.ndarray, "B P E"],
   mask: Bool[Array | np.ndarray, "B P"],
-) -> tuple[Float[Array, "B P E"], Bool[Array, "B P"]]:
+) -> tuple[Float[Array | np.ndarray, "B P E"], Bool[Array | np.ndarray, "B P"]]:
   """Text whose real rows come last, in their order; the others are zero."""
+  # As for labels: what is on the host stays there.
+  xp = np if isinstance(features, np.ndarray) else jnp
   # False before True, each in the order it had: any layout is put right.
-  order = jnp.argsort(jnp.asarray(mask), axis=1, stable=True)
-  mask = jnp.take_along_axis(jnp.asarray(mask), order, axis=1)
-  features = jnp.take_along_axis(jnp.asarray(features), order[..., None], 1)
-  return jnp.where(mask[..., None], features, 0), mask
+  order = xp.argsort(xp.asarray(mask), axis=1, stable=True)
+  mask = xp.take_along_axis(xp.asarray(mask), order, axis=1)
+  features = xp.take_along_axis(features, order[..., None], axis=1)
+  return xp.where(mask[..., None], features, xp.zeros((), features.dtype)), mask
+
+
+def real_rows(
+  features: Float[Array | np.ndarray, "B P E"],
+  mask: Bool[Array | np.ndarray, "B P"],
+) -> list[Float[np.ndarray, "_ E"]]:
+  """The features of each text's own tokens, on the host; see `pad_left`."""
+  return [t[m] for t, m in zip(np.asarray(features), np.asarray(mask, bool))]
+
+
+def pad_left(
+  texts: Sequence[Float[np.ndarray, "_ E"]], length: int
+) -> tuple[Float[np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
+  """(features, mask) of texts of up to P = length rows, their own rows last."""
+  shape = (len(texts), length, texts[0].shape[1])
+  features = np.zeros(shape, texts[0].dtype)
+  for padded, text in zip(features, texts):
+    padded[length - len(text) :] = text
+  counts = np.array([len(text) for text in texts])
+  return features, np.arange(length) >= length - counts[:, None]
 
 
 class TextConditioning:
@@ -145,15 +171,31 @@ class TextConditioning:
 
   Texts of every length end where the image begins: their padding is on the
   left. Null rows keep it, as guidance compares two prefixes of one length.
+
+  Attributes:
+    width: features of a text token.
+    length: tokens of a text.
+    encoder: what turns captions and prompts into these features, for
+      `build.text_encoder`; a model that is given features needs none.
+    encoder_dtype: of its weights and computation.
   """
 
-  def __init__(self, width: int = 2048, length: int = 120):
+  is_text = True
+
+  def __init__(
+    self,
+    width: int = 2048,
+    length: int = 120,
+    encoder: str = "",
+    encoder_dtype: str = "bfloat16",
+  ):
     if min(width, length) < 1:
       raise ValueError(
         f"width={width}, length={length}: expected at least 1 of each, the"
         " features of a text token and the tokens of a text."
       )
     self.width, self.length = width, length
+    self.encoder, self.encoder_dtype = encoder, encoder_dtype
 
   def encode(self, raw) -> Cond:
     """The condition of (features [B, P, E], mask [B, P], true at real rows).
@@ -163,8 +205,9 @@ class TextConditioning:
     """
     features, mask = raw
     self._check(features, mask)
-    features, mask = align_right(features, jnp.asarray(mask, bool))
-    is_null = jnp.zeros(len(mask), bool)
+    array = np if isinstance(features, np.ndarray) else jnp
+    features, mask = align_right(features, array.asarray(mask, bool))
+    is_null = array.zeros(len(mask), bool)
     return {"text": features, "is_padding": ~mask, "is_null": is_null}
 
   def _check(self, features, mask):
@@ -203,7 +246,7 @@ class TextConditioning:
     # What stands in for an unreadable sample need not have a text.
     valid = np.asarray(batch["valid"], bool)
     cond = self.encode((batch["text"], mask | ~valid[:, None]))
-    return {**cond, "is_valid": jnp.asarray(valid)}
+    return {**cond, "is_valid": valid}
 
   def example(self) -> Cond:
     shape = (1, self.length, self.width)

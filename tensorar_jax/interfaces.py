@@ -19,12 +19,12 @@ factorise its vocabulary, so that nothing has to ask whether it does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # A condition: arrays with a leading batch axis. "is_null" (bool[B]) marks the
 # rows whose condition is replaced by the backbone's null embedding. "order"
@@ -150,8 +150,24 @@ class Tokenizer(Protocol):
 
 
 @runtime_checkable
+class TextEncoder(Protocol):
+  """Captions -> features of at most `length` tokens, `width` of each."""
+
+  width: int
+  length: int
+
+  def __call__(
+    self, captions: Sequence[str]
+  ) -> tuple[Float[Array | np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
+    """(features, mask, true at tokens); a bad caption is a ValueError."""
+    ...
+
+
+@runtime_checkable
 class Conditioning(Protocol):
   """What an image is made from: class labels, text."""
+
+  is_text: bool  # made of text features, not of labels
 
   def encode(self, raw: Any) -> Cond:
     """The condition for raw labels or prompts; bad input is a ValueError."""

@@ -8,8 +8,10 @@ Modes:
   sample     draw images from a trained stage: samples.npz as the ADM suite has
              it, manifest.json, a grid, the refinement strip, and PNGs. --stage,
              --num_images, --classes, --seed, --resize, --batch_size, --pngs,
-             --output=FOLDER or FILE.npz. The same command continues a run that
-             was stopped; all local devices share the work.
+             --output=FOLDER or FILE.npz. A stage that reads text takes
+             --prompts=FILE, a prompt a line, or --prompt=TEXT, and draws
+             --num_images of each. The same command continues a run that was
+             stopped; all local devices share the work.
   evaluate   measure samples. --samples=FILE.npz --reference=FILE.npz: FID,
              sFID, IS, precision and recall of images that any program made, as
              the ADM suite has them; no --config. --reference alone: those of a
@@ -19,8 +21,9 @@ Modes:
              for tiny images: metrics.json. --inception, --bootstrap, --output.
   visualize  draw the pictures and report.html from what is there.
   import     fill the stages that have a `source` from published PyTorch files.
-  tokenize   turn images into token shards: --images=folder:DIR (or tfds:NAME),
-             --output, --recipe=center|flip|ten_crop, --crop_range.
+  tokenize   turn images into token shards: --images=folder:DIR (or tfds:NAME;
+             with captions webdataset:DIR, captions:DIR), --output,
+             --recipe=center|flip|ten_crop, --crop_range.
   export     write a stage's base weights as published: --stage, --output.
   benchmark  measure speed on random weights, beside the machine's own limits:
              --stage, --batches, --windows, --depths, --rounds, --train_batch,
@@ -74,11 +77,18 @@ _STAGE = flags.DEFINE_string(
 _NUM_IMAGES = flags.DEFINE_integer(
   "num_images",
   None,
-  "How many images to sample. Default: 100; 50,000 for --reference.",
+  "How many images to sample. Default: 100; 50,000 for --reference. Of each"
+  " prompt, if there are prompts; default: 4.",
   lower_bound=1,
 )
 _CLASSES = flags.DEFINE_list(
   "classes", None, "Class ids to sample in turn. Default: all."
+)
+_PROMPTS = flags.DEFINE_string(
+  "prompts", None, "Text file in UTF-8 with a prompt to sample in each line."
+)
+_PROMPT = flags.DEFINE_multi_string(
+  "prompt", None, "A prompt to sample; may be given several times."
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size",
@@ -133,7 +143,9 @@ _GUIDANCE = flags.DEFINE_list(
   " sub-tokens. Default: the config's.",
 )
 _IMAGES = flags.DEFINE_string(
-  "images", None, "Images to tokenize: folder:DIR, or tfds:NAME."
+  "images",
+  None,
+  "Images to tokenize: folder:DIR, tfds:NAME; webdataset:DIR, captions:DIR.",
 )
 _RECIPE = flags.DEFINE_enum(
   "recipe", "ten_crop", ("center", "flip", "ten_crop"), "Crops to tokenize."

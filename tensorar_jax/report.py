@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tensorar_jax import build, metrics, visualize
+from tensorar_jax.data import shapes
 from tensorar_jax.evaluation import samples
 
 _ARROWS = {True: " \u2191", False: " \u2193", None: ""}  # higher is better
@@ -42,9 +43,10 @@ img { max-width: 100%; background: #fff; border-radius: 4px }
 _HIGHER = {
   **dict.fromkeys(("frechet", "fid", "sfid"), False),
   **dict.fromkeys(("accuracy", "precision", "recall", "inception_score"), True),
+  **dict.fromkeys(("overall", *shapes.CATEGORIES), True),
 }
 CAPTIONS = {
-  "samples.png": "Samples of every model; a row is a class.",
+  "samples.png": "Samples of every model; a row is a class, or a caption.",
   "refinement.png": (
     "The same images after each look. A picture after n looks shows every token"
     " as it stood when it had been drawn at most n times; outlined cells"
@@ -96,14 +98,14 @@ def draw(stages: Mapping[str, Mapping], workdir: pathlib.Path, command: str):
 
 
 def _draw_grids(found, path: pathlib.Path) -> None:
-  """Ten images of each class, a panel per model."""
+  """Up to ten images of each class or prompt, a panel per model."""
   grids = {}
   for name, data in found.items():
     images, labels = data["images"], data["labels"]
     classes = sorted(set(labels.tolist()))
     rows = [images[labels == c][:10] for c in classes]
     grids[name] = np.stack([row[: min(map(len, rows))] for row in rows])
-  visualize.save_sample_grids(path, grids, [str(c) for c in classes])
+  visualize.save_sample_grids(path, grids, data["names"][classes].tolist())
 
 
 def _draw_refinement(stages, found, workdir: pathlib.Path) -> None:

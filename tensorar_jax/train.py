@@ -131,9 +131,15 @@ def make_task(
     def own_loss(model, context, batch, rng, step):
       return model.loss(batch, rng)
 
-    return Task(own_loss, None, lambda batch: batch, 1)
+    def images_only(batch):  # no device holds a caption
+      return {n: value for n, value in batch.items() if n != "caption"}
+
+    return Task(own_loss, None, images_only, 1)
   tokenizer = build.frozen_tokenizer(stage, workdir) if images else None
   conditioning = build.conditioning(stage["conditioning"])
+  encode = None  # what has tokens on disk has features there, too
+  if images and conditioning.is_text:
+    encode = build.text_encoder(stage["conditioning"])
   noise = build.call(NoiseConfig, stage["noise"], "noise")
   config = build.call(objective.LossConfig, stage["loss"], "loss")
 
@@ -154,6 +160,9 @@ def make_task(
 
   def prepare(batch):
     read = {name: batch[name] for name in ("image", "tokens") if name in batch}
+    if encode and "caption" in batch:
+      text, mask = encode(batch["caption"].tolist())
+      batch = {**batch, "text": text, "text_mask": mask}
     return {**read, "cond": conditioning.from_batch(batch)}
 
   return Task(loss, tokenizer, prepare, model.num_tokens)
@@ -309,11 +318,13 @@ def _task_and_data(stage, folder, model, config, mesh):
   )
   tokens = isinstance(source, codes.TokenSource)
   if tokens:
+    reads = build.conditioning(stage["conditioning"])
     source = codes.expect(
       source,
       num_tokens=model.num_tokens,
       vocab_sizes=model.vocab_sizes,
-      num_classes=stage["conditioning"].get("num_classes"),
+      num_classes=getattr(reads, "num_classes", None),
+      text=(reads.width, reads.length) if reads.is_text else None,
     )
   share = sharding.share(mesh)
   data = pipeline.train_iterator(

@@ -5,7 +5,7 @@ import pytest
 
 from tensorar_jax import build
 from tensorar_jax.checkpoints import orbax_io
-from tensorar_jax.evaluation import evaluate, sample_files
+from tensorar_jax.evaluation import evaluate, request, sample_files
 from tests import train_test
 
 
@@ -29,14 +29,31 @@ def test_stages_that_read_text_are_not_drawn_by_class():
   classes = train_test.stage(6)
   text = {**classes, "conditioning": dict(name="text")}
   stages = {"classes": classes, "text": text}
-  assert sample_files.drawable(stages, "classes") == "classes"
-  for stage in ("text", None):
-    with pytest.raises(ValueError, match="'text' makes images from .*prompts"):
-      sample_files.drawable(stages, stage)
+  assert sample_files.drawable(stages, None) == "text"
+  request.check_classes("classes", classes)
+  with pytest.raises(ValueError, match="'text' makes images from .*prompts"):
+    request.check_classes("text", text)
   stages["classifier"] = {**classes, "objective": "classifier"}
   evaluate.EvaluationConfig(models=("classes",)).check(stages)
   with pytest.raises(ValueError, match="'text' makes images from .*prompts"):
     evaluate.EvaluationConfig(models=("classes", "text")).check(stages)
+
+
+def test_a_text_encoder_fits_its_conditioning(monkeypatch):
+  class Encoder:
+    width, length = 5, 9
+
+    def __call__(self, captions):
+      raise AssertionError("nothing is encoded")
+
+  made = lambda name, texts, mesh: Encoder()
+  monkeypatch.setitem(build.TEXT_ENCODERS, "words", made)
+  section = dict(name="text", encoder="words", width=5, length=9)
+  assert build.text_encoder(section).width == 5
+  with pytest.raises(ValueError, match=r"\(width, length\) = \(5, 9\): set"):
+    build.text_encoder({**section, "width": 6})
+  with pytest.raises(ValueError, match="expected an `encoder`"):
+    build.text_encoder({**section, "encoder": ""})
 
 
 def test_a_measurement_belongs_to_one_set_of_weights(tmp_path):

@@ -41,7 +41,10 @@ class TokenSource(Protocol):
   def __len__(self) -> int: ...
 
   def fetch(self, positions: Positions, variants: Positions) -> dict[str, Any]:
-    """{"tokens": int32 [b, T, F], "label": int32 [b]}, checked."""
+    """{"tokens": int32 [b, T, F], "label": int32 [b]}, checked.
+
+    Or "text" [b, P, E] and "text_mask" [b, P] in place of "label".
+    """
     ...
 
 
@@ -51,8 +54,12 @@ def expect(
   num_tokens: int,
   vocab_sizes: Sequence[int],
   num_classes: int | None = None,
+  text: tuple[int, int] | None = None,
 ) -> TokenSource:
-  """The same source, held to what the model reads; ValueError if it differs."""
+  """The same source, held to what the model reads; ValueError if it differs.
+
+  `text` is (width, length) of the text features, None of a model of classes.
+  """
   vocab_sizes = tuple(vocab_sizes)
   # Published files do not tell their vocabulary; they never factorise it.
   stored = source.vocab_sizes or vocab_sizes[:1]
@@ -61,6 +68,16 @@ def expect(
       f"the data hold {source.num_tokens} tokens of vocabulary {stored} per "
       f"image, the model reads {num_tokens} of {vocab_sizes}: change one of "
       "them"
+    )
+  found = getattr(source, "text", None)
+  found = (found.width, found.length) if found else None
+  if found != text:
+    kinds = [
+      f"texts of (width, length) {t}" if t else "classes" for t in (found, text)
+    ]
+    raise ValueError(
+      f"the data hold {kinds[0]}, the model reads {kinds[1]}: tokenize with the"
+      " config that is trained"
     )
   if source.num_classes and num_classes and source.num_classes > num_classes:
     raise ValueError(

@@ -42,16 +42,24 @@ _DECODING_ERRORS = (
 )
 
 
-class BrokenImageError(ValueError):
-  """The bytes are no image, or not a whole one; `reason` is Pillow's."""
+class BrokenSampleError(ValueError):
+  """An image, or what belongs to it, cannot be used; `reason` says why."""
+
+  problem, expected = "cannot be used", "an image and its caption"
 
   def __init__(self, name: str, reason: str):
     self.name, self.reason = name, reason
     super().__init__(
-      f"{name}: cannot be decoded ({reason}); expected a complete JPEG, PNG or "
-      "other image that Pillow reads: replace or remove it; "
-      "--mode=tokenize skips it"
+      f"{name}: {self.problem} ({reason}); expected {self.expected}: replace"
+      " or remove it; --mode=tokenize skips it"
     )
+
+
+class BrokenImageError(BrokenSampleError):
+  """The bytes are no image, or not a whole one; `reason` is Pillow's."""
+
+  problem = "cannot be decoded"
+  expected = "a complete JPEG, PNG or other image that Pillow reads"
 
 
 def decode_image(

@@ -37,6 +37,7 @@ def train_iterator(
 ) -> grain.DatasetIterator:
   """Endless shuffled batches: "image" uint8 [b, h, w, C], "label" int32 [b].
 
+  Images with captions have a third entry, "caption", an array of str [b].
   In place of "image" a source of tokens gives "tokens", int32 [b, T, F].
   `batch_size` is the global one, and b the part of it that is the process's
   `share`. `flip` mirrors each image left to right with probability 1/2.
@@ -172,8 +173,8 @@ def _fetch(
     return source[positions]
   examples = [source[position] for position in positions]
   return {
-    "image": np.stack([example["image"] for example in examples]),
-    "label": np.array([example["label"] for example in examples], np.int32),
+    name: np.stack([example[name] for example in examples])
+    for name in examples[0]
   }
 
 

@@ -5,10 +5,14 @@ A folder of ArrayRecord files, one record per image, little-endian:
   "TOK1" | label int32 | A uint16 | T uint32 | F uint8 | bytes per code uint8 |
   A T F codes, uint16 or uint32
 
-for A variants of an image (crops, flips) in T tokens of F sub-tokens. Beside
-them `manifest.json` says what they have in common: vocabularies, grid, classes,
-recipe, and the records of every shard. It is written last; a folder without it
-is not complete.
+for A variants of an image (crops, flips) in T tokens of F sub-tokens. Behind
+them stand, for an image with a text, whose label is -1, the features of the
+text's own tokens, [P, E] for a P that differs from text to text: no padding is
+stored. They have the type that the text encoder gave them, so none is rounded.
+
+Beside the files `manifest.json` says what they have in common: vocabularies,
+grid, classes or text features, recipe, and the records of every shard. It is
+written last; a folder without it is not complete.
 """
 
 from __future__ import annotations
@@ -25,10 +29,12 @@ from types import EllipsisType
 from typing import Any
 
 import grain
+import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
-from jaxtyping import Integer
+from jaxtyping import Float, Integer
 
+from tensorar_jax import conditioning
 from tensorar_jax.data import codes as codes_lib
 
 MANIFEST = "manifest.json"
@@ -42,6 +48,25 @@ _KEYS = {"shards", "grid", "num_variants", "vocab_sizes", "class_names"}
 _KEYS |= {"format", "num_classes"}
 
 Codes = Integer[np.ndarray, "A T F"]
+# What an image is of: its class, or the features of its text.
+Subject = int | Float[np.ndarray, "P E"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFormat:
+  """The features of texts: `width` of a token, at most `length` tokens."""
+
+  width: int
+  length: int
+  dtype: str
+
+  def rows(self, data: bytes) -> Float[np.ndarray, "P E"] | None:
+    """The features in what stands behind the codes, None if it is not them."""
+    dtype = jnp.dtype(self.dtype)
+    count, rest = divmod(len(data), self.width * dtype.itemsize)
+    if rest or not 1 <= count <= self.length:
+      return None
+    return np.frombuffer(data, dtype).reshape(count, self.width)
 
 
 def code_type(vocab_sizes: Sequence[int]) -> np.dtype:
@@ -49,24 +74,32 @@ def code_type(vocab_sizes: Sequence[int]) -> np.dtype:
   return _CODE_TYPES[2 if max(vocab_sizes) <= 2**16 else 4]
 
 
-def pack(label: int, codes: Codes, dtype: np.dtype) -> bytes:
+def pack(subject: Subject, codes: Codes, dtype: np.dtype) -> bytes:
   """The record of an image; `dtype` is of `code_type`."""
+  is_label = isinstance(subject, int | np.integer)
+  label, text = (subject, b"") if is_label else (-1, subject.tobytes())
   header = _HEADER.pack(_MAGIC, label, *codes.shape, dtype.itemsize)
-  return header + codes.astype(dtype).tobytes()
+  return header + codes.astype(dtype).tobytes() + text
 
 
-def unpack(record: bytes, where: str) -> tuple[int, Codes]:
-  """(label, codes [A, T, F]) of a record; `where` is named in errors."""
+def unpack(
+  record: bytes, where: str, text: TextFormat | None = None
+) -> tuple[Subject, Codes]:
+  """(subject, codes [A, T, F]) of a record; `where` is named in errors."""
   problem = f"{len(record)} bytes are fewer than a header's {_HEADER.size}"
   if len(record) >= _HEADER.size:
     magic, label, *shape, width = _HEADER.unpack_from(record)
     size = _HEADER.size + math.prod(shape) * width
-    if magic == _MAGIC and width in _CODE_TYPES and len(record) == size:
-      codes = np.frombuffer(record, _CODE_TYPES[width], offset=_HEADER.size)
-      return label, codes.reshape(shape)
+    behind = record[size:]
+    subject = text.rows(behind) if text else None if behind else label
+    fits = subject is not None and len(record) >= size
+    if magic == _MAGIC and width in _CODE_TYPES and fits:
+      codes = np.frombuffer(record[:size], _CODE_TYPES[width], -1, _HEADER.size)
+      return subject, codes.reshape(shape)
+    expected = f" and rows of {text}" if text else ""
     problem = (
       f"header {record[: _HEADER.size]!r} with {len(record)} bytes in all; "
-      f"expected {_MAGIC!r} and {size} bytes"
+      f"expected {_MAGIC!r} and {size} bytes{expected}"
     )
   raise ValueError(f"{where} is no record of tokens: {problem}")
 
@@ -82,8 +115,9 @@ class TokenShards:
   grid: tuple[int, int]
   num_variants: int
   vocab_sizes: tuple[int, ...]
-  num_classes: int
+  num_classes: int | None
   class_names: tuple[str, ...]
+  text: TextFormat | None = None  # of images with texts in place of classes
 
   @property
   def num_tokens(self) -> int:
@@ -100,11 +134,15 @@ class TokenShards:
     """See `codes.TokenSource`."""
     shape = (self.num_tokens, len(self.vocab_sizes))
     tokens = np.empty((len(positions), *shape), np.int32)
-    labels = np.empty(len(positions), np.int32)
+    subjects = []
     for i, (position, variant) in enumerate(zip(positions, variants)):
       # One by one: grain's reading of many at once costs three times as much.
-      labels[i], tokens[i] = self._read(int(position), int(variant))
-    return {"tokens": tokens, "label": labels}
+      subject, tokens[i] = self._read(int(position), int(variant))
+      subjects.append(subject)
+    if not self.text:
+      return {"tokens": tokens, "label": np.array(subjects, np.int32)}
+    text, mask = conditioning.pad_left(subjects, self.text.length)
+    return {"tokens": tokens, "text": text, "text_mask": mask}
 
   def check(self) -> None:
     """ValueError for the first damaged record; reads all of them."""
@@ -112,7 +150,7 @@ class TokenShards:
       self._read(position, ...)
 
   def _read(self, position: int, variant: int | EllipsisType):
-    """(label, codes) of one variant, or of all; only those are checked."""
+    """(subject, codes) of one variant, or of all; only those are checked."""
     where = self._where(position)
     try:
       record = self.records[position]
@@ -121,7 +159,7 @@ class TokenShards:
         f"{where} is damaged ({error}): delete the shard and tokenize again, "
         "which replaces it"
       ) from error
-    label, codes = unpack(record, where)
+    subject, codes = unpack(record, where, self.text)
     shape = (self.num_variants, self.num_tokens, len(self.vocab_sizes))
     if codes.shape != shape:
       raise ValueError(
@@ -130,8 +168,9 @@ class TokenShards:
       )
     codes = codes[variant]
     codes_lib.check_codes(where, codes, self.vocab_sizes)
-    codes_lib.check_label(where, label, self.num_classes)
-    return label, codes
+    if not self.text:
+      codes_lib.check_label(where, subject, self.num_classes)
+    return subject, codes
 
   def _where(self, position: int) -> str:
     shard = bisect.bisect_right(self.ends, position)
@@ -153,6 +192,8 @@ def open_shards(folder: pathlib.Path) -> TokenShards:
         f"{folder / name} holds {found} records; expected {expected} as "
         f"{MANIFEST} says: copy the folder again"
       )
+  text = manifest.get("text")
+  fields = [field.name for field in dataclasses.fields(TextFormat)]
   return TokenShards(
     folder=folder,
     names=tuple(counts),
@@ -165,6 +206,7 @@ def open_shards(folder: pathlib.Path) -> TokenShards:
     vocab_sizes=tuple(manifest["vocab_sizes"]),
     num_classes=manifest["num_classes"],
     class_names=tuple(manifest["class_names"]),
+    text=TextFormat(**{name: text[name] for name in fields}) if text else None,
   )
 
 

@@ -1,13 +1,16 @@
 """Where images come from: random access to uint8 images and their labels.
 
-| name             | splits                       | images                   |
-| ---------------- | ---------------------------- | ------------------------ |
-| `digits`         | train (1500), test (297)     | scikit-learn's, 8 x 8    |
-| `tfds:<dataset>` | the set's own and its slices | of TensorFlow Datasets   |
-| `folder:<path>`  | subfolders, or none          | files, a folder a class  |
-| `codes:<path>`   | subfolders, or none          | none: published tokens   |
-| `tokens:<path>`  | subfolders, or none          | none: shards of tokens   |
-| `jsonl:<file>`   | none: any name will do       | none: lines of tokens    |
+| name                | splits                       | images                 |
+| ------------------- | ---------------------------- | ---------------------- |
+| `digits`            | train (1500), test (297)     | scikit-learn's, 8 x 8  |
+| `shapes`            | train, test                  | drawings with captions |
+| `tfds:<dataset>`    | the set's own and its slices | of TensorFlow Datasets |
+| `folder:<path>`     | subfolders, or none          | files, a folder a class|
+| `captions:<path>`   | subfolders, or none          | files, a text for each |
+| `webdataset:<path>` | subfolders, or none          | in tars, the same      |
+| `codes:<path>`      | subfolders, or none          | none: published tokens |
+| `tokens:<path>`     | subfolders, or none          | none: shards of tokens |
+| `jsonl:<file>`      | none: any name will do       | none: lines of tokens  |
 
 TFDS decodes only a few thousand images per second, so a split that fits in
 memory is decoded once and kept beside the prepared files. A larger one, or one
@@ -31,10 +34,21 @@ import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Int32, UInt8
 
-from tensorar_jax.data import cache, codes, images, jsonl, shards
+from tensorar_jax.data import (
+  cache,
+  captions,
+  codes,
+  images,
+  jsonl,
+  shapes,
+  shards,
+  webdataset,
+)
 
 FOLDERS = {
   "folder": images.open_folder,
+  "captions": captions.open_captioned_folder,
+  "webdataset": webdataset.open_webdataset,
   "codes": codes.open_code_folders,
   "tokens": shards.open_shards,
 }
@@ -56,10 +70,11 @@ UPSTREAM_MTIME = {
 class Source(Protocol):
   """Labelled images by position: `{"image": uint8 [h, w, C], "label": int32}`.
 
+  Captioned ones have a text, "caption", for a label, and num_classes is None.
   `image_shape` is (h, w, C); h and w are None where images differ in size.
   """
 
-  num_classes: int
+  num_classes: int | None
   image_shape: tuple[int | None, int | None, int]
 
   def __len__(self) -> int: ...
@@ -143,6 +158,8 @@ def load(
   """
   if name == "digits":
     return _load_digits(split)
+  if name == "shapes":
+    return shapes.open_shapes(split)
   if name.startswith("tfds:"):
     return _load_tfds(name.removeprefix("tfds:"), split, data_dir)
   kind, _, path = name.partition(":")
@@ -152,7 +169,8 @@ def load(
     return FILES[kind](_whole_file(pathlib.Path(path), split))
   raise ValueError(
     f"unknown data set {name!r}; known are 'digits' and 'tfds:<dataset>', such "
-    "as 'tfds:fashion_mnist', and 'folder:<path>' of images by class, "
+    "as 'tfds:fashion_mnist'; 'shapes', 'folder:<path>' of images by class, "
+    "'captions:<path>' and 'webdataset:<path>' of images with captions, "
     "'codes:<path>' of published codes, 'tokens:<path>' of --mode=tokenize, "
     "'jsonl:<file>' of published lines of tokens"
   )

@@ -4,7 +4,11 @@ Shard s holds the images s n ... (s + 1) n - 1 of the source, whoever writes it:
 process p of P takes the shards p, p + P, ... A shard gets its name when it is
 complete, so a run that was killed continues with the first one missing, on any
 number of processes, and the files are the same to the byte. `settings.json`
-claims the folder for one source, recipe and tokenizer.
+claims the folder for one source, recipe, tokenizer and text encoder.
+
+Captions are kept as the features of their own tokens, which is what training
+reads: it then needs no text encoder, nor its memory and time, and knows nothing
+of which it was.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from array_record.python import array_record_module
 from tensorar_jax import resumable
 from tensorar_jax.data import encoder as encoder_lib
 from tensorar_jax.data import images, shards, sources
-from tensorar_jax.interfaces import Tokenizer
+from tensorar_jax.interfaces import TextEncoder, Tokenizer
 
 
 def tokenize(
@@ -36,6 +40,7 @@ def tokenize(
   process_index: int = 0,
   process_count: int = 1,
   shard_size: int = 1024,
+  text: TextEncoder | None = None,
 ) -> dict[str, Any] | None:
   """Writes this process's shards, and the manifest once all are there.
 
@@ -50,6 +55,7 @@ def tokenize(
     process_index: of this process, of process_count with the same arguments.
     process_count: how many share the work.
     shard_size: images of a shard: what a killed run may lose.
+    text: for the captions of a source that has them, and only for those.
 
   Returns:
     The manifest, or None where other processes have still to finish. ValueError
@@ -60,9 +66,10 @@ def tokenize(
   crops = images.Recipe(recipe, image_size, tuple(ranges))
   channels = source.image_shape[-1]
   batch_size = min(batch_size, len(source) * crops.num_variants)
-  encoder = encoder_lib.Encoder(tokenizer, crops, channels, batch_size)
+  _check_kind(source, text)
+  encoder = encoder_lib.Encoder(tokenizer, crops, channels, batch_size, text)
   folder = pathlib.Path(folder).expanduser()
-  settings = _settings(source, tokenizer, crops, shard_size)
+  settings = _settings(source, tokenizer, crops, shard_size, text)
   resumable.claim(folder, settings, "tokens")
   name = "tokens-{}.array_record"
   files = resumable.shards(folder, name, len(source), shard_size)
@@ -70,6 +77,7 @@ def tokenize(
   progress = resumable.Progress("tokenize", sum(map(len, missing.values())))
   for file, positions in missing.items():
     _write_shard(file, positions, source, encoder, progress)
+  settings["damaged_files"] = list(getattr(source, "damaged", ()))
   return _finish(folder, list(files), settings, progress)
 
 
@@ -79,6 +87,17 @@ def _check_options(batch_size, shard_size, process_index, process_count):
       f"batch_size={batch_size}, shard_size={shard_size}: expected at least 1"
     )
   resumable.check_share(process_index, process_count)
+
+
+def _check_kind(source, text):
+  """ValueError unless captions and a text encoder come together."""
+  if (source.num_classes is None) != (text is not None):
+    kinds = ("captions", "classes")
+    has, reads = kinds if text is None else kinds[::-1]
+    raise ValueError(
+      f"the images have {has}, the config's conditioning reads {reads}: take"
+      " other images, or another config"
+    )
 
 
 def _write_shard(
@@ -121,7 +140,7 @@ def _write_shard(
   partial.replace(file)
 
 
-def _settings(source, tokenizer, recipe, shard_size) -> dict[str, Any]:
+def _settings(source, tokenizer, recipe, shard_size, text) -> dict[str, Any]:
   """All that the shards depend on: the manifest, but for the results."""
   files = source.fingerprint() if hasattr(source, "fingerprint") else None
   settings = {
@@ -136,6 +155,12 @@ def _settings(source, tokenizer, recipe, shard_size) -> dict[str, Any]:
     "tokenizer": encoder_lib.identity(tokenizer),
     "shard_size": shard_size,
   }
+  if text:
+    settings["text"] = {
+      **{"width": text.width, "length": text.length},
+      "dtype": encoder_lib.text_dtype(text),
+      "encoder": encoder_lib.text_identity(text),
+    }
   return json.loads(json.dumps(settings))  # tuples as lists, as they are read
 
 

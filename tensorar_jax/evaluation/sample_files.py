@@ -1,18 +1,19 @@
-"""Labels -> image files: `--mode=sample`, for ten images or for 50,000.
+"""Classes or prompts -> image files: `--mode=sample`, for ten or for 50,000.
 
 A folder of samples holds
 
   settings.json   what the images depend on; claims the folder
   images-*.npy    shards, until the run is complete
   samples.npz     arr_0 uint8 [n, h, w, C], arr_1 int64 [n], not compressed:
-                  the layout of the ADM evaluation suite
+                  the layout of the ADM evaluation suite; for classes read
+                  numbers of prompts where images are made from text
   manifest.json   the settings, and the digest of the npz; written last
-  grid.png, refinement.png, 000000.png, ...
+  grid.png, refinement.png, 000000.png or prompt_000_image_00.png, ...
 
-Image i comes from (seed, i) and its class alone, so shards can be drawn by any
-process on any devices, and what is missing after a kill is drawn again to the
-same bytes. Memory holds two batches, whatever the number of images; the disk
-twice the images while the npz is put together.
+Image i comes from (seed, i) and its class or prompt alone, so shards can be
+drawn by any process on any devices, and what is missing after a kill is drawn
+again to the same bytes. Memory holds two batches, whatever the number of
+images; the disk twice the images while the npz is put together.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import encoder
 from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.evaluation import npz, samples
+from tensorar_jax.evaluation.request import Request, condition
 from tensorar_jax.interfaces import Samples, Tokenizer
 
 MANIFEST = "manifest.json"
@@ -47,37 +49,11 @@ FORMAT = 1
 SHARD_SIZE = 500  # images: what a killed run may lose
 BATCH_PER_DEVICE = 32
 PNGS_UP_TO = 1000  # images are also written one by one, unless told otherwise
-GRID = 100  # images in the grid
 
 Images = UInt8[np.ndarray, "b h w C"]
 # (labels, first) -> batches of the images first, first + 1, ...
 Draw = Callable[[Int[np.ndarray, "n"], int], Iterator[tuple[Images, Samples]]]
 Overview = Callable[[Images, Int[np.ndarray, "n T k F"]], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """Which images: `classes` in turn (None: all), at `resize` pixels a side."""
-
-  num_images: int = 100
-  classes: tuple[int, ...] | None = None
-  seed: int = 0
-  resize: int | None = None
-
-  def __post_init__(self):
-    sizes = [n for n in (self.num_images, self.resize) if n is not None]
-    if min(sizes) < 1:
-      raise ValueError(
-        f"num_images={self.num_images}, resize={self.resize}: expected at least"
-        " 1."
-      )
-    if self.classes is not None and not self.classes:
-      raise ValueError("classes: expected at least one, or None for all.")
-
-  def labels(self, num_classes: int) -> Int[np.ndarray, "n"]:
-    """The class of each image; their counts differ by one at most."""
-    chosen = range(num_classes) if self.classes is None else self.classes
-    return np.resize(np.asarray(chosen, np.int64), self.num_images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +94,18 @@ def sample(
     raise ValueError(f"batch_size={batch_size}: expected at least 1.")
   name = drawable(stages, stage)
   config, home = stages[name], workdir / name
+  checkpoint = _checkpoint(config, home)
+  mesh = sharding.local_mesh(build.mesh_config(config))
+  conditioning, made_of = condition(request, name, config, mesh)
   tokenizer = build.frozen_tokenizer(config, workdir)
-  conditioning = build.conditioning(config["conditioning"])
   sampling = build.call(SamplingConfig, config.get("sampling", {}), "sampling")
   labels = request.labels(conditioning.num_classes)
-  conditioning.encode(np.unique(labels))  # refuses before anything is written
   settings = {
     **{"format": FORMAT, "stage": name, "shard_size": SHARD_SIZE},
     **dataclasses.asdict(request),
-    "num_classes": conditioning.num_classes,
+    **made_of,
     "sampling": dataclasses.asdict(sampling),
-    "checkpoint": _checkpoint(config, home),
+    "checkpoint": checkpoint,
     "tokenizer": encoder.identity(tokenizer),
     "software": software(),
   }
@@ -137,33 +114,32 @@ def sample(
   place = claim(output, home / "samples", settings, share[1])
   last = share[0] == 0
   if not place.complete:
-    mesh = sharding.local_mesh(build.mesh_config(config))
     model = build.load_stage(config, home, mesh)
     sampler = samples.Sampler(model, conditioning, sampling, request.seed, mesh)
-    draw = _drawing(sampler, tokenizer, request, batch_size)
-    overview = functools.partial(_save_overview, place.folder, tokenizer)
+    draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
+    overview = functools.partial(
+      _save_overview, place.folder, tokenizer, request
+    )
     last = write(draw, labels, place, settings, overview=overview, share=share)
   if last and (len(labels) <= PNGS_UP_TO if pngs is None else pngs):
-    write_pngs(place, len(labels))
+    write_pngs(place, len(labels), request)
   if place.complete:
     print(f"{len(labels)} images of {name}: {place.npz}")
   return place
 
 
 def drawable(stages: Mapping[str, Mapping], stage: str | None) -> str:
-  """The stage, by default the last one that images can be drawn from."""
+  """The stage, by default the last one that draws images."""
   known = [n for n, s in stages.items() if s["objective"] == "tensorar"]
-  name = build.choose("--stage", stage or known[-1], known)
-  build.check_drawable(name, stages[name])
-  return name
+  return build.choose("--stage", stage or known[-1], known)
 
 
-def _drawing(sampler, tokenizer, request, batch_size) -> Draw:
+def _drawing(sampler, tokenizer, num_images, resize, batch_size) -> Draw:
   """What draws the images of a shard, in batches of about equal size."""
-  shard = min(SHARD_SIZE, request.num_images)
+  shard = min(SHARD_SIZE, num_images)
   most = batch_size or BATCH_PER_DEVICE * jax.local_device_count()
   batch_size = -(-shard // -(-shard // most))
-  size = (request.resize, request.resize) if request.resize else None
+  size = (resize, resize) if resize else None
   # Once here, and not for every shard.
   tokenizer = sharding.replicate(tokenizer, sampler.mesh)
   return lambda labels, first: sampler.images(
@@ -254,7 +230,7 @@ def write(
     labels: of all images of the run.
     place: of `claim`, for `settings`.
     settings: what the manifest says, and "shard_size".
-    overview: takes the first images, and the drafts of the very first ones.
+    overview: takes the first shard, and the drafts of the very first images.
     share: (index, count) of the processes that work on the same place.
 
   Returns:
@@ -303,7 +279,7 @@ def _write_shard(file, count, batches, progress, overview) -> None:
     out.flush()
     os.fsync(out.fileno())
   if overview:
-    overview(np.load(partial, mmap_mode="r")[:GRID], np.concatenate(drafts))
+    overview(np.load(partial, mmap_mode="r"), np.concatenate(drafts))
   partial.replace(file)
 
 
@@ -324,14 +300,11 @@ def _complete(place, files, labels, settings) -> None:
     if not place.complete:  # by another process, at the same moment
       raise
     return
-  counts = np.unique(labels, return_counts=True)[1]
-  result = {
-    "npz": place.npz.name,
-    "sha256": digest,
-    "shape": shape,
-    "classes_drawn": len(counts),
-    "images_per_class": [int(counts.min()), int(counts.max())],
-  }
+  result = {"npz": place.npz.name, "sha256": digest, "shape": shape}
+  if not settings.get("prompts"):
+    counts = np.unique(labels, return_counts=True)[1]
+    result["classes_drawn"] = len(counts)
+    result["images_per_class"] = [int(counts.min()), int(counts.max())]
   resumable.write_json(place.folder / MANIFEST, settings | result)
   old = (
     *place.folder.glob("images-*.npy*"),
@@ -344,13 +317,13 @@ def _complete(place, files, labels, settings) -> None:
 # --- pictures ----------------------------------------------------------------
 
 
-def write_pngs(place: Place, num_images: int) -> None:
-  """The images of the npz as 000000.png, ...; those that are there stay."""
+def write_pngs(place: Place, num_images: int, request: Request) -> None:
+  """The images of the npz as PNGs; those that are there stay."""
   progress = resumable.Progress("PNG files", num_images)
   batches = resumable.positions(num_images, 100)
   with futures.ThreadPoolExecutor() as pool:
     for index, images in zip(batches, npz.SampleFile(place.npz).read(batches)):
-      paths = [place.folder / f"{i:06d}.png" for i in index]
+      paths = [place.folder / request.file_name(i) for i in index]
       list(pool.map(_write_png, paths, images))
       progress.add(len(images))
 
@@ -365,14 +338,13 @@ def _write_png(path: pathlib.Path, image: np.ndarray) -> None:
 def _save_overview(
   folder: pathlib.Path,
   tokenizer: Tokenizer,
+  request: Request,
   images: Images,
   drafts: Int[np.ndarray, "n T k F"],
 ) -> None:
   """The grid of the first images and, for k > 1, the refinement of a few."""
-  cols = min(10, len(images))
-  rows = len(images) // cols
-  grid = images[: rows * cols].reshape(rows, cols, *images.shape[1:])
-  visualize.save_sample_grids(folder / "grid.png", {"": grid}, [""] * rows)
+  grid, titles = request.grid(images)
+  visualize.save_sample_grids(folder / "grid.png", {"": grid}, titles)
   if drafts.shape[2] > 1:
     strip, changed = samples.refinement(tokenizer, drafts)
     visualize.save_refinement(

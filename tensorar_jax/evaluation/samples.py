@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from tensorar_jax import drawing, sampling, sharding, windows
+from tensorar_jax.data.images import normalise
 from tensorar_jax.evaluation.resize import resize_bicubic
 from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.tensorar import TensorAR
@@ -66,6 +67,23 @@ def decode(
 ) -> UInt8[np.ndarray, "B h w C"]:
   """The images of tokens, on the host; bicubic to `size` if it is given."""
   return np.asarray(_decode(*nnx.split(tokenizer), jnp.asarray(tokens), size))
+
+
+def encode(
+  tokenizer: Tokenizer, images: UInt8[np.ndarray, "n h w C"]
+) -> Int[np.ndarray, "n T F"]:
+  """The tokens of images, on the host."""
+  graphdef, state = nnx.split(tokenizer)
+  parts = [
+    np.asarray(_encode(graphdef, state, images[start : start + 256]))
+    for start in range(0, len(images), 256)
+  ]
+  return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graphdef, state, images):
+  return nnx.merge(graphdef, state).encode(normalise(images))
 
 
 def refinement(

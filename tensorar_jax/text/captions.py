@@ -7,6 +7,7 @@ kind of dash and of quote, all lower case. The models know nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import pathlib
 import re
@@ -102,12 +103,15 @@ def _replace(text, table):
   return text
 
 
+NAMED = 100  # captions that are cut, in the log; a data set has millions
+
+
 class CaptionTokenizer:
   """Captions as ids of equal length, by a model's own `tokenizer.json`.
 
   A caption is cleaned, ends with the end-of-sentence token and is padded on the
   right. What makes it longer than `length` is cut off before the end token,
-  and the log says so.
+  and the log says so, of the first `NAMED`.
   """
 
   END, PAD = "</s>", "<pad>"
@@ -117,8 +121,9 @@ class CaptionTokenizer:
       raise ValueError(
         f"length={length}: expected at least 2, a token and end."
       )
-    self.length = length
+    self.length, self._num_cut = length, 0
     self._tokens = _read_tokenizer(pathlib.Path(path))
+    self.sha256 = hashlib.sha256(self._tokens.to_str().encode()).hexdigest()
     self.vocab_size = self._tokens.get_vocab_size()
     pad = self._tokens.token_to_id(self.PAD)
     if pad is None or self._tokens.encode("a").tokens[-1] != self.END:
@@ -141,14 +146,19 @@ class CaptionTokenizer:
     found = self._tokens.encode_batch(cleaned)
     for number, one in enumerate(found):
       if one.overflowing:
-        logging.warning(
-          "caption %d is longer than %d tokens; the rest of it is not read: %r",
-          number,
-          self.length,
-          captions[number],
-        )
+        self._warn(number, captions[number])
     ids = np.asarray([one.ids for one in found], np.int32)
     return ids, np.asarray([one.attention_mask for one in found], bool)
+
+  def _warn(self, number, caption):
+    self._num_cut += 1
+    if self._num_cut <= NAMED:
+      message = (
+        "caption %d is longer than %d tokens; the rest of it is not read"
+      )
+      logging.warning(f"{message}: %r", number, self.length, caption)
+    if self._num_cut == NAMED:
+      logging.warning("further captions that are cut are not named")
 
 
 def _checked(number, caption):

@@ -1,4 +1,8 @@
-"""A text encoder with its tokenizer: captions -> features for a condition."""
+"""A text encoder with its tokenizer: captions -> features for a condition.
+
+Its weights lie on a mesh by the rules of `sharding`, as any model's, and the
+devices share the rows of a batch.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from tensorar_jax import weights
+from tensorar_jax import sharding, weights
 from tensorar_jax.checkpoints import torch_import
 from tensorar_jax.text import t5
 from tensorar_jax.text.captions import CaptionTokenizer
@@ -20,6 +25,7 @@ WEIGHTS = (
   *("model.safetensors", "model.safetensors.index.json"),
   *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+BATCH_SIZE = 64  # captions at once
 
 
 @jax.jit
@@ -33,27 +39,58 @@ class TextEncoder:
   Attributes:
     width: features of a token.
     length: tokens of a caption, with its end; more are cut off.
+    dtype: of the features.
   """
 
-  def __init__(self, model: t5.Model, tokenizer: CaptionTokenizer):
+  def __init__(
+    self,
+    model: t5.Model,
+    tokenizer: CaptionTokenizer,
+    mesh: Mesh | None = None,
+  ):
     if tokenizer.vocab_size > model.config.vocab_size:
       raise ValueError(
         f"the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder"
         f" {model.config.vocab_size}: take both from one published model."
       )
-    self.model, self.tokenizer = model, tokenizer
+    self.model, self.tokenizer, self._mesh = model, tokenizer, mesh
     self.width, self.length = model.config.width, tokenizer.length
+    self.dtype = model.config.dtype
 
   def __call__(
     self, captions: Sequence
-  ) -> tuple[Float[Array, "B P E"], Bool[np.ndarray, "B P"]]:
-    """(features in the model's dtype, mask, true at a caption's tokens)."""
+  ) -> tuple[Float[Array | np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
+    """(features in the model's dtype, mask, true at a caption's tokens).
+
+    Up to BATCH_SIZE captions are still on their way on the devices; more come
+    batch by batch to the host.
+    """
     ids, mask = self.tokenizer(captions)
-    return _encode(self.model, ids, mask), mask
+    if len(ids) <= BATCH_SIZE:
+      return self._batch(ids, mask), mask
+    parts = []
+    for start in range(0, len(ids), BATCH_SIZE):
+      # The last batch overlaps the one before: there is one compiled shape.
+      first = min(start, len(ids) - BATCH_SIZE)
+      rows = slice(first, first + BATCH_SIZE)
+      part = np.asarray(self._batch(ids[rows], mask[rows]))
+      parts.append(part[start - first :])
+    return np.concatenate(parts), mask
+
+  def _batch(self, ids, mask):
+    if not self._mesh:
+      return _encode(self.model, ids, mask)
+    spare = -len(ids) % sharding.row_parts(self._mesh)
+    arrays = [np.pad(a, ((0, spare), (0, 0)), "edge") for a in (ids, mask)]
+    arrays = jax.device_put(arrays, sharding.rows(self._mesh))
+    return _encode(self.model, *arrays)[: len(ids)]
 
 
 def import_text_encoder(
-  folder: str | pathlib.Path, dtype: str = "bfloat16", length: int = 120
+  folder: str | pathlib.Path,
+  dtype: str = "bfloat16",
+  length: int = 120,
+  mesh: Mesh | None = None,
 ) -> TextEncoder:
   """The encoder in a published folder of T5 v1.1 or Flan-T5, for captions.
 
@@ -61,12 +98,17 @@ def import_text_encoder(
     folder: holds tokenizer.json, and what `import_t5` reads.
     dtype: as in `import_t5`.
     length: tokens of a caption.
+    mesh: what weights and batches are split over; None: one device.
   """
   tokenizer = CaptionTokenizer(_existing(folder) / "tokenizer.json", length)
-  return TextEncoder(import_t5(folder, dtype), tokenizer)
+  return TextEncoder(import_t5(folder, dtype, mesh), tokenizer, mesh)
 
 
-def import_t5(folder: str | pathlib.Path, dtype: str = "bfloat16") -> t5.Model:
+def import_t5(
+  folder: str | pathlib.Path,
+  dtype: str = "bfloat16",
+  mesh: Mesh | None = None,
+) -> t5.Model:
   """The encoder in a published folder, for token ids.
 
   Args:
@@ -74,6 +116,7 @@ def import_t5(folder: str | pathlib.Path, dtype: str = "bfloat16") -> t5.Model:
       it names. A decoder may be there, it is not read.
     dtype: of weights and computation, "float32" or "bfloat16" (in which the
       published image models were made and are sampled).
+    mesh: what the weights are split over; None: one device has them.
   """
   folder = _existing(folder)
   config = t5.published_config(_read_json(folder / "config.json"), dtype)
@@ -84,7 +127,7 @@ def import_t5(folder: str | pathlib.Path, dtype: str = "bfloat16") -> t5.Model:
     )
   model = weights.abstract(lambda rngs: t5.Model(config, rngs=rngs))
   tensors = torch_import.load_state_dict(source)
-  return torch_import.fill(model, t5.import_rules(config), tensors, dtype)
+  return torch_import.fill(model, t5.import_rules(config), tensors, dtype, mesh)
 
 
 def _existing(folder):

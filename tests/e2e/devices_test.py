@@ -68,6 +68,11 @@ def test_a_mesh_splits_the_attention_kernel_of_tpus(rows):
   assert rows["kernel", None]["difference"] < 2e-5
 
 
+def test_a_mesh_shares_the_text_encoder_and_its_captions(rows):
+  assert rows["text", None]["difference"] < 2e-5
+  assert rows["text", None]["share"] < 0.35  # of its weights, for 1/4
+
+
 def test_devices_that_split_rows_alone_do_not_talk_while_they_sample(rows):
   assert not any(rows["llamagen", (8, 1, 1)]["sample"]["collectives"].values())
   assert rows["llamagen", (1, 8, 1)]["sample"]["collectives"]["all-gather"]

@@ -6,6 +6,7 @@ One process for all of it, run by `devices_test.py`.
 import json
 import pathlib
 import re
+import tempfile
 
 import jax
 import numpy as np
@@ -21,9 +22,12 @@ from tensorar_jax import (
   sharding,
   train,
   train_step,
+  weights,
 )
+from tensorar_jax.text import captions, encoder, t5
 from tests import attention_test, tiny, train_test
 from tests.contract import families
+from tests.text import tiny_text
 
 # None: one device. Another family on the mesh that splits most, in two parts a
 # step, whose layers keep nothing for the backward pass.
@@ -141,6 +145,26 @@ def attend_on(mesh) -> float:
   return max(float(np.abs(np.array(a) - np.array(b)).max()) for a, b in pairs)
 
 
+def encode_on(mesh) -> dict:
+  """Captions' features on a mesh against one device's; who holds what."""
+  sizes = dict(width=16, num_layers=2, num_heads=4, head_dim=4, mlp_width=32)
+  config = t5.Config(vocab_size=64, dtype="float32", **sizes)
+  make = lambda rngs: t5.Model(config, rngs=rngs)
+  model = tiny.redraw(weights.abstract(make))
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, "tokenizer.json")
+    tiny_text.tokenizer().save(str(file))
+    tokenizer = captions.CaptionTokenizer(file, 7)
+  texts = ["a cat", "a red cat on a mat", "red"]  # no number that divides
+  want, _ = encoder.TextEncoder(model, tokenizer)(texts)
+  model = sharding.shard(model, mesh)
+  got, _ = encoder.TextEncoder(model, tokenizer, mesh)(texts)
+  assert got.shape == want.shape
+  difference = np.abs(np.array(got) - np.array(want)).max()
+  here, total = sharding.bytes_of(model)
+  return {"difference": float(difference), "share": here / total}
+
+
 def parts(row):
   return [(name, row[name]) for name in ("train", "sample") if name in row]
 
@@ -165,6 +189,9 @@ def main():
       print(json.dumps(row), flush=True)
   mesh = sharding.make_mesh(sharding.MeshConfig(2, 1, 4))
   row = {"family": "kernel", "mesh": None, "difference": attend_on(mesh)}
+  print(json.dumps(row), flush=True)
+  mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+  row = {"family": "text", "mesh": None, **encode_on(mesh)}
   print(json.dumps(row), flush=True)
 
 

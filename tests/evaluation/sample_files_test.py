@@ -53,7 +53,10 @@ def never(labels, first):
 
 def write(folder, how=draw, **options) -> bool:
   place = sample_files.claim(folder, folder, SETTINGS)
-  show = functools.partial(sample_files._save_overview, folder, parts()[1])
+  show = functools.partial(
+    *(sample_files._save_overview, folder, parts()[1]),
+    sample_files.Request(NUM_IMAGES),
+  )
   return sample_files.write(
     how, LABELS, place, SETTINGS, overview=show, **options
   )

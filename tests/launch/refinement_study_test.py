@@ -143,17 +143,20 @@ def test_the_matched_temperature_is_interpolated(monkeypatch):
   seen = {}
 
   class Sampler:
-    def draw(self, scale, seed, count):
-      return seen.update(scale=scale, seed=seed, count=count) or {
-        "images": np.zeros(1),
-        "labels": np.zeros(1),
-      }
+    def draw(self, scale, seed, labels):
+      seen.update(scale=scale, seed=seed, count=len(labels))
+      return {"images": np.zeros(1)}
+
+  class Yardstick:
+    def labels(self, first, count):
+      return np.arange(first, first + count)
+
+    def measure_set(self, images, labels):
+      return {"frechet": 7.0}
 
   study = refinement_study.Study.__new__(refinement_study.Study)
   study.settings = refinement_study.settings_of("digits", False)
-  study.__dict__["yardstick"] = type(
-    "Yardstick", (), {"measure": lambda self, images, labels: {"frechet": 7.0}}
-  )()
+  study.__dict__["yardstick"] = Yardstick()
   monkeypatch.setattr(
     refinement_study.Study, "_sampler", lambda self, name, t: Sampler()
   )

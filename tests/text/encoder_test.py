@@ -58,6 +58,15 @@ def test_captions_become_the_condition_of_a_backbone(encode):
   assert backbone.start(cond).shape == (2, 7, 16)
 
 
+def test_many_captions_come_in_batches(encode, monkeypatch):
+  many = [f"{'a ' * n}cat" for n in range(5)]
+  want, mask = encode(many)
+  monkeypatch.setattr(encoder, "BATCH_SIZE", 2)
+  got, same = encode(many)  # the last batch is filled up with known ones
+  np.testing.assert_array_equal(same, mask)
+  np.testing.assert_allclose(got[mask], np.asarray(want)[mask], atol=2e-5)
+
+
 def test_divided_weights_are_the_same_weights(parity, encode, tmp_path):
   folder = tiny_text.folder(parity, tmp_path / "t5")
   divide(folder)

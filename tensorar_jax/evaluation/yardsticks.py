@@ -1,0 +1,335 @@
+"""What the models of a run are measured by; one class for each kind of data.
+
+A yardstick numbers what images can be asked for (classes, or prompts), and
+tells of a set of images how well each is what it was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Int, UInt8
+
+from tensorar_jax import build, conditioning
+from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.data import pipeline, shapes, sources
+from tensorar_jax.drawing import Guidance
+from tensorar_jax.evaluation import request, samples, scores
+from tensorar_jax.evaluation import shapes as shapes_scorer
+from tensorar_jax.interfaces import Conditioning
+
+Images = UInt8[np.ndarray, "n h w C"]
+Labels = Int[np.ndarray, "n"]
+RESAMPLES = 1000  # of the prompts, behind a standard error
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """What is measured.
+
+  Attributes:
+    yardstick: of YARDSTICKS: "classifier", by the features and classes of a
+      small classifier; "shapes", by reading drawings back.
+    classifier: the stage that is the classifier.
+    models: the stages to compare.
+    guidance: the scales of the scan; one may be a tuple, by sub-token.
+    scan_images, num_images: images per scan point and per seed. Of prompts,
+      each seed makes one image of each.
+    seeds: how many sampling seeds.
+    batch_size: images per call of the sampler.
+    real_images: at most so many training images are the classifier's reference.
+    held_out_images: at most so many test images for cross-entropies and the
+      refinement diagnostics.
+  """
+
+  yardstick: str = "classifier"
+  classifier: str = "classifier"
+  models: tuple[str, ...] = ()
+  guidance: tuple[Guidance, ...] = (1.0, 1.5, 2.0)
+  scan_images: int = 500
+  num_images: int = 1000
+  seeds: int = 3
+  batch_size: int = 250
+  real_images: int = 10_000
+  held_out_images: int = 1000
+
+  def __post_init__(self):
+    images = ("scan_images", "num_images", "held_out_images")
+    for name in (*images, "seeds", "batch_size"):
+      least = 10 if name in images else 1
+      if getattr(self, name) < least:
+        raise ValueError(
+          f"evaluation.{name}={getattr(self, name)}: expected at least {least}."
+        )
+    if not self.models or not self.guidance:
+      raise ValueError(
+        f"evaluation.models={self.models}, guidance={self.guidance}: name at"
+        " least one stage and one scale."
+      )
+    build.choose("evaluation.yardstick", self.yardstick, YARDSTICKS)
+
+  def check(self, stages: Mapping[str, Mapping]) -> None:
+    """Raises ValueError unless these stages are there and can be measured."""
+    for name in self.models:
+      check_objective(stages, name, "tensorar")
+    YARDSTICKS[self.yardstick].check(stages, self)
+
+
+def check_objective(stages: Mapping[str, Mapping], name: str, want: str):
+  """ValueError unless there is a stage of that name and objective."""
+  build.choose("evaluation: stage", name, stages)
+  if stages[name]["objective"] != want:
+    raise ValueError(
+      f"evaluation: stage {name!r} trains a {stages[name]['objective']};"
+      f" expected one whose objective is {want!r}."
+    )
+
+
+@runtime_checkable
+class Yardstick(Protocol):
+  """What `evaluate` asks of every kind; made of (stages, settings, workdir).
+
+  Attributes:
+    identity: changes whenever the same image would get other numbers.
+    names: of the first labels, which the pictures show a row of each.
+    notes: what the numbers mean, for readers.
+  """
+
+  identity: str
+  names: Sequence[str]
+  notes: Sequence[str]
+
+  @staticmethod
+  def check(stages: Mapping[str, Mapping], settings: EvaluationConfig) -> None:
+    """ValueError unless the models can be measured so."""
+    ...
+
+  def conditions(self, stage: Mapping) -> Conditioning:
+    """What a stage's model makes an image of a label from."""
+    ...
+
+  def labels(self, first: int, count: int) -> Labels:
+    """What images first, first + 1, ... are asked to be."""
+    ...
+
+  def cost(self, images: Images, labels: Labels) -> float:
+    """What the guidance scale is chosen by; lower is better."""
+    ...
+
+  def measure(self, sets: Sequence[Images], labels: Labels) -> dict:
+    """Every metric of one set of images per seed: mean, std, values."""
+    ...
+
+  def held_out(self, limit: int) -> dict[str, np.ndarray]:
+    """At most so many test images, "image" and "label"."""
+    ...
+
+  def reference(self) -> dict[str, dict]:
+    """The same metrics of images that no model made, by name."""
+    ...
+
+
+def spread(values: Sequence[float]) -> dict:
+  """Mean, sample standard deviation (None for a single value), values."""
+  std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+  return {"mean": float(np.mean(values)), "std": std, "values": list(values)}
+
+
+# --- a small classifier ------------------------------------------------------
+
+
+class ByClassifier:
+  """Distances in a classifier's features, and the classes that it sees."""
+
+  def __init__(self, stages, settings: EvaluationConfig, workdir: pathlib.Path):
+    name, folder = settings.classifier, workdir / settings.classifier
+    build.resolve(name, workdir)  # refuses a stage that is not finished
+    data = stages[name]["data"]
+
+    def images(split):
+      source = sources.load(data["name"], split, data_dir=data.get("data_dir"))
+      return pipeline.as_arrays(source)
+
+    self.classifier = build.load_stage(stages[name], folder)
+    self.identity = orbax_io.read_meta(orbax_io.find(folder))["id"]
+    self.test_images, self.test_labels = images(data["test_split"])
+    train_images = images(data["train_split"])[0]
+    self.real = self.features(train_images[: settings.real_images])
+    self.num_classes = stages[settings.models[0]]["conditioning"]["num_classes"]
+    self.names = [str(label) for label in range(self.num_classes)]
+    self.notes = [
+      "frechet, precision and recall are against the real training images, in"
+      f" the features of the stage {name!r}; accuracy is the share of samples"
+      " that it takes for the class they were asked for.",
+      "The guidance scan shows Frechet distances.",
+    ]
+
+  @staticmethod
+  def check(stages: Mapping[str, Mapping], settings: EvaluationConfig) -> None:
+    check_objective(stages, settings.classifier, "classifier")
+    for name in settings.models:
+      request.check_classes(name, stages[name])
+
+  def features(self, images: Images) -> scores.FeatureSet:
+    """`pool` [n, num_features], in batches of one compiled shape."""
+    graphdef, state = nnx.split(self.classifier)
+    size = min(500, len(images))
+    out = []
+    for start in range(0, len(images), size):
+      part = images[start : start + size]
+      pad = [(0, size - len(part))] + [(0, 0)] * 3
+      found = _features(graphdef, state, np.pad(part, pad))
+      out.append(np.asarray(found)[: len(part)])
+    return scores.FeatureSet(pool=np.concatenate(out))
+
+  def conditions(self, stage: Mapping) -> Conditioning:
+    return build.conditioning(stage["conditioning"])
+
+  def labels(self, first: int, count: int) -> Labels:
+    return (first + np.arange(count)) % self.num_classes
+
+  def cost(self, images: Images, labels: Labels) -> float:
+    fake = self.features(images).gaussians["pool"]
+    return fake.distance(self.real.gaussians["pool"])
+
+  def measure(self, sets: Sequence[Images], labels: Labels) -> dict:
+    rows = [self.measure_set(images, labels) for images in sets]
+    return {name: spread([row[name] for row in rows]) for name in rows[0]}
+
+  def measure_set(self, images: Images, labels: Labels) -> dict[str, float]:
+    """Every metric of a set of images against the real training images."""
+    fake = self.features(images)
+    right = np.argmax(self.classifier.classify(fake.pool), -1) == labels
+    found = scores.Comparison(self.real, fake).values()
+    return {**found, "accuracy": float(np.mean(right))}
+
+  def held_out(self, limit: int) -> dict[str, np.ndarray]:
+    return {
+      "image": self.test_images[:limit],
+      "label": self.test_labels[:limit],
+    }
+
+  def reference(self) -> dict[str, dict]:
+    real = self.measure_set(self.test_images, self.test_labels)
+    return {"held-out real images": real}
+
+
+_features = jax.jit(
+  lambda graphdef, state, images: nnx.merge(graphdef, state).features(images),
+  static_argnums=0,
+)
+
+
+# --- drawings that can be read back ------------------------------------------
+
+
+class ByReading:
+  """The share of images that show what their captions say, by category.
+
+  A label is the position of a prompt in the test split.
+  """
+
+  SHOWN = 2 * len(shapes.CATEGORIES)  # prompts in the pictures
+
+  def __init__(self, stages, settings: EvaluationConfig, workdir: pathlib.Path):
+    self.settings = settings
+    stage = stages[settings.models[0]]
+    self.tokenizer = build.frozen_tokenizer(stage, workdir)
+    asked = settings.num_images + settings.scan_images
+    source = shapes.open_shapes(stage["data"]["test_split"])
+    count = min(len(source), max(asked, settings.held_out_images))
+    self.scenes = [source.scene(position) for position in range(count)]
+    limits = shapes_scorer.MIN_AREA, shapes_scorer.MIN_OVERLAP
+    self.identity = f"shapes read by {limits}"
+    captions = [scene.prompt.caption for scene in self.scenes]
+    self.captions, self.names = captions, captions[: self.SHOWN]
+    self.notes = [
+      "The categories are GenEval's: the share of images on which every object"
+      " that the caption names is read, as often and in the colour and place"
+      " that it says. Overall is their mean.",
+      "\u00b1 is the standard error and metrics.json has the 95 % interval, by"
+      f" resampling prompts {RESAMPLES} times.",
+      "The guidance scan is on other prompts and shows how many are wrong.",
+    ]
+
+  @staticmethod
+  def check(stages: Mapping[str, Mapping], settings: EvaluationConfig) -> None:
+    for name in settings.models:
+      section = stages[name]["conditioning"]
+      if not getattr(build.conditioning(section), "encoder", ""):
+        raise ValueError(
+          f"stage {name!r} has the conditioning {dict(section)}: yardstick="
+          "'shapes' needs one that encodes captions, such as dict(name='text',"
+          " encoder='words')."
+        )
+      if (data := stages[name]["data"]["name"]) != "shapes":
+        raise ValueError(
+          f"stage {name!r} is of the data set {data!r}: expected 'shapes', the"
+          " drawings that yardstick='shapes' can read."
+        )
+
+  def conditions(self, stage: Mapping) -> Conditioning:
+    texts = build.conditioning(stage["conditioning"])
+    encode = build.text_encoder(stage["conditioning"])
+    rows = conditioning.real_rows(*encode(self.captions))
+    return request.Prompts(texts, rows)
+
+  def labels(self, first: int, count: int) -> Labels:
+    return (first + np.arange(count)) % len(self.scenes)
+
+  def right(self, images: Images, labels: Labels) -> Bool[np.ndarray, "n"]:
+    """Whether each image is what its label asks for."""
+    prompts = [self.scenes[label].prompt for label in labels]
+    return shapes_scorer.score(images, prompts)
+
+  def cost(self, images: Images, labels: Labels) -> float:
+    return 1.0 - self.measure([images], labels)["overall"]["mean"]
+
+  def measure(self, sets: Sequence[Images], labels: Labels) -> dict:
+    right = np.stack([self.right(images, labels) for images in sets])
+    kinds = np.array([self.scenes[label].prompt.category for label in labels])
+    rng, by_seed, resampled = np.random.RandomState(0), {}, {}
+    for category in shapes.CATEGORIES:
+      own = right[:, kinds == category]  # [seeds, prompts]
+      by_seed[category] = own.mean(axis=1)
+      drawn = rng.randint(own.shape[1], size=(RESAMPLES, own.shape[1]))
+      resampled[category] = own.mean(axis=0)[drawn].mean(axis=1)
+    for found in (by_seed, resampled):
+      found["overall"] = np.mean(list(found.values()), axis=0)
+    return {
+      name: {
+        "mean": float(np.mean(values)),
+        "std": float(resampled[name].std()),
+        "interval": np.percentile(resampled[name], (2.5, 97.5)).tolist(),
+        "values": values.tolist(),
+      }
+      for name, values in by_seed.items()
+    }
+
+  def held_out(self, limit: int) -> dict[str, np.ndarray]:
+    labels = self.labels(0, min(limit, len(self.scenes)))
+    drawings = [shapes.draw(self.scenes[label].objects) for label in labels]
+    return {"image": np.stack(drawings), "label": labels}
+
+  def reference(self) -> dict[str, dict]:
+    test = self.held_out(self.settings.num_images)
+    tokens = samples.encode(self.tokenizer, test["image"])
+    through = samples.decode(self.tokenizer, tokens)
+    return {
+      "held-out drawings, through the tokenizer": self.measure(
+        [through], test["label"]
+      ),
+      "held-out drawings": self.measure([test["image"]], test["label"]),
+    }
+
+
+YARDSTICKS: dict[str, type[Yardstick]] = {
+  "classifier": ByClassifier,
+  "shapes": ByReading,
+}

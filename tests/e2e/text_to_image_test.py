@@ -1,0 +1,158 @@
+"""A tar of captioned images -> tokens -> training -> images of prompts."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tensorar_jax import main
+from tests.data.captioned_test import png, write_tar
+from tests.text import tiny_text
+
+
+def config(text, tokens) -> ConfigDict:
+  return ConfigDict(
+    dict(
+      seed=0,
+      data=dict(name=f"tokens:{tokens}", train_split="train"),
+      tokenizer=dict(
+        name="vq",
+        channels=8,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        latent_channels=8,
+        code_dim=4,
+        codebook_size=11,
+        norm_groups=4,
+        image_size=(6, 6),
+      ),
+      conditioning=dict(name="text", width=64, length=7, encoder=str(text)),
+      backbone=dict(
+        name="llamagen",
+        vocab_size=11,
+        grid=(3, 3),
+        width=16,
+        num_layers=2,
+        num_heads=2,
+        mlp_multiple=8,
+        text_width=64,
+        text_length=7,
+      ),
+      tensorar=dict(window=2),
+      noise=dict(kind="categorical"),
+      loss=dict(condition_dropout=0.1),
+      optim=dict(learning_rate=1e-3),
+      train=dict(batch_size=2, num_steps=2, log_every=1, checkpoint_every=2),
+      sampling=dict(guidance=2.0),
+      stages=dict(tensorar=dict(source=None)),
+    )
+  )
+
+
+@pytest.fixture(scope="module")
+def project(parity, tmp_path_factory):
+  """(run(**flags), work directory, root), tokenized and trained."""
+  root = tmp_path_factory.mktemp("text_to_image")
+  text = tiny_text.folder(parity, root / "t5")
+  members = {}
+  for i in range(5):
+    members |= {f"{i}.png": png(i), f"{i}.txt": b"A red cat on a mat"}
+  members["3.txt"] = b"A cat"
+  members["4.txt"] = b"(###)"  # nothing is left of it
+  write_tar(root / "tars" / "000.tar", members)
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+  def run(**given):
+    made = config(text, root / "tokens")
+    with flagsaver.flagsaver(**given):
+      main.run(made, root / "run")
+
+  run(
+    mode="tokenize",
+    images=f"webdataset:{root / 'tars'}",
+    output=str(root / "tokens"),
+    recipe="flip",
+  )
+  run(mode="train")
+  return run, root / "run", root
+
+
+def test_captions_become_features_and_are_trained_on(project):
+  _, workdir, root = project
+  manifest = json.loads((root / "tokens" / "manifest.json").read_text())
+  assert manifest["num_images"] == 4
+  assert "'(###)' has no words" in manifest["skipped"][0]["reason"]
+  assert manifest["text"]["dtype"] == "bfloat16"
+  encoder = manifest["text"]["encoder"]
+  assert len(encoder["weights"]["sha256"]) == len(encoder["tokenizer"]) == 64
+  rows = (workdir / "tensorar" / "log.jsonl").read_text().splitlines()
+  assert len(rows) == 2 and np.isfinite(json.loads(rows[1])["loss"])
+
+
+def test_prompts_become_images(project, caplog):
+  run, workdir, root = project
+  (root / "prompts.txt").write_text("A cat\na red cat on a red mat on a cat\n")
+  asked = dict(
+    mode="sample", prompts=str(root / "prompts.txt"), num_images=2, seed=3
+  )
+  run(**asked)
+  assert "caption 1 is longer than 7 tokens" in caplog.text
+  folder = workdir / "tensorar" / "samples" / "000"
+  names = sorted(file.name for file in folder.iterdir())
+  pngs = [f"prompt_00{p}_image_0{i}.png" for p in (0, 1) for i in (0, 1)]
+  assert names == sorted(
+    [*pngs, "grid.png", "refinement.png", "samples.npz"]
+    + ["manifest.json", "settings.json"]
+  )
+  stored = np.load(folder / "samples.npz")
+  assert stored["arr_0"].shape == (4, 6, 6, 3)
+  np.testing.assert_array_equal(stored["arr_1"], [0, 0, 1, 1])
+  for name, image in zip(pngs, stored["arr_0"]):
+    with Image.open(folder / name) as picture:
+      np.testing.assert_array_equal(np.asarray(picture), image)
+  manifest = json.loads((folder / "manifest.json").read_text())
+  assert manifest["prompts"] == ["A cat", "a red cat on a red mat on a cat"]
+  assert (manifest["num_images"], manifest["seed"]) == (2, 3)
+  assert len(manifest["text_encoder"]["weights"]["sha256"]) == 64
+  (folder / pngs[1]).unlink()
+  caplog.set_level(logging.INFO)
+  run(**asked)  # the same again: nothing is drawn, what is missing written
+  assert (folder / pngs[1]).exists() and not (folder.parent / "001").exists()
+  # The image depends on its prompt, seed and number alone.
+  run(mode="sample", prompt=["A cat", "A cat", "a mat"], num_images=1, seed=3)
+  other = np.load(folder.parent / "001" / "samples.npz")["arr_0"]
+  np.testing.assert_array_equal(other[:2], stored["arr_0"][:2])
+
+
+def test_what_cannot_be_drawn_is_refused(project, tmp_path):
+  run, workdir, root = project
+  before = sorted(workdir.rglob("*"))
+  for given, words in (
+    (dict(), "images from text, there are no classes.*--prompts=FILE"),
+    (dict(classes=["1"]), "images from text, there are no classes"),
+    (dict(prompt=["a", "#"]), "caption 1, '#', is empty once"),
+    (dict(prompt=[""]), "prompt 0 is empty"),
+    (dict(prompt=["a"], prompts="b"), "one or the other"),
+    (dict(prompts=str(root / "tars" / "000.tar")), "no text in UTF-8|control"),
+    (
+      dict(mode="evaluate", reference="r.npz"),
+      "there are no classes.*measures",
+    ),
+  ):
+    with pytest.raises(ValueError, match=words):
+      run(**{"mode": "sample", **given})
+  tokenizer = root / "t5" / "tokenizer.json"
+  content = tokenizer.read_bytes()
+  tokenizer.unlink()
+  try:
+    with pytest.raises(ValueError, match="tokenizer.json: no such file"):
+      run(mode="sample", prompt=["a"])
+  finally:
+    tokenizer.write_bytes(content)
+  assert sorted(workdir.rglob("*")) == before
