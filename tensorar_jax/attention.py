@@ -14,6 +14,7 @@ float32 stays on the exact path, and so does decoding, a row at a time.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -85,11 +86,22 @@ def attention(
   is of no meaning: it depends on the kernel.
   """
   q, k, v = (sharding.constrain(a, *sharding.HEADS) for a in (q, k, v))
-  kernel = {"gpu": cudnn, "tpu": flash}.get(sharding.platform())
+  kernel = _kernel(q.shape[-1])
   drops = rng is not None and rate > 0
   if kernel and mask.is_whole and q.dtype.itemsize == 2 and not drops:
     return kernel(q, k, v, mask)
   return plain(q, k, v, mask, rate, rng)
+
+
+def _kernel(head_dim: int) -> Callable | None:
+  """What the platform has for heads of this width, or None."""
+  platform = sharding.platform()
+  if platform == "tpu":
+    return flash
+  # cuDNN is asked while a program is traced: a compile for GPUs that are not
+  # there has to do without.
+  there = platform == "gpu" and jax.default_backend() == "gpu"
+  return cudnn if there and head_dim % 8 == 0 and head_dim <= 128 else None
 
 
 def plain(q, k, v, mask: Mask, rate: float = 0.0, rng: Key | None = None):

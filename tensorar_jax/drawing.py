@@ -154,7 +154,8 @@ def filter_logits(
 
 def _ranks(x: Float[Array, "*n V"]) -> UInt32[Array, "*n V"]:
   """Whole numbers in the order of x: its bits, those of negatives flipped."""
-  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+  x = jnp.where(x == 0, 0.0, x).astype(jnp.float32)  # -0.0 is as large as 0.0
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   top = jnp.uint32(1 << 31)
   return jnp.where(bits >= top, ~bits, bits | top)
 

@@ -85,12 +85,15 @@ def chosen(monkeypatch, platform, how, dtype=jnp.bfloat16, rate=0.0):
 def test_each_platform_has_its_kernel(monkeypatch):
   found = functools.partial(chosen, monkeypatch)
   assert found("cpu", mask(False)) == "plain"
+  assert found("gpu", mask(False)) == "plain"  # cuDNN is not here to be asked
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert found("cuda", mask(False)) == found("gpu", mask(True)) == "cudnn"
   assert found("tpu", mask(False)) == found("tpu", mask(True)) == "flash"
 
 
 def test_what_the_kernels_cannot_do_stays_plain(monkeypatch):
   found = functools.partial(chosen, monkeypatch)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert found("tpu", mask(False), dtype=jnp.float32) == "plain"
   assert found("gpu", mask(False), rate=0.1) == "plain"
   rows = jnp.arange(3, 3 + ROWS)  # behind a cache of three rows

@@ -179,6 +179,20 @@ def test_draws_follow_the_filtered_distribution():
   )
 
 
+def test_ties_survive_top_k_and_the_first_of_them_top_p():
+  logits = jnp.asarray([[1.0, -0.0, 0.0, -1.0], [2.0, 2.0, 2.0, -jnp.inf]])
+
+  def kept(**options):
+    out = drawing.filter_logits(logits, SamplingConfig(**options))
+    return np.isfinite(out).astype(int).tolist()
+
+  assert kept(top_k=2) == [[1, 1, 1, 0], [1, 1, 1, 0]]
+  # 0.51, 0.19, 0.19, 0.07 and three times 1/3.
+  assert kept(top_p=0.6) == [[1, 1, 0, 0], [1, 1, 0, 0]]
+  assert kept(top_k=2, top_p=0.5) == [[1, 0, 0, 0], [1, 1, 0, 0]]
+  assert kept(top_p=0.01) == [[1, 0, 0, 0], [1, 0, 0, 0]]
+
+
 def test_nothing_is_compiled_twice():
   model = tiny.wrapped(2)
   generate(model, seed=0)
