@@ -279,6 +279,8 @@ def main(argv: list[str]) -> None:
       raise
     processes.fail(f"error: {error}")
   except Exception:
+    # Raised, it would end one of several processes only with the others, which
+    # may be waiting for it. Nothing is hidden: the whole traceback is printed.
     processes.fail(traceback.format_exc())
 
 
