@@ -20,12 +20,12 @@ from tensorar_jax import (
   targets,
 )
 from tensorar_jax.data import codes, sources, tokenize
-from tensorar_jax.evaluation import protocol, request, sample_files
+from tensorar_jax.evaluation import protocol, request, sample_files, summary
 
 
 def asked(given: Flags, num_images: int) -> request.Request:
   """--num_images and the other flags that say which images."""
-  classes, prompts = given.classes, given.prompt
+  classes, prompts, sources = given.classes, given.prompt, None
   try:
     classes = tuple(map(int, classes)) if classes is not None else None
   except ValueError as error:
@@ -33,14 +33,20 @@ def asked(given: Flags, num_images: int) -> request.Request:
   if given.prompts is not None:
     if prompts is not None:
       raise ValueError("--prompts and --prompt: expected one or the other.")
-    prompts = request.read_prompts(pathlib.Path(given.prompts))
+    path = pathlib.Path(given.prompts)
+    prompts, sources = request.read_prompts(path, given.layout)
   prompts = None if prompts is None else tuple(prompts)
   count = given.num_images or (num_images if prompts is None else 4)
-  return request.Request(count, classes, given.seed, given.resize, prompts)
+  return request.Request(
+    *(count, classes, given.seed, given.resize),
+    *(prompts, given.layout, sources),
+  )
 
 
 def sample(given: Flags, stages: dict, folder: pathlib.Path) -> None:
   """--mode=sample."""
+  if given.layout and given.pngs is False:
+    raise ValueError("--layout and --nopngs: a layout is of PNGs.")
   sample_files.sample(
     *(stages, folder, asked(given, 100)),
     stage=given.stage,
@@ -70,6 +76,22 @@ def measure_file(given: Flags) -> None:
   if record:
     print(protocol.table({samples.name: record}))
     print(f"{pathlib.Path(folder, 'metrics.json')}")
+
+
+def summarise_scores(given: Flags) -> None:
+  """--mode=evaluate --scores."""
+  if given.mode != "evaluate" or given.samples or given.reference:
+    raise ValueError(
+      "--scores goes with --mode=evaluate, and not with --samples and"
+      " --reference."
+    )
+  scores = pathlib.Path(given.scores)
+  questions = given.questions and pathlib.Path(given.questions)
+  folder = pathlib.Path(given.output or scores.with_suffix(""))
+  print(
+    summary.table(scores.stem, summary.summarise(scores, questions, folder))
+  )
+  print(folder / "metrics.json")
 
 
 def measure_stage(given: Flags, stages: dict, folder: pathlib.Path) -> None:

@@ -10,8 +10,10 @@ Modes:
              --num_images, --classes, --seed, --resize, --batch_size, --pngs,
              --output=FOLDER or FILE.npz. A stage that reads text takes
              --prompts=FILE, a prompt a line, or --prompt=TEXT, and draws
-             --num_images of each. The same command continues a run that was
-             stopped; all local devices share the work.
+             --num_images of each; --layout=geneval|dpg reads that benchmark's
+             prompts, and writes the folders that its scorer takes. The same
+             command continues a run that was stopped; all local devices share
+             the work.
   evaluate   measure samples. --samples=FILE.npz --reference=FILE.npz: FID,
              sFID, IS, precision and recall of images that any program made, as
              the ADM suite has them; no --config. --reference alone: those of a
@@ -19,6 +21,8 @@ Modes:
              --guidance=1.5,2 for a scan with a plot, --classes, --seed,
              --resize). Neither: the config's models by its small classifier,
              for tiny images: metrics.json. --inception, --bootstrap, --output.
+             --scores=FILE: the table of what GenEval's or DPG-Bench's scorer
+             has written; no --config. --questions=FILE.csv, --output.
   visualize  draw the pictures and report.html from what is there.
   import     fill the stages that have a `source` from published PyTorch files.
   tokenize   turn images into token shards: --images=folder:DIR (or tfds:NAME;
@@ -87,6 +91,13 @@ _CLASSES = flags.DEFINE_list(
 _PROMPTS = flags.DEFINE_string(
   "prompts", None, "Text file in UTF-8 with a prompt to sample in each line."
 )
+_LAYOUT = flags.DEFINE_enum(
+  "layout",
+  None,
+  ("geneval", "dpg"),
+  "Folders to write, for the scorer of a benchmark. --prompts is GenEval's"
+  " evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files.",
+)
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", None, "A prompt to sample; may be given several times."
 )
@@ -111,8 +122,8 @@ _OUTPUT = flags.DEFINE_string(
   None,
   "Of --mode=export: a .pt or .safetensors file. Of --mode=tokenize: a folder."
   " Of --mode=sample: a folder or a .npz file; default: a numbered folder. Of"
-  " --samples: a folder; default: beside the samples. Of --mode=compile: a"
-  " .json file.",
+  " --samples and --scores: a folder; default: beside them. Of --mode=compile:"
+  " a .json file.",
 )
 _TARGET = flags.DEFINE_string(
   "target",
@@ -127,6 +138,12 @@ _REFERENCE = flags.DEFINE_string(
   "reference",
   None,
   "What to measure against: .npz with images, as VIRTUAL_imagenet256_labeled.",
+)
+_SCORES = flags.DEFINE_string(
+  "scores", None, "Of GenEval's scorer, a .jsonl; of DPG-Bench's, a .txt file."
+)
+_QUESTIONS = flags.DEFINE_string(
+  "questions", None, "With --scores: DPG-Bench's csv, for its categories."
 )
 _INCEPTION = flags.DEFINE_string(
   "inception",
@@ -267,10 +284,13 @@ def main(argv: list[str]) -> None:
       signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not processes.is_first():
       logging.set_verbosity(logging.WARNING)
-    if _SAMPLES.value:
+    if _SAMPLES.value or _SCORES.value:
       from tensorar_jax import commands
 
-      commands.measure_file(flags.FLAGS)
+      if _SCORES.value:
+        commands.summarise_scores(flags.FLAGS)
+      else:
+        commands.measure_file(flags.FLAGS)
     else:
       run(_CONFIG.value, workdir())
   except (ValueError, OSError) as error:
@@ -299,8 +319,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
   flags.register_multi_flags_validator(
-    ["config", "samples"],
-    lambda given: given["config"] or given["samples"],
-    "Name --config=FILE, or --samples=FILE.npz with --mode=evaluate.",
+    ["config", "samples", "scores"],
+    lambda given: any(given.values()),
+    "Name --config=FILE, or with --mode=evaluate --samples=FILE.npz or"
+    " --scores=FILE.",
   )
   app.run(main, flags_parser=parse_flags)

@@ -20,11 +20,13 @@ from jaxtyping import Float, Int, UInt8
 from tensorar_jax import build, conditioning
 from tensorar_jax.conditioning import TextConditioning
 from tensorar_jax.data import encoder
+from tensorar_jax.evaluation import dpg, geneval
 from tensorar_jax.interfaces import Batch, Cond, Conditioning
 
 GRID = 100  # images in the grid
 COLUMNS = 10  # of it
 TITLE = 40  # letters of a prompt beside its row
+LAYOUTS = {"geneval": geneval, "dpg": dpg}  # of benchmarks' folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Request:
   """Which images, at `resize` pixels a side.
 
   Of `classes` in turn (None: all), `num_images` in all; or of each of `prompts`
-  `num_images`, one prompt after another.
+  `num_images`, one prompt after another; with a `layout` of LAYOUTS in its
+  files, for which `sources` has a line or an id of each prompt.
   """
 
   num_images: int = 100
@@ -40,6 +43,8 @@ class Request:
   seed: int = 0
   resize: int | None = None
   prompts: tuple[str, ...] | None = None
+  layout: str | None = None
+  sources: tuple[str, ...] | None = None
 
   def __post_init__(self):
     sizes = [n for n in (self.num_images, self.resize) if n is not None]
@@ -54,6 +59,15 @@ class Request:
       if self.classes is not None:
         raise ValueError("classes and prompts: expected one or the other.")
       check_prompts(self.prompts, "prompt")
+    if self.layout is not None:
+      layout = build.choose("--layout", self.layout, LAYOUTS)
+      if len(self.sources or ()) != len(self.prompts or ()) or not self.sources:
+        raise ValueError(f"layout={self.layout!r} needs --prompts, its file.")
+      if self.num_images not in layout.COUNTS:
+        raise ValueError(
+          f"num_images={self.num_images}: the layout {self.layout!r} takes"
+          f" {layout.COUNTS} of each prompt."
+        )
 
   def labels(self, num_classes: int) -> Int[np.ndarray, "n"]:
     """The class, or prompt, of each image; counts differ by one at most."""
@@ -62,12 +76,28 @@ class Request:
     chosen = range(num_classes) if self.classes is None else self.classes
     return np.resize(np.asarray(chosen, np.int64), self.num_images)
 
-  def file_name(self, image: int) -> str:
-    """Of the PNG of an image, by its position in the run."""
+  @property
+  def together(self) -> int:
+    """How many images are written together: all of a prompt, in a layout."""
+    return self.num_images if self.layout else 1
+
+  def names(self, part: range) -> list[str]:
+    """The files of the images of a part, by their positions in the run."""
     if self.prompts is None:
-      return f"{image:06d}.png"
-    prompt, image = divmod(image, self.num_images)
-    return f"prompt_{prompt:03d}_image_{image:02d}.png"
+      return [f"{part.start:06d}.png"]
+    prompt, image = divmod(part.start, self.num_images)
+    if not self.layout:
+      return [f"prompt_{prompt:03d}_image_{image:02d}.png"]
+    return LAYOUTS[self.layout].names(prompt, self.sources[prompt], len(part))
+
+  def contents(
+    self, part: range, images: UInt8[np.ndarray, "n h w C"]
+  ) -> list[Any]:
+    """What is in the files of `names`: images, or text."""
+    if not self.layout:
+      return list(images)
+    source = self.sources[part.start // self.num_images]
+    return LAYOUTS[self.layout].contents(source, images)
 
   def grid(
     self, images: UInt8[np.ndarray, "n h w C"]
@@ -148,23 +178,68 @@ def check_classes(name: str, stage: Mapping) -> None:
     )
 
 
-def read_prompts(file: pathlib.Path) -> tuple[str, ...]:
-  """A prompt from each line of a text file in UTF-8; ValueError for others."""
+def read_prompts(
+  path: pathlib.Path, layout: str | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+  """The prompts of --prompts, and what their layout says of each.
+
+  Without a layout a prompt is a line of a text file; of "geneval" a line is an
+  object of JSON with `tag` and `prompt`; of "dpg" the path is a folder with a
+  text file ID.txt for each prompt, in the order of names. ValueError for what
+  is none of these.
+  """
+  if layout == "dpg":
+    files = sorted(path.glob("*.txt"), key=lambda file: file.name)
+    if not files:
+      raise ValueError(f"--prompts={path}: expected a folder of .txt files.")
+    sources = tuple(file.stem for file in files)
+    if dotted := [source for source in sources if "." in source]:
+      raise ValueError(
+        f"--prompts={path}: {dotted[0]}.txt has a dot in its id; the scorer"
+        " would cut it off there. Rename the file, or take it out."
+      )
+    texts = [read_text(file).strip() for file in files]
+    prompts = tuple(" ".join(text.splitlines()) for text in texts)
+    for file, prompt in zip(files, prompts):
+      check_prompts([prompt], f"{file}, prompt")
+    return prompts, sources
+  lines = read_text(path).removesuffix("\n").split("\n")
+  lines = tuple(line.removesuffix("\r") for line in lines)
+  check_prompts(lines, f"{path}, line", start=1)
+  if layout is None:
+    return lines, None
+  prompts, seen = [], {}
+  for number, line in enumerate(lines, 1):
+    where = f"{path}, line {number}"
+    found = geneval.parse(line, where, {"prompt": str, "tag": str})
+    if not found["prompt"].strip():
+      raise ValueError(f"{where}: the prompt is empty.")
+    if (first := seen.setdefault(line, number)) != number:
+      raise ValueError(
+        f"{where} is line {first} again: the scorer would count the two as one"
+        " prompt."
+      )
+    prompts.append(found["prompt"])
+  return tuple(prompts), lines
+
+
+def read_text(file: pathlib.Path) -> str:
+  """A file in UTF-8; ValueError if it is none, or holds only blanks."""
   try:
     text = file.read_bytes().decode("utf-8-sig")
-  except FileNotFoundError as error:
-    raise ValueError(f"--prompts={file}: there is no such file.") from error
+  except (FileNotFoundError, IsADirectoryError) as error:
+    raise ValueError(
+      f"--prompts={file}: there is no such file. A folder goes with"
+      " --layout=dpg."
+    ) from error
   except UnicodeDecodeError as error:
     raise ValueError(
       f"--prompts={file} is no text in UTF-8 ({error}): expected a prompt in"
-      " each line."
+      " each line, or file."
     ) from error
   if not text.strip():
-    raise ValueError(f"--prompts={file} is empty: expected a prompt a line.")
-  prompts = text.removesuffix("\n").split("\n")
-  prompts = tuple(prompt.removesuffix("\r") for prompt in prompts)
-  check_prompts(prompts, f"{file}, line", start=1)
-  return prompts
+    raise ValueError(f"--prompts={file} is empty: expected a prompt.")
+  return text
 
 
 def check_prompts(prompts: Sequence[str], where: str, start: int = 0) -> None:

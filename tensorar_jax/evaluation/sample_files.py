@@ -9,6 +9,7 @@ A folder of samples holds
                   numbers of prompts where images are made from text
   manifest.json   the settings, and the digest of the npz; written last
   grid.png, refinement.png, 000000.png or prompt_000_image_00.png, ...
+                  or, instead of these, the files of a benchmark's layout
 
 Image i comes from (seed, i) and its class or prompt alone, so shards can be
 drawn by any process on any devices, and what is missing after a kill is drawn
@@ -22,6 +23,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -88,7 +90,7 @@ def sample(
     output: a folder, or NAME.npz with the other files in the folder NAME; by
       default `<stage>/samples/<number>`, a new number for other settings.
     batch_size: images at once, over this process's devices.
-    pngs: whether every image is a PNG too; by default up to PNGS_UP_TO images.
+    pngs: whether images are PNGs too; default: up to PNGS_UP_TO, and layouts.
   """
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected at least 1.")
@@ -121,7 +123,8 @@ def sample(
       _save_overview, place.folder, tokenizer, request
     )
     last = write(draw, labels, place, settings, overview=overview, share=share)
-  if last and (len(labels) <= PNGS_UP_TO if pngs is None else pngs):
+  few = len(labels) <= PNGS_UP_TO if pngs is None else pngs
+  if last and (few or request.layout):
     write_pngs(place, len(labels), request)
   if place.complete:
     print(f"{len(labels)} images of {name}: {place.npz}")
@@ -318,21 +321,38 @@ def _complete(place, files, labels, settings) -> None:
 
 
 def write_pngs(place: Place, num_images: int, request: Request) -> None:
-  """The images of the npz as PNGs; those that are there stay."""
-  progress = resumable.Progress("PNG files", num_images)
-  batches = resumable.positions(num_images, 100)
+  """The images of the npz in files of their own; those that are there stay."""
+  parts = [
+    part
+    for part in resumable.positions(num_images, request.together)
+    if not all((place.folder / name).exists() for name in request.names(part))
+  ]
+  progress = resumable.Progress("PNG files", sum(map(len, parts)))
+  read = npz.SampleFile(place.npz).read(parts)
+
+  def write_part(part: range, images: Images) -> None:
+    contents = request.contents(part, images)
+    for name, content in zip(request.names(part), contents, strict=True):
+      _write_picture(place.folder / name, content)
+
   with futures.ThreadPoolExecutor() as pool:
-    for index, images in zip(batches, npz.SampleFile(place.npz).read(batches)):
-      paths = [place.folder / request.file_name(i) for i in index]
-      list(pool.map(_write_png, paths, images))
-      progress.add(len(images))
+    for some in resumable.positions(len(parts), -(-100 // request.together)):
+      chosen = parts[some.start : some.stop]
+      images = list(itertools.islice(read, len(chosen)))
+      list(pool.map(write_part, chosen, images))
+      progress.add(sum(map(len, chosen)))
 
 
-def _write_png(path: pathlib.Path, image: np.ndarray) -> None:
-  if not path.exists():
-    partial = path.with_name(f".{uuid.uuid4().hex}.png")
-    visualize.save_image(partial, image)
-    partial.replace(path)
+def _write_picture(path: pathlib.Path, content: np.ndarray | str) -> None:
+  if path.exists():
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{uuid.uuid4().hex}.png")
+  if isinstance(content, str):
+    partial.write_text(content, "utf-8")
+  else:
+    visualize.save_image(partial, content)
+  partial.replace(path)
 
 
 def _save_overview(
@@ -343,6 +363,8 @@ def _save_overview(
   drafts: Int[np.ndarray, "n T k F"],
 ) -> None:
   """The grid of the first images and, for k > 1, the refinement of a few."""
+  if request.layout:
+    return  # An image there may have the name of one of these.
   grid, titles = request.grid(images)
   visualize.save_sample_grids(folder / "grid.png", {"": grid}, titles)
   if drafts.shape[2] > 1:

@@ -21,6 +21,7 @@ from tensorar_jax.evaluation import adm
 
 SPLIT = 5000  # images of a split of the Inception Score
 Z95 = 1.96  # standard deviations to each side that hold 95 %
+RESAMPLES = 1000  # of the prompts, behind a standard error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,3 +153,11 @@ def _resample(rng: np.random.Generator, count: int) -> np.ndarray:
     size = min(SPLIT, count - start)
     rows.append(start + rng.integers(size, size=size))
   return np.concatenate(rows)
+
+
+def resample_prompts(
+  sums: np.ndarray, counts: np.ndarray, rng: np.random.RandomState
+) -> np.ndarray:
+  """[RESAMPLES] means over resampled prompts, of [n] sums and [n] counts."""
+  drawn = rng.randint(len(sums), size=(RESAMPLES, len(sums)))
+  return sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)

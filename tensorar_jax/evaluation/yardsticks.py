@@ -26,7 +26,6 @@ from tensorar_jax.interfaces import Conditioning
 
 Images = UInt8[np.ndarray, "n h w C"]
 Labels = Int[np.ndarray, "n"]
-RESAMPLES = 1000  # of the prompts, behind a standard error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +253,7 @@ class ByReading:
       " that the caption names is read, as often and in the colour and place"
       " that it says. Overall is their mean.",
       "\u00b1 is the standard error and metrics.json has the 95 % interval, by"
-      f" resampling prompts {RESAMPLES} times.",
+      f" resampling prompts {scores.RESAMPLES} times.",
       "The guidance scan is on other prompts and shows how many are wrong.",
     ]
 
@@ -298,8 +297,8 @@ class ByReading:
     for category in shapes.CATEGORIES:
       own = right[:, kinds == category]  # [seeds, prompts]
       by_seed[category] = own.mean(axis=1)
-      drawn = rng.randint(own.shape[1], size=(RESAMPLES, own.shape[1]))
-      resampled[category] = own.mean(axis=0)[drawn].mean(axis=1)
+      seeds = np.full(own.shape[1], len(own))
+      resampled[category] = scores.resample_prompts(own.sum(axis=0), seeds, rng)
     for found in (by_seed, resampled):
       found["overall"] = np.mean(list(found.values()), axis=0)
     return {

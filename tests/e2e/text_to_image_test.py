@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tensorar_jax import main
+from tensorar_jax import main, visualize
 from tests.data.captioned_test import png, write_tar
 from tests.text import tiny_text
 
@@ -156,3 +156,98 @@ def test_what_cannot_be_drawn_is_refused(project, tmp_path):
   finally:
     tokenizer.write_bytes(content)
   assert sorted(workdir.rglob("*")) == before
+
+
+def tree(folder) -> dict[str, bytes]:
+  return {
+    str(file.relative_to(folder)): file.read_bytes()
+    for file in folder.rglob("*")
+    if file.is_file() and not file.name.startswith(".")
+  }
+
+
+class Killed(BaseException):
+  pass
+
+
+@pytest.mark.parametrize("layout", ["geneval", "dpg"])
+def test_prompts_of_a_benchmark_become_its_folders(
+  project, tmp_path, monkeypatch, layout
+):
+  run, _, _ = project
+  lines = [
+    json.dumps({"tag": "colors", "include": [], "prompt": prompt})
+    for prompt in ("A cat", "a red mat", "a red cat")
+  ]
+  prompts = tmp_path / "prompts"
+  if layout == "geneval":
+    prompts.write_text("\n".join(lines) + "\n")
+  else:
+    prompts.mkdir()
+    for item, line in zip("abc", lines):
+      (prompts / f"{item}.txt").write_text(json.loads(line)["prompt"])
+  asked = dict(mode="sample", layout=layout, prompts=str(prompts), seed=3)
+  asked["batch_size"] = 4  # as in the test above: compiled already
+  written, save = [], visualize.save_image
+
+  def save_two(path, image):
+    if len(written) == 2:
+      raise Killed
+    written.append(path)
+    save(path, image)
+
+  killed = str(tmp_path / "killed")
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(visualize, "save_image", save_two)
+    run(**asked, output=killed)
+  before = tree(tmp_path / "killed")
+  run(**asked, output=killed)
+  found = tree(tmp_path / "killed")
+  assert before.items() < found.items()
+  assert found.keys() - {"settings.json", "manifest.json", "samples.npz"} == (
+    {"a.png", "b.png", "c.png"}
+    if layout == "dpg"
+    else {
+      f"0000{prompt}/{name}"
+      for prompt in range(3)
+      for name in ("metadata.jsonl", "grid.png")
+      + tuple(f"samples/000{image}.png" for image in range(4))
+    }
+  )
+  images = np.load(tmp_path / "killed" / "samples.npz")["arr_0"]
+  shown = "c.png" if layout == "dpg" else "00002/samples/0003.png"
+  with Image.open(tmp_path / "killed" / shown) as picture:
+    last = np.asarray(picture)[-6:, -6:]
+  np.testing.assert_array_equal(last, images[11])
+  if layout == "geneval":
+    assert found["00001/metadata.jsonl"].decode() == lines[1]
+  manifest = json.loads(found["manifest.json"])
+  assert (manifest["layout"], manifest["num_images"]) == (layout, 4)
+  # Nothing is drawn or written for a second time, and nothing overwritten.
+  with monkeypatch.context() as patch:
+    patch.setattr(visualize, "save_image", None)
+    run(**asked, output=killed)
+    for other in (dict(seed=4), dict(num_images=1)):
+      with pytest.raises(ValueError, match="holds other samples"):
+        run(**{**asked, **other}, output=killed)
+    with pytest.raises(ValueError, match="a layout is of PNGs"):
+      run(**asked, output=killed, pngs=False)
+  assert tree(tmp_path / "killed") == found
+
+
+def test_a_scorer_s_file_becomes_a_table(parity, tmp_path, capsys):
+  scores = parity / "evaluation" / "layouts" / "geneval_toy_results.jsonl"
+  given = dict(
+    mode="evaluate", scores=str(scores), output=str(tmp_path / "out")
+  )
+  with flagsaver.flagsaver(**given):
+    main.main([""])
+  assert "| geneval_toy_results (incomplete) | 18 | 72 |" in (
+    capsys.readouterr().out
+  )
+  assert {p.name for p in (tmp_path / "out").iterdir()} == {
+    *("settings.json", "metrics.json", "metrics.md"),
+  }
+  given["mode"] = "sample"
+  with flagsaver.flagsaver(**given), pytest.raises(SystemExit):
+    main.main([""])

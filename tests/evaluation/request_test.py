@@ -12,7 +12,7 @@ def test_a_line_is_a_prompt(tmp_path):
   file = tmp_path / "prompts.txt"
   file.write_bytes("\ufeffa red cat\r\ntwo\tdogs\n\u2028 sun\n".encode())
   prompts = ("a red cat", "two\tdogs", "\u2028 sun")
-  assert request.read_prompts(file) == prompts
+  assert request.read_prompts(file) == (prompts, None)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def test_images_of_a_prompt_stand_in_a_row():
   asked = request.Request(3, prompts=("a", "b " * 40))
   labels = asked.labels(2)
   np.testing.assert_array_equal(labels, [0, 0, 0, 1, 1, 1])
-  names = [asked.file_name(i) for i in (0, 5)]
-  assert names == ["prompt_000_image_00.png", "prompt_001_image_02.png"]
+  names = [asked.names(range(i, i + 1)) for i in (0, 5)]
+  assert names == [["prompt_000_image_00.png"], ["prompt_001_image_02.png"]]
   pictures = np.zeros((6, 1, 1, 1), np.uint8)
   pictures[:, 0, 0, 0] = np.arange(6)
   grid, titles = asked.grid(pictures)

@@ -1,0 +1,20 @@
+"""Results of other people, as their papers print them; nothing reads the names.
+
+GenEval in shares, DPG-Bench in percent: the overall scores of the base models
+that TensorAR was put around, and of these with it.
+"""
+
+OVERALL = {
+  "geneval": {
+    "LlamaGen, published": 0.32,
+    "LlamaGen with TensorAR, published": 0.61,
+    "Janus-Pro-7B, published": 0.80,
+    "Janus-Pro-7B with TensorAR, published": 0.83,
+  },
+  "dpg": {
+    "LlamaGen, published": 43.13,
+    "LlamaGen with TensorAR, published": 73.33,
+    "Janus-Pro-7B, published": 84.19,
+    "Janus-Pro-7B with TensorAR, published": 85.57,
+  },
+}

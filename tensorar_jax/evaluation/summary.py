@@ -1,0 +1,117 @@
+"""What a benchmark's scorer has written -> metrics.json and a table's row."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+
+from tensorar_jax import resumable
+from tensorar_jax.evaluation import dpg, geneval, papers, scores
+from tensorar_jax.evaluation.prompt_scores import TABLES
+
+TITLES = {"geneval": "GenEval", "dpg": "DPG-Bench"}
+NOTES = {
+  "geneval": [
+    "A category is the share of its images that are right, overall the mean of"
+    " the categories.",
+  ],
+  "dpg": [
+    "Overall is in percent, after the questions whose parents were answered by"
+    " no have been counted as no; the categories are the answers about the last"
+    " image of each prompt, as given. Both as the scorer has them.",
+    "Without --questions the categories are those that the scorer printed.",
+  ],
+}
+SPREAD = (
+  f"std and the 95 % interval are of {scores.RESAMPLES} resamples of the"
+  " prompts, each with all of its images."
+)
+
+
+def summarise(
+  path: pathlib.Path, questions: pathlib.Path | None, folder: pathlib.Path
+) -> dict:
+  """The record of a scorer's file, as in `folder/metrics.json`.
+
+  Args:
+    path: a .jsonl file of GenEval or a .txt file of DPG-Bench.
+    questions: the csv of DPG-Bench, for intervals of the categories.
+    folder: of metrics.json and metrics.md; ValueError if it is of other scores.
+  """
+  kinds = {".jsonl": "geneval", ".txt": "dpg"}
+  if path.suffix not in kinds:
+    raise ValueError(
+      f"--scores={path}: expected the .jsonl file of GenEval's scorer or the"
+      " .txt file of DPG-Bench's."
+    )
+  if path.suffix == ".jsonl" and questions:
+    raise ValueError("--questions goes with the .txt file of DPG-Bench.")
+  files = [path] if questions is None else [path, questions]
+  for file in files:
+    if not file.is_file():
+      raise ValueError(f"{file}: there is no such file.")
+  try:
+    if path.suffix == ".jsonl":
+      found = geneval.read_scores(path)
+    else:
+      found = dpg.read_scores(path, questions)
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is no text in UTF-8 ({error}).") from error
+  settings = {
+    "scores": [{"file": f.name, "sha256": _digest(f)} for f in files],
+  }
+  done = folder / "metrics.json"
+  if done.exists() and not (folder / resumable.SETTINGS).exists():
+    raise ValueError(
+      f"{done} is there already, and not of these scores: name a new --output."
+    )
+  resumable.claim(folder, settings, "scores")
+  record = {
+    "benchmark": found.benchmark,
+    "metrics": found.metrics(),
+    "num_prompts": found.num_prompts,
+    "num_images": found.num_images,
+    "complete": not found.missing,
+    "missing": found.missing,
+    "published_overall": papers.OVERALL[found.benchmark],
+    "settings": settings,
+    "notes": [*NOTES[found.benchmark], SPREAD],
+  }
+  resumable.write_json(done, record)
+  (folder / "metrics.md").write_text(table(path.stem, record) + "\n")
+  return record
+
+
+def _digest(file: pathlib.Path) -> str:
+  with file.open("rb") as data:
+    return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def table(name: str, record: dict) -> str:
+  """The row of a record, under its name, above those of the papers."""
+  benchmark = record["benchmark"]
+  categories, _, places = TABLES[benchmark]
+  columns = (*categories, "overall")
+  heads = [column.replace("_", " ") for column in columns]
+  name = name if record["complete"] else f"{name} (incomplete)"
+  own = [_cell(record["metrics"].get(column), places) for column in columns]
+  rows = [
+    [TITLES[benchmark], "prompts", "images", *heads],
+    ["---"] * (3 + len(heads)),
+    [name, f"{record['num_prompts']:,}", f"{record['num_images']:,}", *own],
+  ]
+  for other, value in papers.OVERALL[benchmark].items():
+    rows.append([other, *[""] * (len(heads) + 1), f"{value:.2f}"])
+  lines = ["| " + " | ".join(row) + " |" for row in rows]
+  lines += [f"\nIncomplete: {what}." for what in record["missing"]]
+  return "\n".join(lines)
+
+
+def _cell(entry: dict | None, places: int) -> str:
+  if entry is None:
+    return ""
+  text = f"{entry['value']:.{places}f}"
+  if "interval" in entry:
+    low, high = entry["interval"]
+    text += f" [{low:.{places}f}, {high:.{places}f}]"
+  return text
