@@ -90,6 +90,10 @@ def attention(
   drops = rng is not None and rate > 0
   if kernel and mask.is_whole and q.dtype.itemsize == 2 and not drops:
     return kernel(q, k, v, mask)
+  one = q.shape[2] == 1 and sharding.platform() == "cpu"
+  if one and q.dtype.itemsize == 2 and not drops:
+    # A CPU multiplies two rows of bfloat16 4 to 8 times as fast as one.
+    return plain(jnp.repeat(q, 2, axis=2), k, v, mask)[:, :, :1]
   return plain(q, k, v, mask, rate, rng)
 
 
@@ -117,7 +121,10 @@ def plain(q, k, v, mask: Mask, rate: float = 0.0, rng: Key | None = None):
   scores = jnp.where(visible, scores, jnp.finfo("float32").min)
   weights = jax.nn.softmax(scores, axis=-1)
   weights = dropout(weights, rate, rng).astype(v.dtype)
-  return jnp.einsum("bgrms,bgsh->bgrmh", weights, v).reshape(b, n, m, h)
+  # Of whole sequences there are gradients, whose products would be of float32.
+  wide = None if mask.is_whole else jnp.float32
+  out = jnp.einsum("bgrms,bgsh->bgrmh", weights, v, preferred_element_type=wide)
+  return out.astype(q.dtype).reshape(b, n, m, h)
 
 
 def cudnn(q, k, v, mask: Mask, implementation: str = "cudnn"):

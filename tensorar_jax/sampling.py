@@ -144,6 +144,17 @@ def _generate_rows(
   )
 
 
+def prepare(model: TensorAR, mesh: Mesh) -> TensorAR:
+  """The model on the mesh, in the form in which its devices decode fastest.
+
+  `generate` takes any model; it gives one that is not prepared this form first,
+  at every call: on a CPU some 0.5 s for 100 M weights.
+  """
+  model = sharding.shard(model, mesh)
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  return layers.for_decoding(model) if on_cpu else model
+
+
 def generate(
   model: TensorAR,
   cond: Cond,

@@ -145,6 +145,7 @@ class Workloads:
   def decode(self, batch: int, window: int, depth: int, guided: bool) -> Case:
     """The generation of a batch: prefill and all steps, one program."""
     model = self.model(window, depth)
+    prepared = sampling.prepare(model, self.mesh)
     config = build.call(
       *(drawing.SamplingConfig, self.stage.get("sampling", {}), "sampling")
     )
@@ -159,7 +160,7 @@ class Workloads:
     rng = jax.random.key(self.stage["seed"])
 
     def run():
-      out = sampling.generate(model, cond, null, rng, config, index)
+      out = sampling.generate(prepared, cond, null, rng, config, index)
       jax.block_until_ready(out.tokens)
 
     count, read = step_work(model, cond, guided)

@@ -71,7 +71,7 @@ class InnerBlock(layers.Block):
     """Attention of step 0: (what it adds, its values for step 1)."""
     c = self.config
     # The fused projection without its queries and keys.
-    kernel = self.attention.qkv.kernel[:, -c.num_kv_heads * c.head_dim :]
+    kernel = self.attention.qkv.weight[:, -c.num_kv_heads * c.head_dim :]
     values = self.attention_norm(x).astype(c.dtype) @ kernel.astype(c.dtype)
     values = values.reshape(x.shape[0], c.num_kv_heads, 1, c.head_dim)
     mixed = jnp.repeat(values, c.num_heads // c.num_kv_heads, axis=2)

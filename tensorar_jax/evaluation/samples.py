@@ -115,6 +115,10 @@ class Sampler:
   seed: int
   mesh: Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
+  @functools.cached_property
+  def _prepared(self) -> TensorAR:
+    return sampling.prepare(self.model, self.mesh)
+
   def batches(
     self, labels: Int[np.ndarray, "n"], batch_size: int, first: int = 0
   ) -> Iterator[tuple[sampling.Samples, int]]:
@@ -123,7 +127,7 @@ class Sampler:
     They are still on their way. A short batch is filled up, so there is one
     compiled shape: batch_size, or the next one that the mesh splits evenly.
     """
-    model = sharding.shard(self.model, self.mesh)
+    model = self._prepared
     rng, parts = jax.random.key(self.seed), sharding.row_parts(self.mesh)
     batch_size = -(-batch_size // parts) * parts
     for start in range(0, len(labels), batch_size):
