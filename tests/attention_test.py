@@ -106,3 +106,16 @@ def test_blocks_divide_the_length():
   assert attention._block(640) == 640
   assert attention._block(1024) == 512
   assert attention._block(1152) == 384
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_a_single_row_of_bfloat16_is_that_of_float32(groups):
+  """A CPU multiplies it as two rows."""
+  q, k, v, _ = heads(groups, dtype=jnp.bfloat16)
+  q, row = q[:, :, 40:41], jnp.asarray([40])
+  how = attention.causal_mask(row, ROWS, None)
+  got = attention.attention(q, k, v, how)
+  wide = (a.astype(jnp.float32) for a in (q, k, v))
+  want = attention.plain(*wide, how)
+  assert got.shape == q.shape and got.dtype == q.dtype
+  np.testing.assert_allclose(got, want, atol=0.02)

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from tensorar_jax import drawing, layers, sampling, windows
+from tensorar_jax import drawing, layers, sampling, sharding, windows
 from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.tensorar import TensorAR
 from tests import programs, tiny
@@ -39,6 +40,16 @@ def test_both_cache_layouts_compute_the_same():
   for layout in (model, layers.for_decoding(model)):
     got = programs.cached(layout.backbone, cond, x)
     np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_a_model_is_prepared_once_and_samples_the_same():
+  model = tiny.wrapped(2)
+  prepared = sampling.prepare(model, sharding.local_mesh())
+  names = {p[-1] for p, _ in nnx.to_flat_state(nnx.state(prepared))}
+  assert "transposed" in names and "kernel" not in names
+  want, got = (generate(m, return_logits=True) for m in (model, prepared))
+  np.testing.assert_array_equal(got.drafts, want.drafts)
+  np.testing.assert_allclose(got.logits[0], want.logits[0], atol=2e-5)
 
 
 def test_window_one_samples_what_the_base_model_samples():
