@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tensorar_jax import visualize
+from tensorar_jax import plots
 
 NAMES = {
   "continued": "base, trained on",
@@ -146,5 +146,5 @@ def render(results: Mapping[str, dict], folder: pathlib.Path) -> None:
   (folder / "refinement.md").write_text(text, encoding="utf-8")
   path = folder / "refinement.png"
   hollow = "the base at that model's entropy"
-  visualize.save_planes(path, groups(results), PLANES, hollow)
+  plots.save_planes(path, groups(results), PLANES, hollow)
   print(f"{text}\npicture: {path}")

@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from tensorar_jax import conditioning, machine, sampling
+from tensorar_jax import conditioning, machine, sampling, sharding
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.evaluation import samples
@@ -45,7 +45,11 @@ def by_length(width: int, layers: int, rounds: int) -> list[dict]:
   """Seconds of one image at each length, the lengths in turn."""
   cond = CLASSES.encode([0])
   null, config = CLASSES.null(cond), SamplingConfig(guidance=2.0)
-  models = {side: model_of(side, width, layers) for side in SIDES}
+  mesh = sharding.local_mesh()
+  models = {
+    side: sampling.prepare(model_of(side, width, layers), mesh)
+    for side in SIDES
+  }
 
   def run(side):
     key = jax.random.key(0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorar_jax import visualize
+from tensorar_jax import plots
 from tensorar_jax.workloads import OURS, Case, Work
 
 Stat = dict[str, float]
@@ -234,7 +234,7 @@ def save_picture(path: pathlib.Path, record: Mapping[str, Any]) -> None:
     style = {"marker": "o", "lw": 1.4, "capsize": 3, "label": name}
     style |= {} if name.startswith(OURS) else {"ls": "--", "mfc": "white"}
     rates.errorbar([row["batch"] for row in rows], middle, yerr=bars, **style)
-  visualize.tidy(rates, "guided generation, images/s by batch")
+  plots.tidy(rates, "guided generation, images/s by batch")
   if lines:
     rates.set(xscale="log", yscale="log")
     batches = sorted({row["batch"] for rows in lines.values() for row in rows})
@@ -248,7 +248,7 @@ def save_picture(path: pathlib.Path, record: Mapping[str, Any]) -> None:
         shares.barh(i + shift, value, 0.4, color=_COLORS[share])
   keys = [Patch(color=_COLORS[share], label=_WORDS[share]) for share in _WORDS]
   names = [f"{row['name']}, {row['program']}" for row in reversed(good)]
-  visualize.tidy(shares, "share of the machine's limit")
+  plots.tidy(shares, "share of the machine's limit")
   shares.set_yticks(range(len(good)), names)
   shares.set_xlim(0, max(1, shares.get_xlim()[1]))
   shares.legend(handles=keys, frameon=False, fontsize=8, loc="lower right")

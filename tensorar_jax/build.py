@@ -28,12 +28,20 @@ from ml_collections import ConfigDict
 from tensorar_jax import sharding
 from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints import orbax_io
-from tensorar_jax.conditioning import ClassConditioning, TextConditioning
+from tensorar_jax.conditioning import (
+  ClassConditioning,
+  PromptConditioning,
+  TextConditioning,
+)
 from tensorar_jax.interfaces import TextEncoder
 from tensorar_jax.tensorar import TensorAR
-from tensorar_jax.text.encoder import import_text_encoder
+from tensorar_jax.text.encoder import TEXT_ENCODERS
 
-CONDITIONINGS = {"class": ClassConditioning, "text": TextConditioning}
+CONDITIONINGS = {
+  "class": ClassConditioning,
+  "text": TextConditioning,
+  "prompt": PromptConditioning,
+}
 # What each objective's training depends on; the rest of a config may change.
 OBJECTIVES = {
   "tensorar": (
@@ -155,26 +163,14 @@ def mesh_config(stage: Mapping) -> sharding.MeshConfig:
   return call(sharding.MeshConfig, stage.get("mesh", {}), "mesh")
 
 
-def _words(name: str, texts: TextConditioning, mesh: Mesh | None):
-  words = family("text", "words")
-  return words.WordEncoder(width=texts.width, length=texts.length)
-
-
-def _t5(path: str, texts: TextConditioning, mesh: Mesh | None):
-  return import_text_encoder(path, texts.encoder_dtype, texts.length, mesh)
-
-
-TEXT_ENCODERS = {"t5": _t5, "words": _words}
-
-
 def text_encoder(section: Mapping, mesh: Mesh | None = None) -> TextEncoder:
-  """What the conditioning's `encoder` names: a kind, or the folder of a T5."""
+  """What the conditioning's `encoder` names: a kind, or the folder of one."""
   texts = conditioning(section)
   if not getattr(texts, "encoder", ""):
     raise ValueError(
       f"{dict(section)}: expected an `encoder`, such as weights/flan-t5-xl."
     )
-  kind = texts.encoder if texts.encoder in TEXT_ENCODERS else "t5"
+  kind = texts.encoder if texts.encoder in TEXT_ENCODERS else texts.reads
   made = TEXT_ENCODERS[kind](texts.encoder, texts, mesh)
   if (has := (made.width, made.length)) != (texts.width, texts.length):
     raise ValueError(

@@ -15,12 +15,22 @@ from tensorar_jax import (
   benchmark,
   build,
   compile,
+  demo,
+  demo_page,
+  drawing,
   published,
   sharding,
   targets,
 )
 from tensorar_jax.data import codes, sources, tokenize
-from tensorar_jax.evaluation import protocol, request, sample_files, summary
+from tensorar_jax.evaluation import (
+  progress,
+  protocol,
+  request,
+  sample_files,
+  summary,
+)
+from tensorar_jax.evaluation.yardsticks import EvaluationConfig
 
 
 def asked(given: Flags, num_images: int) -> request.Request:
@@ -103,13 +113,7 @@ def measure_stage(given: Flags, stages: dict, folder: pathlib.Path) -> None:
   default = stages[name].get("sampling", {}).get("guidance", 1.0)
   scales = [default]
   if given.guidance is not None:
-    try:
-      pairs = [tuple(map(float, s.split(":"))) for s in given.guidance]
-    except ValueError as error:
-      raise ValueError(
-        f"--guidance={given.guidance}: expected scales as 1.5,2 or 4:6,5:7."
-      ) from error
-    scales = [pair[0] if len(pair) == 1 else pair for pair in pairs]
+    scales = list(map(drawing.parse_guidance, given.guidance))
   records = protocol.sweep(
     *(make_judge(given), stages, folder, asked(given, 50_000)),
     stage=name,
@@ -118,6 +122,38 @@ def measure_stage(given: Flags, stages: dict, folder: pathlib.Path) -> None:
   )
   if records:
     print(protocol.table(records))
+
+
+def measure_checkpoints(
+  given: Flags,
+  stages: dict,
+  settings: EvaluationConfig | None,
+  folder: pathlib.Path,
+) -> None:
+  """--mode=evaluate --every_checkpoint, with --reference or without."""
+  if given.output or given.guidance:
+    raise ValueError(
+      "--every_checkpoint goes without --output and --guidance: set"
+      " config.sampling.guidance, one scale for all checkpoints."
+    )
+  if given.reference:
+    name = sample_files.drawable(stages, given.stage)
+    request.check_classes(name, stages[name])
+    judge, asks = make_judge(given), asked(given, 50_000)
+    found = progress.by_reference(
+      judge, stages, folder, asks, name=name, batch_size=given.batch_size
+    )
+    title = f"{asks.num_images:,} images against {judge.file.path.stem}"
+  elif settings:
+    names = (given.stage,) if given.stage else settings.models
+    found = progress.by_yardstick(stages, settings, folder, names)
+    title = f"{settings.num_images:,} images of each checkpoint"
+  else:
+    raise ValueError(
+      "--every_checkpoint: the config has no section `evaluation`; name a"
+      " reference batch with --reference=FILE.npz."
+    )
+  progress.save(found, stages, folder, title)
 
 
 def tokenize_images(given: Flags, stages: dict, folder: pathlib.Path) -> None:
@@ -160,6 +196,13 @@ def run_benchmark(given: Flags, stages: dict, folder: pathlib.Path) -> None:
     stage=given.stage,
     output=given.output,
   )
+
+
+def serve_demo(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+  """--mode=demo, until it is stopped."""
+  most = given.num_images or 4
+  studio = demo.Studio(stages, folder, given.stage, most)
+  demo_page.serve(studio, folder.name, given.host, given.port)
 
 
 def export(given: Flags, folder: pathlib.Path) -> None:

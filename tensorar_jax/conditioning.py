@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int, Num
 
 from tensorar_jax.interfaces import Batch, Cond, Key
 
@@ -65,7 +65,37 @@ def check_text(cond: Cond, length: int, width: int) -> None:
       f" {width}], {length} rows of {width} features. Let the conditioning's"
       " length and width agree with its text_length and text_width."
     )
-  padding = cond.get("is_padding")
+  _check_padding(cond)
+
+
+def check_prompts(cond: Cond, vocab_size: int) -> None:
+  """ValueError if a backbone of this text vocabulary cannot read the ids."""
+  _check_kind(cond, "text", "the token ids of prompts")
+  text = cond["text"]
+  if text.shape[2:] != (2,) or not jnp.issubdtype(text.dtype, jnp.integer):
+    raise ValueError(
+      f"text of shape {text.shape} and dtype {text.dtype}: this backbone reads"
+      " integers [B, P, 2], the ids of a prompt and of its null prompt. Make"
+      " the condition by PromptConditioning (conditioning.name='prompt')."
+    )
+  _check_padding(cond)
+  check_ids(text, vocab_size, "the backbone's text_vocab_size")
+
+
+def check_ids(ids: Int[Array | np.ndarray, "*n"], size: int, of: str) -> None:
+  """ValueError for an id that is not below `size`, which is `of`."""
+  if isinstance(ids, jax.core.Tracer) or not ids.size:
+    return
+  low, high = int(np.min(ids)), int(np.max(ids))
+  if low < 0 or high >= size:
+    raise ValueError(
+      f"token id {low if low < 0 else high}: expected 0 to {size - 1}, as {of}"
+      " says. Take tokenizer and weights from one published model."
+    )
+
+
+def _check_padding(cond):
+  padding, shape = cond.get("is_padding"), cond["text"].shape
   if padding is not None and padding.shape != shape[:2]:
     raise ValueError(
       f"is_padding of shape {padding.shape} for text features of shape {shape}:"
@@ -133,9 +163,9 @@ class ClassConditioning:
 
 
 def align_right(
-  features: Float[Array | np.ndarray, "B P E"],
+  features: Num[Array | np.ndarray, "B P E"],
   mask: Bool[Array | np.ndarray, "B P"],
-) -> tuple[Float[Array | np.ndarray, "B P E"], Bool[Array | np.ndarray, "B P"]]:
+) -> tuple[Num[Array | np.ndarray, "B P E"], Bool[Array | np.ndarray, "B P"]]:
   """Text whose real rows come last, in their order; the others are zero."""
   # As for labels: what is on the host stays there.
   xp = np if isinstance(features, np.ndarray) else jnp
@@ -147,16 +177,16 @@ def align_right(
 
 
 def real_rows(
-  features: Float[Array | np.ndarray, "B P E"],
+  features: Num[Array | np.ndarray, "B P E"],
   mask: Bool[Array | np.ndarray, "B P"],
-) -> list[Float[np.ndarray, "_ E"]]:
+) -> list[Num[np.ndarray, "_ E"]]:
   """The features of each text's own tokens, on the host; see `pad_left`."""
   return [t[m] for t, m in zip(np.asarray(features), np.asarray(mask, bool))]
 
 
 def pad_left(
-  texts: Sequence[Float[np.ndarray, "_ E"]], length: int
-) -> tuple[Float[np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
+  texts: Sequence[Num[np.ndarray, "_ E"]], length: int
+) -> tuple[Num[np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
   """(features, mask) of texts of up to P = length rows, their own rows last."""
   shape = (len(texts), length, texts[0].shape[1])
   features = np.zeros(shape, texts[0].dtype)
@@ -181,6 +211,7 @@ class TextConditioning:
   """
 
   is_text = True
+  reads = "t5"  # what a folder named as `encoder` holds; see build.text_encoder
 
   def __init__(
     self,
@@ -254,3 +285,67 @@ class TextConditioning:
 
   null = staticmethod(null)
   drop = staticmethod(drop)
+
+
+def with_null(
+  ids: Sequence[int] | np.ndarray, pad: int
+) -> Int[np.ndarray, "_ 2"]:
+  """The ids of a prompt beside those of its null prompt.
+
+  That keeps the first and the last id, between which all are `pad`.
+  """
+  null = [ids[0], *[pad] * (len(ids) - 2), ids[-1]]
+  return np.stack([ids, null], axis=1).astype(np.int32)
+
+
+class PromptConditioning(TextConditioning):
+  """Prompts as {"text": int32 [B, P, 2], "is_padding", "is_null"}.
+
+  For backbones that read text by token ids, with an embedding of their own. At
+  each place are the ids of the prompt and of its null prompt, `with_null`, so
+  that nothing but the prompts' tokenizer has to know what stands for no text.
+
+  Attributes:
+    length: ids of a prompt at most.
+    vocab_size: ids are below it.
+    encoder: the folder of the model, whose tokenizer.json makes the ids, for
+      `build.text_encoder`.
+  """
+
+  reads = "chat"
+
+  def __init__(
+    self, length: int = 256, vocab_size: int = 102400, encoder: str = ""
+  ):
+    super().__init__(2, length, encoder)
+    self.vocab_size = vocab_size
+
+  def encode(self, raw) -> Cond:
+    """The condition of (ids [B, P, 2], mask [B, P], true at real rows)."""
+    ids, mask = raw
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+      raise ValueError(
+        f"prompts of dtype {ids.dtype}: expected integers, the ids of tokens."
+        " Text features are for TextConditioning."
+      )
+    cond = super().encode((ids.astype(np.int32), mask))
+    check_ids(cond["text"], self.vocab_size, "the conditioning's vocab_size")
+    return cond
+
+  def encode_ids(self, ids: Sequence, pad: int) -> Cond:
+    """The condition of prompts of any lengths, of 2 to `length` ids each.
+
+    `pad` is the id that null prompts are filled with.
+    """
+    for number, one in enumerate(ids):
+      if not 2 <= len(one) <= self.length:
+        raise ValueError(
+          f"prompt {number} has {len(one)} ids: expected 2, which a null prompt"
+          f" keeps, to length={self.length}."
+        )
+    rows = [with_null(one, pad) for one in ids]
+    return self.encode(pad_left(rows, self.length))
+
+  def example(self) -> Cond:
+    highest = np.full((1, self.length, 2), self.vocab_size - 1, np.int32)
+    return self.encode((highest, np.ones(highest.shape[:2], bool)))

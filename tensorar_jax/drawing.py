@@ -100,6 +100,23 @@ class SamplingConfig:
     return bool((np.asarray(self.guidance) != 1).any())
 
 
+def parse_guidance(text: str) -> Guidance:
+  """The scale of "1.5", or one for each sub-token of "4:6"."""
+  try:
+    scales = tuple(map(float, text.split(":")))
+  except ValueError as error:
+    raise ValueError(
+      f"guidance {text!r}: expected a scale, such as 1.5, or one for each"
+      " sub-token, such as 4:6."
+    ) from error
+  return scales[0] if len(scales) == 1 else scales
+
+
+def guidance_text(scale: Guidance) -> str:
+  """What `parse_guidance` reads."""
+  return ":".join(f"{one:g}" for one in np.atleast_1d(scale))
+
+
 def guidance_scales(
   config: SamplingConfig, num_tokens: int, factors: int = 1
 ) -> Float[np.ndarray, "T F"]:

@@ -24,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 # A condition: arrays with a leading batch axis. "is_null" (bool[B]) marks the
 # rows whose condition is replaced by the backbone's null embedding. "order"
@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 # "is_valid" (bool[B]) marks the images that the loss counts; without it, all.
 Cond = dict[str, Array | np.ndarray]
 # What the data pipeline yields: "image" (uint8 [B, h, w, C]) or "tokens"
-# (int32 [B, T, F]), and "label" (int32 [B]) or "text" (float [B, P, E]) with
+# (int32 [B, T, F]), and "label" (int32 [B]) or "text" ([B, P, E]) with
 # "text_mask" (bool [B, P], true at text) and perhaps "valid" (bool [B]).
 Batch = dict[str, Array | np.ndarray]
 Key = Array  # a typed PRNG key, or an array of them
@@ -151,14 +151,17 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class TextEncoder(Protocol):
-  """Captions -> features of at most `length` tokens, `width` of each."""
+  """Captions -> features of at most `length` tokens, `width` of each.
+
+  Features are numbers that a text model makes, or ids that the backbone reads.
+  """
 
   width: int
   length: int
 
   def __call__(
     self, captions: Sequence[str]
-  ) -> tuple[Float[Array | np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
+  ) -> tuple[Num[Array | np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
     """(features, mask, true at tokens); a bad caption is a ValueError."""
     ...
 
@@ -209,12 +212,14 @@ class Rule:
   `layer`, if there is one, is the index on the stacked leading axis. `target`
   is the path with `/`, in which `{name}` stands for a named group of `source`;
   `None` names a tensor that is known and not needed. `axes` is the
-  transposition from PyTorch's layout to ours, empty for none.
+  transposition from PyTorch's layout to ours, empty for none. An alias is what
+  files of another layout call the tensor: it is read, never written.
   """
 
   source: str
   target: str | None
   axes: tuple[int, ...] = ()
+  is_alias: bool = False
 
 
 # The usual transpositions: y = x W^T -> x W, and OIHW -> HWIO.

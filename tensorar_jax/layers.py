@@ -83,6 +83,16 @@ def rotate_interleaved(
   return out.reshape(x.shape).astype(x.dtype)
 
 
+def rotate_halves(
+  x: Float[Array, "B N M H"], table: Float[Array, "#B 1 M p 2"]
+) -> Float[Array, "B N M H"]:
+  """Rotates the pairs (p, H/2 + p) of each head by the table's angles."""
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = table[..., 0], table[..., 1]
+  out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return out.astype(x.dtype)
+
+
 # --- the cache, and layers of one kind --------------------------------------
 
 
@@ -221,10 +231,9 @@ class Layers(nnx.Module):
 def for_decoding(model: nnx.Module) -> nnx.Module:
   """A copy of `model` in the form in which a CPU decodes fastest.
 
-  Stacked layers are lists of single ones, and projections have their weights
-  transposed and in the compute dtype: made once before the decoding loop, where
-  every slice, transposition and conversion would be made at every step. GPU and
-  TPU do not need it. A model of that form is returned as it is.
+  Stacked layers are single ones, and projections have their weights transposed
+  and in the compute dtype, which every step would do anew. GPU and TPU do not
+  need it. What has that form already stays as it is.
   """
   model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
@@ -241,7 +250,10 @@ def for_decoding(model: nnx.Module) -> nnx.Module:
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-  """Sizes and rates of one `Block`; widths in features, rates in [0, 1)."""
+  """Sizes and rates of one `Block`; widths in features, rates in [0, 1).
+
+  `head_dim` None is width / num_heads.
+  """
 
   width: int
   num_heads: int
@@ -251,25 +263,21 @@ class BlockConfig:
   residual_dropout: float = 0.0
   mlp_dropout: float = 0.0
   dtype: str = "float32"
+  head_dim: int | None = None
 
-  @property
-  def head_dim(self) -> int:
-    return self.width // self.num_heads
+  def __post_init__(self):
+    if self.head_dim is None:
+      object.__setattr__(self, "head_dim", self.width // self.num_heads)
 
 
 class Linear(nnx.Linear):
-  """A projection that flattens the leading axes of its input.
-
-  On CPU the weight gradient of a plain matrix product takes 0.6 times as long
-  as that of a product with two batch axes.
-  """
+  """A projection of rows: with one axis, a CPU trains it in 0.6 the time."""
 
   def transpose(self) -> None:
     """Keeps the weights as [out, in], in the compute dtype.
 
-    With few rows a CPU is fastest where the weights are the left operand and
-    both are contracted on their last axis: they then come as they lie in
-    memory. (Rows on the left: 1.3 to 2 times as long.)
+    A CPU multiplies them with few rows 1.3 to 2 times as fast if they are on
+    the left and both are contracted on their last axis.
     """
     kernel = self.kernel[...].astype(self.dtype or self.param_dtype)
     # Else XLA would take the transposition into the product, and back.
@@ -279,9 +287,8 @@ class Linear(nnx.Linear):
   @property
   def weight(self) -> Float[Array, "D E"]:
     """The weights, whichever way they are kept."""
-    if self.kernel is None:
-      return self.transposed[...].T
-    return self.kernel[...]
+    own = self.kernel is not None
+    return self.kernel[...] if own else self.transposed[...].T
 
   def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n E"]:
     rows = x.reshape(-1, x.shape[-1])
@@ -319,23 +326,32 @@ class SelfAttention(nnx.Module):
   def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
     self.config = config
     c = config
-    fused = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    self.qkv = linear(c.width, fused, rngs, c.dtype)
+    self.make_inputs(rngs)
     self.out = linear(c.num_heads * c.head_dim, c.width, rngs, c.dtype)
 
-  def __call__(self, x, rotate, mask, cache=None):
+  def make_inputs(self, rngs: nnx.Rngs) -> None:
     c = self.config
-    batch, length, _ = x.shape
-    qkv = self.qkv(x).reshape(batch, length, -1, c.head_dim)
-    qkv = qkv.transpose(0, 2, 1, 3)  # [B, N + 2G, M, H]
-    q, k, v = jnp.split(
-      qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
-    )
+    fused = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    self.qkv = linear(c.width, fused, rngs, c.dtype)
+
+  def inputs(self, x: Float[Array, "B M D"]) -> list[Array]:
+    """Queries [B, N, M, H], keys and values [B, G, M, H]."""
+    c = self.config
+    qkv = self.heads(self.qkv(x))
+    return jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1)
+
+  def heads(self, x: Float[Array, "B M _"]) -> Float[Array, "B _ M H"]:
+    """Projected rows, head by head."""
+    x = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+    return x.transpose(0, 2, 1, 3)
+
+  def __call__(self, x, rotate, mask, cache=None):
+    q, k, v = self.inputs(x)
     q, k = rotate(q), rotate(k)
     if cache is not None:
       cache, k, v = cache.append(k, v)
     mixed = attention(q, k, v, mask).transpose(0, 2, 1, 3)
-    return self.out(mixed.reshape(batch, length, -1)), cache
+    return self.out(mixed.reshape(*x.shape[:2], -1)), cache
 
 
 class GatedMLP(nnx.Module):
@@ -362,11 +378,13 @@ class GatedMLP(nnx.Module):
 class Block(nnx.Module):
   """x + attn(norm(x)), then x + mlp(norm(x)), with dropout and drop path."""
 
+  attention_type = SelfAttention
+
   def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
     self.config = config
     c = config
     self.attention_norm = RMSNorm(c.width, c.norm_eps)
-    self.attention = SelfAttention(c, rngs=rngs)
+    self.attention = self.attention_type(c, rngs=rngs)
     self.mlp_norm = RMSNorm(c.width, c.norm_eps)
     self.mlp = GatedMLP(c.width, c.mlp_width, rngs=rngs, dtype=c.dtype)
 

@@ -20,9 +20,14 @@ Modes:
              trained stage, sampled for it (--stage, --num_images=50000,
              --guidance=1.5,2 for a scan with a plot, --classes, --seed,
              --resize). Neither: the config's models by its small classifier,
-             for tiny images: metrics.json. --inception, --bootstrap, --output.
+             for tiny images: metrics.json. --every_checkpoint: those that
+             train.keep_every has kept, a plot over training steps.
+             --inception, --bootstrap, --output.
              --scores=FILE: the table of what GenEval's or DPG-Bench's scorer
              has written; no --config. --questions=FILE.csv, --output.
+  demo       a page in the browser to try the trained stages: --stage to begin
+             with, --num_images at most, --host=127.0.0.1, --port. Needs
+             requirements-demo.txt.
   visualize  draw the pictures and report.html from what is there.
   import     fill the stages that have a `source` from published PyTorch files.
   tokenize   turn images into token shards: --images=folder:DIR (or tfds:NAME;
@@ -64,7 +69,7 @@ from tensorar_jax import metrics
 
 SHARED_MODES = ("train", "sample", "import", "tokenize")  # and --reference
 MODES = (
-  *("run", "train", "sample", "evaluate", "visualize"),
+  *("run", "train", "sample", "evaluate", "demo", "visualize"),
   *("import", "tokenize", "export", "compile", "benchmark"),
 )
 
@@ -153,6 +158,9 @@ _INCEPTION = flags.DEFINE_string(
 _BOOTSTRAP = flags.DEFINE_integer(
   "bootstrap", 20, "Resamples behind the intervals of --reference; 0: none."
 )
+_EVERY_CHECKPOINT = flags.DEFINE_bool(
+  "every_checkpoint", False, "Measure all kept checkpoints of the stages."
+)
 _GUIDANCE = flags.DEFINE_list(
   "guidance",
   None,
@@ -180,6 +188,12 @@ _BENCHMARK = (
   ),
   flags.DEFINE_list("parts", None, "Of decode,tokenizer,train. Default: all."),
   flags.DEFINE_string("peer", None, "torch: runs it too, for comparison."),
+)
+_HOST = flags.DEFINE_string(
+  "host", "127.0.0.1", "Who can open --mode=demo; 0.0.0.0: other machines too."
+)
+_PORT = flags.DEFINE_integer(
+  "port", None, "Of --mode=demo. Default: the first free one from 7860."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of --mode=sample.")
 _PROFILE = flags.DEFINE_string(
@@ -249,11 +263,15 @@ def run(config, folder: pathlib.Path) -> None:
     commands.tokenize_images(given, stages, folder)
   if mode == "export":
     commands.export(given, folder)
+  if mode == "demo":
+    commands.serve_demo(given, stages, folder)
   if mode == "benchmark":
     commands.run_benchmark(given, stages, folder)
   if mode == "compile":
     commands.compile_stage(given, stages)
-  if mode == "evaluate" and _REFERENCE.value:
+  if mode == "evaluate" and _EVERY_CHECKPOINT.value:
+    commands.measure_checkpoints(given, stages, settings, folder)
+  elif mode == "evaluate" and _REFERENCE.value:
     commands.measure_stage(given, stages, folder)
   elif mode == "evaluate" and not settings:
     raise ValueError(

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tensorar_jax import build, metrics, visualize
+from tensorar_jax import build, metrics, plots, visualize
 from tensorar_jax.data import shapes
 from tensorar_jax.evaluation import samples
+from tensorar_jax.workloads import OURS
 
 _ARROWS = {True: " \u2191", False: " \u2193", None: ""}  # higher is better
 _LEGEND = """\u2191 higher is better, \u2193 lower is better; mean \u00b1
@@ -52,6 +53,14 @@ CAPTIONS = {
     " as it stood when it had been drawn at most n times; outlined cells"
     " changed since the look before."
   ),
+  "refinement.gif": (
+    "The same, token by token; outlined cells are revisions of this step."
+  ),
+  "progress.png": "Every kept checkpoint, measured.",
+  "throughput.png": (
+    "Quality against speed, guided: by `benchmark` on this machine; the lower"
+    " and the further right the better."
+  ),
   "diagnostics.png": (
     "What models make of their own drafts. Training promises a window that is"
     " right as often as the noise lets it be; the sampler feeds drafts."
@@ -72,9 +81,12 @@ def draw(stages: Mapping[str, Mapping], workdir: pathlib.Path, command: str):
   if found:
     _draw_grids(found, workdir / "samples.png")
     _draw_refinement(stages, found, workdir)
+  points = throughput_points(stages, measured, workdir)
+  if points:
+    plots.save_throughput(workdir / "throughput.png", points)
   if measured.get("diagnostics"):
     path = workdir / "diagnostics.png"
-    visualize.save_diagnostics(path, measured["diagnostics"])
+    plots.save_diagnostics(path, measured["diagnostics"])
   traces = {
     name: metrics.read_trace(workdir / name / "log.jsonl") for name in stages
   }
@@ -83,7 +95,7 @@ def draw(stages: Mapping[str, Mapping], workdir: pathlib.Path, command: str):
     raise ValueError(
       f"{workdir} holds no trained stage: run --mode=train first."
     )
-  visualize.save_curves(workdir / "curves.png", traces)
+  plots.save_curves(workdir / "curves.png", traces)
   pictures = {
     caption: workdir / name
     for name, caption in CAPTIONS.items()
@@ -119,6 +131,70 @@ def _draw_refinement(stages, found, workdir: pathlib.Path) -> None:
     strips[name], changed[name] = samples.refinement(tokenizer, drafts)
   if strips:
     visualize.save_refinement(workdir / "refinement.png", strips, changed)
+    path = workdir / "refinement.gif"
+    visualize.save_refinement_gif(path, strips, changed)
+
+
+def throughput_points(
+  stages: Mapping[str, Mapping], measured: Mapping, workdir: pathlib.Path
+) -> dict[str, dict[str, tuple]]:
+  """{title: {model: ((images/s: median, least, most), (distance[, std]))}}.
+
+  Distances are those of metrics.json and of every reference that stages were
+  measured against, at the best guidance; speeds are of the newest benchmark, in
+  its largest batch. What one of them lacks is left out.
+  """
+  files = sorted((workdir / "benchmark").glob("*/benchmark.json"))
+  if not files:
+    return {}
+  cases = json.loads(files[-1].read_text())["cases"]
+  cases = [
+    row
+    for row in cases
+    if row["kind"] == "decode"
+    and row["guided"]
+    and row["program"] == OURS
+    and "error" not in row
+  ]
+  most = max((row["batch"] for row in cases), default=0)
+  rates = {
+    (row["window"], row["depth"]): row["images_per_second"]
+    for row in cases
+    if row["batch"] == most
+  }
+  found: dict[str, dict[str, tuple]] = {}
+  for name, title, spread in _distances(stages, measured, workdir):
+    section = stages[name]["tensorar"]
+    window = section.get("window", 1)
+    rate = rates.get((window, section.get("depth", 1) if window > 1 else 1))
+    if rate:
+      rate = tuple(rate[key] for key in ("median", "min", "max"))
+      title = f"{title} by images/s, {most} at once"
+      found.setdefault(title, {})[f"{name}, k = {window}"] = rate, spread
+  return found
+
+
+def _distances(stages, measured, workdir):
+  """(stage, title, (mean[, std])) of every distance that was measured."""
+  for name, stage in stages.items():
+    if stage["objective"] != "tensorar":
+      continue
+    spread = _spread(
+      (measured.get("models", {}).get(name) or {}).get("frechet")
+    )
+    if spread:
+      yield name, "Frechet distance", spread
+    for path in sorted((workdir / name).glob("against-*.json")):
+      records = json.loads(path.read_text()).values()
+      best = min(
+        (r["metrics"]["fid"] for r in records), key=lambda r: r["value"]
+      )
+      words = f"FID, {path.stem.removeprefix('against-')}"
+      yield (
+        name,
+        words,
+        (best["value"], *[best[k] for k in ("std",) if k in best]),
+      )
 
 
 # --- the comparison ---------------------------------------------------------
@@ -147,7 +223,7 @@ def _cells(metrics: dict) -> list[list[tuple[str, bool]]]:
   found = dict.fromkeys(metric for _, row in rows for metric in row or ())
   names = [m for m in _HIGHER if m in found]
   names += [m for m in found if m not in _HIGHER]
-  heads = [m.replace("_", " ") + _ARROWS[_HIGHER.get(m)] for m in names]
+  heads = list(map(metric_title, names))
   lines = [[("", False), *((head, False) for head in heads)]]
   lines += [[(name, False)] for name, _ in rows]
   for metric in names:
@@ -159,6 +235,11 @@ def _cells(metrics: dict) -> list[list[tuple[str, bool]]]:
       wins = bool(spread) and i < len(models) and spread[0] == best
       line.append((_text(spread), wins))
   return lines
+
+
+def metric_title(metric: str) -> str:
+  """A metric in words, with an arrow where more or less of it is better."""
+  return metric.replace("_", " ") + _ARROWS[_HIGHER.get(metric)]
 
 
 def table(metrics: dict) -> str:

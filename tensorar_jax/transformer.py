@@ -43,12 +43,15 @@ class CausalTransformer(nnx.Module):
   # The entries of a condition that the cache keeps for rows behind the prefix.
   remembers: tuple[str, ...] = ("is_padding",)
 
-  def __init__(self, config, num_kv_heads: int | None = None):
+  def __init__(
+    self, config, num_kv_heads: int | None = None, head_dim: int | None = None
+  ):
     """`config` has grid, width, num_heads and dtype."""
     c = self.config = config
     self.num_tokens = c.grid[0] * c.grid[1]
     self.width, self.num_heads, self.dtype = c.width, c.num_heads, c.dtype
     self.num_kv_heads = num_kv_heads or c.num_heads
+    self.head_dim = head_dim or c.width // c.num_heads
 
   def start(self, cond: Cond) -> Float[Array, "B P D"]:
     """The rows that stand for the condition."""
@@ -83,9 +86,9 @@ class CausalTransformer(nnx.Module):
 
   def prefill(self, cond: Cond) -> tuple[Float[Array, "B D"], Cache]:
     x = self.start(cond)
-    rows, head_dim = x.shape[1] + self.num_tokens, self.width // self.num_heads
+    rows = x.shape[1] + self.num_tokens
     cache = self.blocks.init_cache(
-      (x.shape[0], self.num_kv_heads, rows, head_dim), x.dtype
+      (x.shape[0], self.num_kv_heads, rows, self.head_dim), x.dtype
     )
     context = {name: cond[name] for name in self.remembers if name in cond}
     return self._append(x, cache.replace(context=context))

@@ -1,4 +1,9 @@
-"""Pictures, tables and the report of a run, for people.
+"""Pictures of images and of their tokens, for people.
+
+How tokens were refined comes as a strip, the pictures after 1 .. k looks, and
+as the cells that each look changed. From these two follow an image as it grew
+(a cell is cut from the picture after as many looks as it has had), and a map of
+which look was the last to change a cell.
 
 matplotlib and PIL are imported where they are used: importing this module costs
 nothing. Tiles are laid out in whole pixels, so tiny images keep sharp edges.
@@ -6,19 +11,29 @@ nothing. Tiles are laid out in whole pixels, so tiny images keep sharp edges.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
+
+from tensorar_jax import windows
 
 _TILE = 72  # smaller images are enlarged to about this many pixels
+_STRIP_TILE = 115  # in a strip
+_FRAMES = 64  # at most, of an image that grows; the last one is shown longer
 _GAP, _MARGIN = 4, 24  # pixels
 _PAGE = 1800  # panels wrap at this width
 _MARK = np.array([255, 106, 0], np.uint8)
-_INK, _MUTED = "#1f2328", "#656d76"
+_BLANK = np.array([222, 228, 236], np.uint8)  # a cell that is not drawn yet
+INK, MUTED = "#1f2328", "#656d76"
 Path_ = str | Path
+Tiles = UInt8[np.ndarray, "n S H W 3"]  # n images in S states
+Strip = Any  # uint8 [n, k, h, w, C] after 1 .. k looks; checked below
+Changed = Any  # bool [n, k, r, c], the cells that a look has changed
 Named = Mapping[str, Any]  # by model, stage or caption
 
 
@@ -35,8 +50,9 @@ def _images(array: Any, name: str, rank: int) -> np.ndarray:
   return array
 
 
-def _enlarge(images: np.ndarray, factor: int) -> np.ndarray:
-  """RGB images `[..., h, w, 3]` with every pixel repeated."""
+def _enlarge(images: np.ndarray, side: int) -> np.ndarray:
+  """RGB images `[..., h, w, 3]`, pixels repeated up to about `side` a side."""
+  factor = max(1, round(side / max(images.shape[-3:-1])))
   images = np.repeat(np.repeat(images, factor, axis=-3), factor, axis=-2)
   return np.broadcast_to(images, (*images.shape[:-1], 3))
 
@@ -73,7 +89,7 @@ def _save_panels(
   places = _places(panels, left, 52 if columns else 32)
   texts, pastes = [], []  # (x, y, text, style) and (x, y, tile)
   for (name, tiles), (x, y) in zip(panels.items(), places):
-    bold = {"color": _INK, "fontsize": 13, "weight": "bold"}
+    bold = {"color": INK, "fontsize": 13, "weight": "bold"}
     texts.append((x, y - (40 if columns else 16), name, bold))
     tall, wide = tiles.shape[2] + _GAP, tiles.shape[3] + _GAP
     for i, j in np.ndindex(tiles.shape[:2]):
@@ -95,7 +111,7 @@ def _save_panels(
   figure = Figure(figsize=(width / 100, height / 100), dpi=100)
   figure.figimage(canvas)
   for x, y, text, style in texts:
-    style = {"color": _MUTED, "fontsize": 10, "parse_math": False, **style}
+    style = {"color": MUTED, "fontsize": 10, "parse_math": False, **style}
     figure.text(x / width, 1 - y / height, text, **style)
   figure.savefig(path, format="png", dpi=100)
 
@@ -112,7 +128,7 @@ def save_sample_grids(
         f"grid {name!r} has {len(grid)} rows; expected {len(row_labels)}, one "
         "for each of row_labels: give one label per class."
       )
-    panels[name] = _enlarge(grid, max(1, round(_TILE / max(grid.shape[2:4]))))
+    panels[name] = _enlarge(grid, _TILE)
   _save_panels(path, panels, {}, [str(label) for label in row_labels], "")
 
 
@@ -127,260 +143,169 @@ def save_refinement(
   panels, columns = {}, {}
   for name, strip in strips.items():
     strip = _images(strip, f"strip {name!r}", 5)
-    tiles = _enlarge(strip, max(1, round(1.6 * _TILE / max(strip.shape[2:4]))))
+    panels[name] = _enlarge(strip, _STRIP_TILE)
     if changed and name in changed:
-      tiles = _outline(tiles, np.asarray(changed[name]), name)
-    panels[name] = tiles
+      panels[name] = look_tiles(strip, changed[name], _STRIP_TILE, name)
     looks = range(1, strip.shape[1] + 1)
     columns[name] = [f"after {i} look{'s' * (i > 1)}" for i in looks]
   legend = "tokens that differ from the look before" if changed else ""
   _save_panels(path, panels, columns, (), legend)
 
 
-def _outline(tiles: np.ndarray, changed: np.ndarray, name: str) -> np.ndarray:
-  """The tiles with a line around each area of changed cells."""
+def look_tiles(
+  strip: Strip, changed: Changed, side: int, name: str = ""
+) -> Tiles:
+  """The strip enlarged, what each look changed outlined from look 2 on.
+
+  `name` is what errors call it.
+  """
+  tiles = _enlarge(_images(strip, f"strip {name!r}", 5), side)
+  changed = _cells(changed, tiles.shape[:2], name).copy()
+  changed[:, 0] = False  # nothing comes before the first look
+  return _outline(tiles, changed)
+
+
+def growth_tiles(
+  strip: Strip, changed: Changed, side: int, name: str = ""
+) -> Tiles:
+  """The images as they were drawn, S <= 64 steps of them, enlarged.
+
+  What has changed since the frame before is outlined; the last frame is the
+  finished image.
+  """
+  strip = _images(strip, f"strip {name!r}", 5)
+  changed = _cells(changed, strip.shape[:2], name)
+  window, rows, columns = changed.shape[1:]
+  num_tokens = rows * columns
+  steps = np.linspace(0, num_tokens - 1, min(num_tokens, _FRAMES), dtype=int)
+  looks = windows.looks_at(steps, window, num_tokens)  # [S, T]
+  before = np.vstack([looks[:1], looks[:-1]])
+  # changes[:, l, p]: how many of the looks 2 .. l have changed position p.
+  changes = changed.reshape(len(changed), window, -1).cumsum(axis=1)
+  changes -= changes[:, :1]
+  changes = np.pad(changes, ((0, 0), (1, 0), (0, 0)))
+  position = np.arange(num_tokens)
+  new = changes[:, looks, position] > changes[:, before, position]
+  new &= before > 0  # [n, S, T]
+  cut = _stretch(looks.reshape(-1, rows, columns), strip.shape[2:4])
+  y, x = np.ogrid[: strip.shape[2], : strip.shape[3]]
+  frames = np.broadcast_to(strip, (*strip.shape[:4], 3))
+  frames = frames[:, np.maximum(cut, 1) - 1, y, x]  # [n, S, h, w, 3]
+  frames = np.where(cut[None, ..., None] > 0, frames, _BLANK)
+  new = new.reshape(*new.shape[:2], rows, columns)
+  return _outline(_enlarge(frames, side), new)
+
+
+def heat_colors(window: int) -> UInt8[np.ndarray, "k 3"]:
+  """A colour for each look that may be the last to change a cell."""
+  from matplotlib import colormaps
+
+  warm = colormaps["YlOrRd"](np.linspace(0.25, 0.95, max(1, window - 1)))
+  colors = np.vstack([_BLANK, np.round(255 * warm[:, :3])])
+  return colors[:window].astype(np.uint8)
+
+
+def heat_tiles(changed: Changed, size: tuple[int, int]) -> Tiles:
+  """After each look, the colour of the last one that changed a cell."""
+  changed = _cells(changed, np.shape(changed)[:2], "tokens")
+  look = np.arange(changed.shape[1])[:, None, None]
+  last = np.maximum.accumulate(np.where(changed, look, 0), axis=1)
+  return heat_colors(changed.shape[1])[_stretch(last, size)]
+
+
+def _cells(changed: Any, like: tuple[int, int], name: str) -> np.ndarray:
+  """`changed` if it is of `like` = (n, k) pictures, else an error."""
+  changed = np.asarray(changed)
   good = changed.dtype == bool and changed.ndim == 4 and changed.size
-  if not good or changed.shape[:2] != tiles.shape[:2]:
+  if not good or changed.shape[:2] != like:
     raise ValueError(
       f"changed {name!r} is {changed.dtype} {changed.shape}; expected bool [n, "
-      f"k, rows, columns] with n, k = {tiles.shape[:2]} as the strips have: "
-      "compare the tokens of consecutive looks."
+      f"k, rows, columns] with n, k = {like} as the strips have: compare the"
+      " tokens of consecutive looks."
     )
+  return changed
+
+
+def _stretch(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Cells `[..., rows, columns]` as pixels `[..., *size]`."""
+  rows = np.arange(size[0]) * cells.shape[-2] // size[0]
+  columns = np.arange(size[1]) * cells.shape[-1] // size[1]
+  return cells[..., rows[:, None], columns]
+
+
+def _outline(tiles: np.ndarray, marked: np.ndarray) -> np.ndarray:
+  """The tiles with a line around each area of marked cells."""
   tall, wide = tiles.shape[2:4]
-  rows = np.arange(tall) * changed.shape[2] // tall
-  cells = np.arange(wide) * changed.shape[3] // wide
-  inside = changed[:, :, rows][:, :, :, cells]  # [n, k, H, W]
+  inside = _stretch(marked, (tall, wide))  # [n, S, H, W]
   # A pixel is on the line if it is inside and one 2 pixels away is not.
   padded = np.pad(inside, ((0, 0), (0, 0), (2, 2), (2, 2)))
-  line = np.zeros_like(inside)
-  for y, x in np.ndindex(5, 5):
-    line |= inside & ~padded[:, :, y : y + tall, x : x + wide]
-  # The tint tells inside from outside; nothing comes before the first look.
-  shade = np.where(line, 1.0, inside * 0.15)[..., None]
-  shade[:, 0] = 0
-  return (tiles + shade * (_MARK - tiles.astype(float))).astype(np.uint8)
+  high = np.logical_and.reduce([padded[:, :, y : y + tall] for y in range(5)])
+  deep = np.logical_and.reduce([high[..., x : x + wide] for x in range(5)])
+  line = inside & ~deep
+  tint = inside & ~line  # tells inside from outside
+  tiles = tiles.copy()
+  tiles[line] = _MARK
+  tiles[tint] = (
+    tiles[tint] + 0.15 * (_MARK - tiles[tint].astype(float))
+  ).astype(np.uint8)
+  return tiles
 
 
-def save_refinement_gif(path: Path_, frames: Any, scale: int) -> None:
-  """An endless GIF that rests on its last frame, enlarged `scale` times."""
+def in_a_row(tiles: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "H w 3"]:
+  """Tiles side by side on white."""
+  gap = ((0, 0), (0, 0), (0, _GAP), (0, 0))
+  return np.hstack(np.pad(tiles, gap, constant_values=255))[:, :-_GAP]
+
+
+def save_refinement_gif(path: Path_, strips: Named, changed: Named) -> None:
+  """A GIF of images that are drawn token by token, a row for each model.
+
+  The arguments are those of `save_refinement`.
+  """
+  from PIL import Image, ImageDraw, ImageFont
+
+  if not strips:
+    raise ValueError("there are no pictures; expected a model or more.")
+  grown = [
+    growth_tiles(strip, changed[name], _STRIP_TILE, name)
+    for name, strip in strips.items()
+  ]
+  frames = []
+  for i in range(max(tiles.shape[1] for tiles in grown)):
+    rows = [in_a_row(t[:, min(i, t.shape[1] - 1)]) for t in grown]
+    wide = max(row.shape[1] for row in rows)
+    over = 26 if any(strips) else 0  # for the name
+    wides = [wide - row.shape[1] for row in rows]
+    rows = [
+      np.pad(row, ((over, _GAP), (0, w), (0, 0)), constant_values=255)
+      for row, w in zip(rows, wides)
+    ]
+    picture = Image.fromarray(np.vstack(rows))
+    pen, top = ImageDraw.Draw(picture), 0
+    for name, row in zip(strips, rows):
+      font = ImageFont.load_default(15)
+      pen.text((0, top + 4), name, fill=INK, font=font)
+      top += len(row)
+    frames.append(np.asarray(picture))
+  save_gif(path, np.stack(frames))
+
+
+def save_gif(path: Path_ | io.BytesIO, frames: UInt8[np.ndarray, "S H W 3"]):
+  """An endless GIF of about 6 s that rests on its last frame."""
   from PIL import Image
 
-  frames = _images(frames, "frames", 4)
-  if scale < 1:
-    raise ValueError(f"scale is {scale}; expected an integer of 1 or more.")
-  pictures = [Image.fromarray(f) for f in _enlarge(frames, scale)]
-  first, *more = [picture.quantize(dither=0) for picture in pictures]
-  durations = [500] * len(more) + [2000]
+  first, *more = [Image.fromarray(f).quantize(dither=0) for f in frames]
+  # Browsers play frames of 10 ms and less slowly.
+  each = max(40, min(500, 6000 // len(frames)))
+  durations = [each] * len(more) + [2500]
   options = {"save_all": True, "duration": durations, "loop": 0}
   first.save(path, format="GIF", append_images=more, **options)
 
 
-def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
-  """A PNG of training curves: cross-entropies above, all other stages below."""
-  from matplotlib.figure import Figure
-
-  if not traces:
-    raise ValueError("traces is empty; expected a stage at least: add one.")
-  base, offsets, rest = {}, {}, {}
-  for name, rows in traces.items():
-    columns = _columns(name, rows)
-    slots = sorted(int(k[3:]) for k in columns if k.startswith("ce/"))
-    if "ce/0" in columns:
-      base[name] = columns["ce/0"]
-    else:
-      rest |= {f"{name}: {k}": {"": curve} for k, curve in columns.items()}
-    if len(slots) > 1:
-      title = f"{name}: cross-entropy by offset"
-      offsets[title] = {f"offset {j}": columns[f"ce/{j}"] for j in slots}
-  large = ({"cross-entropy of offset 0": base} if base else {}) | offsets
-  groups = [(large, 3, 3.4), (rest, 4, 2.2)]
-  groups = [(p, math.ceil(len(p) / n), tall) for p, n, tall in groups if p]
-  heights = [lines * tall for _, lines, tall in groups]
-  figure = Figure(figsize=(14, sum(heights)), dpi=100, layout="constrained")
-  figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-  parts = figure.subfigures(len(groups), height_ratios=heights, squeeze=False)
-  for (panels, lines, _), part in zip(groups, parts[:, 0]):
-    grid = part.subplots(lines, math.ceil(len(panels) / lines), squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-      axes.axis("off")
-    for axes, (title, curves) in zip(grid.flat, panels.items()):
-      _draw(axes, title, curves)
-  figure.savefig(path, format="png")
-
-
-def _columns(name: str, rows: Sequence[dict]) -> dict[str, np.ndarray]:
-  """Per key of a trace, `[2, n]`: the steps and the values."""
-  if not rows or not all("step" in row and len(row) > 1 for row in rows):
-    raise ValueError(
-      f"trace {name!r} has {len(rows)} rows, not all with a step and a value; "
-      "expected that of each row: log the step with the metrics."
-    )
-  columns: dict[str, list] = {}
-  for row in rows:
-    for key in row.keys() - {"step"}:
-      columns.setdefault(key, []).append((row["step"], row[key]))
-  return {k: np.array(columns[k], float).T for k in sorted(columns)}
-
-
-def _draw(axes: Any, title: str, curves: Mapping[str, np.ndarray]) -> None:
-  """Curves on one axis: raw values pale, their running mean strong."""
-  from matplotlib import colormaps
-
-  offsets = next(iter(curves)).startswith("offset ")
-  shades = colormaps["plasma"](np.linspace(0, 0.85, len(curves)))
-  settled = []
-  for i, (label, (steps, values)) in enumerate(curves.items()):
-    color = shades[i] if offsets else f"C{i}"
-    window = max(1, len(values) // 25)
-    if window > 1:
-      axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-      mean = np.ones(window) / window
-      steps, values = (np.convolve(x, mean, "valid") for x in (steps, values))
-    marker = "." if len(values) < 3 else None  # one point has no line
-    axes.plot(steps, values, color=color, marker=marker, lw=1.8, label=label)
-    settled.append(values[len(values) // 4 :].max())
-  if "cross-entropy" in title and np.isfinite(settled).all():
-    # The first steps from scratch would press everything else together.
-    low, top = axes.get_ylim()[0], max(settled)
-    axes.set_ylim(low, top + (top - low) * 0.3)
-  tidy(axes, title)
-  axes.set_xlabel("step", fontsize=9, color=_MUTED)
-  if "" not in curves:
-    ncols = min(4, len(curves)) if offsets else 1
-    style = {"frameon": False, "handlelength": 1.2, "columnspacing": 1.2}
-    axes.legend(loc="upper right", fontsize=9, ncols=ncols, **style)
-
-
-def save_diagnostics(path: Path_, found: Named) -> None:
-  """A PNG of refinement diagnostics, by model: training against own drafts.
-
-  `found[name]` is what `evaluation.diagnostics.measure` returns for a window of
-  2 slots or more.
-  """
-  from matplotlib.figure import Figure
-
-  if not found:
-    raise ValueError("there are no diagnostics; expected a model or more.")
-  figure = Figure(figsize=(14, 3.8), dpi=100, layout="constrained")
-  panels = figure.subplots(1, 3)
-  titles = {
-    "cross_entropy": "cross-entropy of the prediction, by offset",
-    "window_accuracy": "share of right tokens in the input window, by offset",
-    "copy_rate": "committed token = the draft of so many looks before",
-  }
-  for axes, (quantity, title) in zip(panels, titles.items()):
-    first = 0 if quantity == "cross_entropy" else 1
-    for i, (name, own) in enumerate(found.items()):
-      curves = own[quantity]
-      if isinstance(curves, list):
-        curves = {"own_drafts": curves}
-      for windows, values in curves.items():
-        noise = windows == "training_noise"
-        style = {"ls": "--", "mfc": "white"} if noise else {"label": name}
-        slots = range(first, first + len(values))
-        axes.plot(slots, values, color=f"C{i}", marker="o", lw=1.8, **style)
-    tidy(axes, title)
-    last = max(own["window"] for own in found.values()) - 1
-    axes.set_xticks(range(first, last + 1))
-    axes.set_xlim(first - 0.5, last + 0.5)
-    if first:  # shares
-      axes.set_ylim(0, 1)
-  panels[0].plot([], [], color=_MUTED, label="behind its own drafts")
-  style = {"ls": "--", "mfc": "white", "marker": "o"}
-  panels[0].plot([], [], color=_MUTED, label="behind training noise", **style)
-  panels[0].legend(frameon=False, fontsize=9)
-  figure.savefig(path, format="png")
-
-
-def save_planes(
-  path: Path_,
-  groups: Mapping[str, Named],
-  planes: Sequence[tuple[str, str]],
-  hollow: str,
-) -> None:
-  """A PNG of models as points, a line of panels per group, a panel per plane.
-
-  `groups[title][name]` is a list of series, each a list of rows with the values
-  of every quantity of `planes`; a point is the mean of a series and its bars
-  the standard deviation. The first series is filled, the second hollow, which
-  stands for what `hollow` says.
-  """
-  from matplotlib.figure import Figure
-
-  if not groups:
-    raise ValueError("there is nothing to compare; expected a group or more.")
-  size = (5.2 * len(planes) + 2.6, 3.8 * len(groups))
-  figure = Figure(figsize=size, dpi=100, layout="constrained")
-  panels = figure.subplots(len(groups), len(planes), squeeze=False)
-  for line, (title, models) in zip(panels, groups.items()):
-    for axes, (x, y) in zip(line, planes):
-      for i, (name, series) in enumerate(models.items()):
-        _points(axes, series, (x, y), f"C{i}", name)
-      tidy(axes, f"{title}: {y} by {x}")
-      axes.set_xlabel(x, fontsize=9, color=_MUTED)
-      axes.set_ylabel(y, fontsize=9, color=_MUTED)
-    style = {"color": _MUTED, "mfc": "white", "marker": "o", "ls": ""}
-    line[0].plot([], [], label=hollow, **style)
-    names = line[0].get_legend_handles_labels()
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1)}
-    line[-1].legend(*names, frameon=False, fontsize=9, **beside)
-  figure.savefig(path, format="png")
-
-
-def save_scan(
-  path: Path_,
-  scales: Sequence[str],
-  metrics: Mapping[str, tuple[Sequence[float], Sequence[float], bool]],
-  title: str,
-) -> None:
-  """A PNG with a panel per metric over a scan of scales.
-
-  `metrics[name]` holds the value at each scale, half the width of its interval
-  (0 where it has none), and whether higher is better; the best is marked.
-  """
-  from matplotlib.figure import Figure
-
-  if not metrics or not scales:
-    raise ValueError("there is no scan; expected a scale and a metric or more.")
-  size = (3.6 * len(metrics), 3.4)
-  figure = Figure(figsize=size, dpi=110, layout="constrained")
-  figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
-  panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-  at = np.arange(len(scales))
-  for axes, (name, (values, halves, higher)) in zip(panels, metrics.items()):
-    axes.errorbar(at, values, yerr=halves, marker="o", lw=1.2, capsize=3)
-    best = int((np.argmax if higher else np.argmin)(values))
-    axes.plot(best, values[best], "o", ms=9, mfc="none", mec="C1", mew=2)
-    tidy(axes, f"{name} {'↑' if higher else '↓'}")
-    axes.set_xticks(at, scales)
-    axes.set_xlabel("guidance scale", fontsize=9, color=_MUTED)
-  figure.savefig(path, format="png")
-
-
-def _points(axes, series, plane, color, name) -> None:
-  """The series of one model, joined by a line."""
-  values = [np.array([[r[q] for q in plane] for r in s], float) for s in series]
-  means = np.array([v.mean(axis=0) for v in values])
-  axes.plot(*means.T, color=color, lw=0.8, alpha=0.6)
-  for i, (mean, rows) in enumerate(zip(means, values)):
-    bars = rows.std(axis=0, ddof=1) if len(rows) > 1 else (0, 0)
-    style = {"mfc": "white"} if i else {"label": name}
-    x, y = mean
-    style |= {"color": color, "marker": "o", "ls": "", "lw": 1}
-    axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], **style)
-
-
-def tidy(axes: Any, title: str) -> None:
-  """The look of every panel with curves."""
-  axes.set_title(title, loc="left", fontsize=11, color=_INK)
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-  axes.tick_params(labelsize=9, colors=_MUTED)
-
-
-def save_image(path: Path_, image: Any) -> None:
+def save_image(path: Path_ | io.BytesIO, image: Any) -> None:
   """One uint8 image [h, w, C] as a PNG, pixel for pixel."""
   from PIL import Image
 
   image = _images(np.asarray(image)[None], "image", 4)[0]
-  Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+  picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  picture.save(path, format="PNG")

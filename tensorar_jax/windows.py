@@ -7,6 +7,7 @@ position t + j. Slots with t + j >= T are PAD: invalid, never predicted.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -55,3 +56,15 @@ def after_looks(
   position = jnp.arange(num_tokens)
   slot = jnp.minimum(window - looks, position)
   return drafts[:, position - slot, slot]
+
+
+def looks_at(
+  steps: Int[np.ndarray, "S"], window: int, num_tokens: int
+) -> Int[np.ndarray, "S T"]:
+  """How often each position has been drawn behind each step, 0 to k times.
+
+  The first k - 1 positions count from the first window, as in `after_looks`:
+  position p has had k - p looks when it is drawn for the first time.
+  """
+  ahead = np.arange(num_tokens) - steps[:, None]
+  return np.clip(window - ahead, 0, window)

@@ -14,9 +14,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
   {"main"},
   {"commands"},
-  {"report", "evaluation.protocol", "benchmark", "compile"},
-  {"evaluation.sample_files", "benchmark_report", "peer_torch"},
-  {"visualize", "evaluation.evaluate", "data.tokenize"},
+  {"evaluation.progress"},
+  {"report", "evaluation.protocol", "benchmark", "compile", "demo_page"},
+  {"demo", "evaluation.sample_files", "benchmark_report", "peer_torch"},
+  {"plots", "evaluation.evaluate", "data.tokenize"},
+  {"visualize"},
   {"workloads"},
   {
     *("train", "evaluation.samples", "evaluation.diagnostics"),
@@ -60,6 +62,7 @@ LAYERS = (
     *("windows", "noising", "layers", "convolutions", "flops", "machine"),
     *("targets", "drawing"),
     *("conditioning", "preemption", "resumable", "text.captions"),
+    "text.chat",
   },
   {"attention"},
   {"sharding", "processes"},
@@ -72,6 +75,7 @@ FAMILIES_MAY_IMPORT = {
   "sharding",
 }
 HEAVY = {
+  "gradio": {"demo_page"},
   "tensorflow": {"data.sources", "metrics"},
   "torch": {
     *("checkpoints.torch_files", "checkpoints.torch_export", "peer_torch"),

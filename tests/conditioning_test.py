@@ -92,3 +92,39 @@ def test_bad_texts_are_refused():
     TEXTS.encode((features, mask * [[1], [0]]))
   with pytest.raises(ValueError, match="width=0, length=5"):
     conditioning.TextConditioning(width=0, length=5)
+
+
+PROMPTS = conditioning.PromptConditioning(length=5, vocab_size=13)
+
+
+def test_prompts_stand_beside_their_null_prompts():
+  cond = PROMPTS.encode_ids([[1, 7, 8, 2], np.array([1, 2])], pad=3)
+  np.testing.assert_array_equal(
+    cond["text"],
+    [
+      [[0, 0], [1, 1], [7, 3], [8, 3], [2, 2]],
+      [[0, 0], [0, 0], [0, 0], [1, 1], [2, 2]],
+    ],
+  )
+  np.testing.assert_array_equal(
+    cond["is_padding"], [[1, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
+  )
+  assert cond["text"].dtype == np.int32 and not cond["is_null"].any()
+  batch = {"text": cond["text"], "text_mask": ~cond["is_padding"]}
+  np.testing.assert_array_equal(PROMPTS.from_batch(batch)["text"], cond["text"])
+  assert PROMPTS.example()["text"].max() == 12
+  jax.eval_shape(lambda c: conditioning.check_prompts(c, 5), cond)
+
+
+def test_bad_prompts_are_refused():
+  ids, mask = np.zeros((2, 5, 2), int), np.ones((2, 5), bool)
+  with pytest.raises(ValueError, match="dtype float32: expected integers"):
+    PROMPTS.encode((ids.astype(np.float32), mask))
+  for wrong in (-1, 13):
+    with pytest.raises(ValueError, match=f"token id {wrong}: expected 0 to 12"):
+      PROMPTS.encode((ids + wrong, mask))
+  with pytest.raises(ValueError, match=r"shape \(2, 5\): expected \[B, 5, 2\]"):
+    PROMPTS.encode((ids[..., 0], mask))
+  for few in ([1], [1] * 6):
+    with pytest.raises(ValueError, match=f"prompt 1 has {len(few)} ids: exp"):
+      PROMPTS.encode_ids([[1, 2], few], pad=3)

@@ -18,7 +18,7 @@ NAMES = sorted(p.stem for p in pathlib.Path(configs.__path__[0]).glob("*.py"))
 # The others differ in sizes only.
 TRACED = (
   *("digits", "fashion_mnist", "llamagen_b", "llamagen_t2i"),
-  *("open_magvit2_b", "rar_b"),
+  *("open_magvit2_b", "rar_b", "janus_pro_1b"),
 )
 
 
@@ -49,6 +49,16 @@ def test_no_section_stands_in_two_places(name):
   walk(importlib.import_module(f"configs.{name}").get_config(), "config")
 
 
+def text_of(stage):
+  """The text of two images, as the stage's conditioning reads it."""
+  reads = build.conditioning(stage["conditioning"])
+  if not reads.is_text:
+    return {}
+  cond = reads.example()
+  text, mask = cond["text"], ~cond["is_padding"]
+  return {"text": np.repeat(text, 2, 0), "text_mask": np.repeat(mask, 2, 0)}
+
+
 @pytest.mark.parametrize("name", TRACED)
 def test_a_train_step_traces(name):
   stage = stages_of(name)["tensorar"]
@@ -60,8 +70,7 @@ def test_a_train_step_traces(name):
     {
       "tokens": np.zeros((2, model.num_tokens, len(model.vocab_sizes)), int),
       "label": np.zeros(2, int),
-      "text": np.zeros((2, 120, 2048), np.float32),
-      "text_mask": np.ones((2, 120), bool),
+      **text_of(stage),
       "valid": np.ones(2, bool),
     }
   )

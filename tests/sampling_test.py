@@ -45,6 +45,7 @@ def test_both_cache_layouts_compute_the_same():
 def test_a_model_is_prepared_once_and_samples_the_same():
   model = tiny.wrapped(2)
   prepared = sampling.prepare(model, sharding.local_mesh())
+  assert sampling.prepare(prepared, sharding.local_mesh()) is prepared
   names = {p[-1] for p, _ in nnx.to_flat_state(nnx.state(prepared))}
   assert "transposed" in names and "kernel" not in names
   want, got = (generate(m, return_logits=True) for m in (model, prepared))

@@ -23,6 +23,7 @@ CONFIG = llamagen.Config(
 )
 CLASSES = conditioning.ClassConditioning(5)
 TEXTS = conditioning.TextConditioning(width=7, length=5)
+PROMPTS = conditioning.PromptConditioning(length=5, vocab_size=13)
 
 
 def redraw(model: nnx.Module, seed: int = 0, scale: float = 0.3) -> nnx.Module:
@@ -76,3 +77,11 @@ def texts(numbers=(0, 1)) -> dict:
   features = np.stack([draw(number) for number in numbers]).astype(np.float32)
   rows = 1 + 2 * (np.arange(len(numbers)) % 3)
   return TEXTS.encode((features, np.arange(TEXTS.length) < rows[:, None]))
+
+
+def prompts(numbers=(0, 1)) -> dict:
+  """Random ids of each number between 0 and 1; null has 2 there."""
+  draw = lambda number: np.random.RandomState(number).randint(3, 13, 3).tolist()
+  # Of 3, 4, 5, 3, ... in their order.
+  ids = [[0, *draw(n)[: 1 + i % 3], 1] for i, n in enumerate(numbers)]
+  return PROMPTS.encode_ids(ids, pad=2)

@@ -2,15 +2,17 @@
 
 import base64
 import io
+import json
 import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from tensorar_jax import report, visualize
+from tensorar_jax import plots, report, visualize, windows
 
 MARK = (255, 106, 0)
 
@@ -37,7 +39,7 @@ def _colored(picture):
 
 
 def test_import_is_light():
-  code = "import sys, tensorar_jax.visualize; print(*sys.modules)"
+  code = "import sys, tensorar_jax.plots; print(*sys.modules)"
   done = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )
@@ -101,16 +103,80 @@ def test_refinement_takes_windows_of_different_length(tmp_path):
   assert _colored(_decode(tmp_path / "a.png")) > 0
 
 
+def _drafts(rows, window, seed=0):
+  """(drafts, strip, changed) of an image of rows x rows tokens as pixels."""
+  rng = np.random.default_rng(seed)
+  shape = (1, rows**2, window, 1)
+  drafts = rng.choice([10, 90, 170], shape)
+  given = jnp.asarray(drafts)
+  looks = [windows.after_looks(given, n + 1) for n in range(window)]
+  strip = np.stack(looks, 1).reshape(1, window, rows, rows, 1)
+  strip = strip.astype(np.uint8)
+  changed = np.zeros(strip.shape[:4], bool)
+  changed[:, 1:] = (strip[:, 1:] != strip[:, :-1])[..., 0]
+  return drafts, strip, changed
+
+
+def test_growth_shows_each_token_as_the_step_drew_it():
+  drafts, strip, changed = _drafts(3, 3)
+  plain = visualize.growth_tiles(strip, changed & False, 3)
+  marked = visualize.growth_tiles(strip, changed, 3)
+  assert plain.shape == marked.shape == (1, 9, 3, 3, 3)
+  for n, p in np.ndindex(9, 9):
+    at = (0, n, p // 3, p % 3)
+    slot = max(0, p - n)
+    if slot > 2:
+      assert tuple(plain[at]) == tuple(visualize._BLANK) == tuple(marked[at])
+      continue
+    drawn = drafts[0, min(n, p), slot, 0]
+    assert (plain[at] == drawn).all()
+    revised = (
+      n > 0 and p >= n and slot < 2 and drafts[0, n - 1, slot + 1] != drawn
+    )
+    # All of an image of 3 pixels is within 2 pixels of a border.
+    assert tuple(marked[at]) == (MARK if revised else (drawn,) * 3)
+
+
+def test_growth_of_many_tokens_leaves_steps_out():
+  _, strip, changed = _drafts(9, 4)
+  frames = visualize.growth_tiles(strip, changed, 9)
+  assert frames.shape[1] == 64
+  plain = visualize.growth_tiles(strip, changed & False, 9)
+  assert (plain[0, -1] == strip[0, -1]).all()
+  # No change is lost: what differs from the frame before is marked.
+  before, after = plain[0, :-1], plain[0, 1:]
+  differs = (before != after).any(-1) & (before != visualize._BLANK).any(-1)
+  assert (frames[0, 1:][differs] != after[differs]).any(-1).all()
+
+
+def test_heat_shows_the_last_look_that_changed_a_cell():
+  changed = np.zeros((1, 3, 2, 2), bool)
+  changed[0, 1, 0] = changed[0, 2, 0, 1] = True
+  tiles = visualize.heat_tiles(changed, (4, 4))
+  colors = [tuple(color) for color in visualize.heat_colors(3)]
+  assert len(set(colors)) == 3
+  found = [
+    [colors.index(tuple(c)) for c in t[::2, ::2].reshape(-1, 3)]
+    for t in tiles[0]
+  ]
+  assert found == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 2, 0, 0]]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gif_shows_every_frame(tmp_path, channels):
-  frames = _grid(5, 1, size=7, channels=channels)[:, 0]
-  visualize.save_refinement_gif(tmp_path / "a.gif", frames, 3)
+  _, strip, changed = _drafts(3, 2)
+  strips = {name: np.repeat(strip, channels, -1) for name in ("a", "b")}
+  shown = {"a": changed, "b": changed}
+  visualize.save_refinement_gif(tmp_path / "a.gif", strips, shown)
   with Image.open(tmp_path / "a.gif") as gif:
-    assert (gif.size, gif.n_frames, gif.info["loop"]) == ((21, 21), 5, 0)
-    shown = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(gif)]
-  for picture, frame in zip(shown, frames):
-    expected = np.broadcast_to(frame.repeat(3, 0).repeat(3, 1), (21, 21, 3))
-    np.testing.assert_allclose(picture, expected, atol=2)
+    assert (gif.n_frames, gif.info["loop"]) == (9, 0)
+    frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(gif)]
+  tiles = visualize.growth_tiles(strip, changed, 115)[0]
+  for frame, tile in zip(frames, tiles):
+    half = len(frame) // 2
+    for row in (frame[:half], frame[half:]):  # its name above, a gap below
+      shows = row[26 : 26 + len(tile), : tile.shape[1]].astype(int)
+      np.testing.assert_allclose(shows, tile, atol=4)
 
 
 def _trace(steps, **values):
@@ -129,7 +195,7 @@ def test_curves(tmp_path, names):
     "classifier": _trace(range(5), loss=1.0, accuracy=0.9),
   }
   traces = {name: traces[name] for name in names}
-  visualize.save_curves(tmp_path / "a.png", traces)
+  plots.save_curves(tmp_path / "a.png", traces)
   height, width, _ = _decode(tmp_path / "a.png").shape
   assert width == 1400
   assert (
@@ -140,7 +206,7 @@ def test_curves(tmp_path, names):
 def test_curves_survive_uneven_rows_and_nan(tmp_path):
   rows = _trace(range(7), **{"ce/0": 5.0})
   rows[2]["accuracy"], rows[5]["ce/0"] = 0.5, float("nan")
-  visualize.save_curves(tmp_path / "a.png", {"base": rows})
+  plots.save_curves(tmp_path / "a.png", {"base": rows})
   assert _decode(tmp_path / "a.png").size
 
 
@@ -164,13 +230,16 @@ def test_bad_pictures_are_named():
   for value in (np.ones((2, 3, 4)), np.ones((2, 2, 5, 5), bool)):
     with pytest.raises(ValueError, match="expected bool"):
       visualize.save_refinement("never.png", {"base": grid}, {"base": value})
+  save_gif = visualize.save_refinement_gif
   with pytest.raises(ValueError, match="expected a non-empty uint8"):
-    visualize.save_refinement_gif("never.gif", grid, 2)
-  with pytest.raises(ValueError, match="scale is 0"):
-    visualize.save_refinement_gif("never.gif", grid[0], 0)
+    save_gif("never.gif", {"base": grid[0]}, {"base": np.ones(4, bool)})
+  with pytest.raises(ValueError, match="'base' is .*expected bool"):
+    save_gif("never.gif", {"base": grid}, {"base": np.ones(4, bool)})
+  with pytest.raises(ValueError, match="expected a model"):
+    save_gif("never.gif", {}, {})
   for traces in ({}, {"base": []}, {"base": [{"loss": 1.0}]}):
     with pytest.raises(ValueError, match="expected"):
-      visualize.save_curves("never.png", traces)
+      plots.save_curves("never.png", traces)
 
 
 def _diagnostics(window=3, value=0.5):
@@ -188,10 +257,10 @@ def _diagnostics(window=3, value=0.5):
 
 def test_diagnostics_of_every_model_are_drawn(tmp_path):
   found = {"k = 2": _diagnostics(2), "k = 5": _diagnostics(5, 0.25)}
-  visualize.save_diagnostics(tmp_path / "a.png", found)
+  plots.save_diagnostics(tmp_path / "a.png", found)
   assert _decode(tmp_path / "a.png").shape == (380, 1400, 3)
   with pytest.raises(ValueError, match="expected a model"):
-    visualize.save_diagnostics(tmp_path / "a.png", {})
+    plots.save_diagnostics(tmp_path / "a.png", {})
 
 
 def test_planes_take_pairs_and_single_models(tmp_path):
@@ -199,10 +268,10 @@ def test_planes_take_pairs_and_single_models(tmp_path):
   groups = {"digits": {"base": [rows], "pair": [rows[:1], rows[1:]]}}
   groups["shoes"] = {"base": [rows[:1]]}
   planes = (("recall", "precision"),)
-  visualize.save_planes(tmp_path / "a.png", groups, planes, "the base")
+  plots.save_planes(tmp_path / "a.png", groups, planes, "the base")
   assert _decode(tmp_path / "a.png").shape == (760, 780, 3)
   with pytest.raises(ValueError, match="expected a group"):
-    visualize.save_planes(tmp_path / "a.png", {}, planes, "")
+    plots.save_planes(tmp_path / "a.png", {}, planes, "")
 
 
 def test_report_tells_of_refinement(tmp_path):
@@ -344,10 +413,67 @@ def test_a_scan_is_a_panel_per_metric(tmp_path):
     "FID": ([4.0, 3.0, 5.0], [0.1, 0.1, 0.0], False),
     "IS": ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], True),
   }
-  visualize.save_scan(path, ["1", "2", "4:6"], metrics, "base")
+  plots.save_scan(path, ["1", "2", "4:6"], metrics, "base")
   one = tmp_path / "one.png"
-  visualize.save_scan(one, ["1"], {"FID": ([4.0], [0.1], False)}, "base")
+  plots.save_scan(one, ["1"], {"FID": ([4.0], [0.1], False)}, "base")
   with Image.open(path) as wide, Image.open(one) as narrow:
     assert wide.width == 2 * narrow.width
   with pytest.raises(ValueError, match="no scan"):
-    visualize.save_scan(path, [], {}, "base")
+    plots.save_scan(path, [], {}, "base")
+
+
+def test_progress_is_a_panel_per_metric(tmp_path):
+  rows = {step: {"mean": 1.0 / step, "std": None} for step in (2, 4)}
+  bars = {6: {"mean": 0.5, "std": 0.1}}
+  panels = {"FID": {"base": rows, "tuned": bars}, "IS": {"base": rows}}
+  plots.save_progress(tmp_path / "a.png", panels, "12 images")
+  plots.save_progress(tmp_path / "b.png", {"FID": panels["FID"]}, "12 images")
+  wide, narrow = (_decode(tmp_path / f"{name}.png") for name in "ab")
+  assert wide.shape[1] == 2 * narrow.shape[1]
+  with pytest.raises(ValueError, match="no metric"):
+    plots.save_progress(tmp_path / "a.png", {}, "")
+
+
+def _case(window, batch, rate, **more):
+  row = {"kind": "decode", "guided": True, "program": "tensorar_jax"}
+  speed = {"median": rate, "min": rate - 1, "max": rate + 1}
+  row |= {"window": window, "depth": 1, "batch": batch, **more}
+  return row | {"images_per_second": speed}
+
+
+def test_throughput_joins_distances_and_the_newest_benchmark(tmp_path):
+  names = {"base": 1, "wrapped": 4, "deep": 4, "other": 2}
+  stages = {
+    name: {"objective": "tensorar", "tensorar": {"window": k, "depth": 1}}
+    for name, k in names.items()
+  }
+  stages["deep"]["tensorar"]["depth"] = 2
+  stages["classifier"] = {"objective": "classifier"}
+  measured = {"models": {name: {"frechet": _entry(2.0, 0.5)} for name in names}}
+  find = lambda: report.throughput_points(stages, measured, tmp_path)
+  assert find() == {}
+  cases = [_case(1, 1, 9.0), _case(1, 8, 30.0), _case(4, 8, 20.0)]
+  cases += [_case(1, 8, 99.0, guided=False), _case(4, 8, 5.0, program="torch")]
+  for number, found in (("000", []), ("001", cases)):
+    (tmp_path / "benchmark" / number).mkdir(parents=True)
+    file = tmp_path / "benchmark" / number / "benchmark.json"
+    file.write_text(json.dumps({"cases": found}))
+  (tmp_path / "base").mkdir()
+  records = {
+    f"guidance {i}": {"metrics": {"fid": {"value": value, "std": 0.25}}}
+    for i, value in enumerate([5.0, 3.0, 4.0])
+  }
+  file = tmp_path / "base" / "against-real.json"
+  file.write_text(json.dumps(records))
+  speed = (30.0, 29.0, 31.0)
+  assert find() == {
+    "Frechet distance by images/s, 8 at once": {
+      "base, k = 1": (speed, (2.0, 0.5)),
+      "wrapped, k = 4": ((20.0, 19.0, 21.0), (2.0, 0.5)),
+    },
+    "FID, real by images/s, 8 at once": {"base, k = 1": (speed, (3.0, 0.25))},
+  }
+  plots.save_throughput(tmp_path / "a.png", find())
+  assert _decode(tmp_path / "a.png").shape == (440, 1232, 3)
+  with pytest.raises(ValueError, match="expected a group"):
+    plots.save_throughput(tmp_path / "a.png", {})

@@ -230,9 +230,14 @@ def claim(
     )
 
 
-def find(path: str | pathlib.Path) -> pathlib.Path:
-  """The checkpoint folder that a work directory, a stage or a step names."""
+def find(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
+  """The checkpoint folder that a work directory, a stage or a step names.
+
+  `step` is of the stage whose folder `path` is; None: the newest.
+  """
   path = pathlib.Path(path).absolute()
+  if step is not None:
+    path = path / "checkpoints" / str(step)
   if not path.exists():
     raise ValueError(
       f"{path}: no such checkpoint. Pass a work directory, one of its stages,"

@@ -37,7 +37,8 @@ def export_state_dict(
   """
   torch_import.check_dtype(dtype)
   _, params, frozen = weights_lib.split(model)
-  inverses = [_Inverse(rule) for rule in rules if rule.target is not None]
+  written = [r for r in rules if r.target is not None and not r.is_alias]
+  inverses = [_Inverse(rule) for rule in written]
   tensors = {}
   for path, array in {**params, **frozen}.items():
     hits = [i for i in inverses if i.pattern.fullmatch(path)]

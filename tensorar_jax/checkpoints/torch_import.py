@@ -81,8 +81,9 @@ def _complain(problems):
 def _claim(rules, names):
   """(path -> [(layer or -1, name, rule)], complaints about names)."""
   targets, problems = {}, []
+  patterns = [(rule, re.compile(rule.source)) for rule in rules]
   for name in names:
-    hits = [(r, m) for r in rules if (m := re.fullmatch(r.source, name))]
+    hits = [(r, m) for r, p in patterns if (m := p.fullmatch(name))]
     if not hits:
       problems.append(f"no rule claims {name}")
     elif len(hits) > 1:

@@ -143,7 +143,7 @@ def text_identity(text: TextEncoder) -> dict[str, Any]:
     "class": f"{type(text).__module__}.{type(text).__qualname__}",
     **{"width": text.width, "length": text.length},
     "weights": identity(model) if model is not None else None,
-    "tokenizer": getattr(getattr(text, "tokenizer", None), "sha256", None),
+    "tokenizer": getattr(getattr(text, "tokenizer", text), "sha256", None),
   }
 
 

@@ -32,7 +32,7 @@ import grain
 import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
-from jaxtyping import Float, Integer
+from jaxtyping import Integer, Num
 
 from tensorar_jax import conditioning
 from tensorar_jax.data import codes as codes_lib
@@ -49,7 +49,7 @@ _KEYS |= {"format", "num_classes"}
 
 Codes = Integer[np.ndarray, "A T F"]
 # What an image is of: its class, or the features of its text.
-Subject = int | Float[np.ndarray, "P E"]
+Subject = int | Num[np.ndarray, "P E"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TextFormat:
   length: int
   dtype: str
 
-  def rows(self, data: bytes) -> Float[np.ndarray, "P E"] | None:
+  def rows(self, data: bytes) -> Num[np.ndarray, "P E"] | None:
     """The features in what stands behind the codes, None if it is not them."""
     dtype = jnp.dtype(self.dtype)
     count, rest = divmod(len(data), self.width * dtype.itemsize)

@@ -36,18 +36,23 @@ SHOWN = 10  # images of a label and a seed that are kept for the pictures
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """One trained stage with what sampling it needs."""
+  """One trained stage with what sampling it needs; `step` None: the newest."""
 
   name: str
   stage: Mapping
   folder: pathlib.Path
+  step: int | None = None
+
+  @property
+  def checkpoint(self) -> pathlib.Path:
+    return orbax_io.find(self.folder, self.step)
 
   def fingerprint(self, settings: EvaluationConfig, yardstick: str) -> str:
     """What a measurement depends on: settings, sampling, and the weights.
 
     `yardstick` is the identity of what measures.
     """
-    meta = orbax_io.read_meta(orbax_io.find(self.folder))
+    meta = orbax_io.read_meta(self.checkpoint)
     known = [
       {**dataclasses.asdict(settings), "models": None},
       *(self.stage.get("sampling", {}), self.stage["noise"]),
@@ -70,7 +75,7 @@ class Sampler:
     conditions: Conditioning | None = None,
   ):
     stage, folder = subject.stage, subject.folder
-    self.model = build.load_stage(stage, folder)
+    self.model = build.load_stage(stage, subject.checkpoint)
     self.tokenizer = build.frozen_tokenizer(stage, folder.parent)
     section = stage["conditioning"]
     self.conditioning = conditions or build.conditioning(section)

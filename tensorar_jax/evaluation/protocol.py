@@ -28,8 +28,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from tensorar_jax import processes, resumable, visualize
-from tensorar_jax.drawing import Guidance
+from tensorar_jax import plots, processes, resumable
+from tensorar_jax.drawing import Guidance, guidance_text
 from tensorar_jax.evaluation import (
   adm,
   extractor,
@@ -331,15 +331,13 @@ def sweep(
   records = {}
   for scale in scales:
     section = {**stages[stage].get("sampling", {}), "guidance": scale}
-    place = sample_files.sample(
+    records[f"guidance {guidance_text(scale)}"] = measure_stage(
+      judge,
       {**stages, stage: {**stages[stage], "sampling": section}},
       *(workdir, request),
       stage=stage,
       batch_size=batch_size,
     )
-    processes.wait_for_all(f"samples in {place.folder}")
-    folder = place_of(place.npz, judge.file.path)
-    records[f"guidance {_text(scale)}"] = judge.measure(place.npz, folder)
   if None in records.values():
     return None
   path = workdir / stage / f"against-{judge.file.path.stem}"
@@ -348,15 +346,32 @@ def sweep(
   if len(records) > 1:
     picture = path.with_name(f"{path.name}.png")
     title = f"{stage} against {judge.file.path.stem}"
-    visualize.save_scan(
-      picture, list(map(_text, scales)), _curves(list(records.values())), title
+    plots.save_scan(
+      picture,
+      [guidance_text(s) for s in scales],
+      _curves([*records.values()]),
+      title,
     )
     print(f"picture: {picture}")
   return records
 
 
-def _text(scale: Guidance) -> str:
-  return ":".join(f"{one:g}" for one in np.atleast_1d(scale))
+def measure_stage(
+  judge: Judge,
+  stages: Mapping[str, Mapping],
+  workdir: pathlib.Path,
+  request: sample_files.Request,
+  *,
+  stage: str,
+  batch_size: int | None = None,
+) -> dict | None:
+  """Samples a stage, and measures that as `Judge.measure` does."""
+  place = sample_files.sample(
+    stages, workdir, request, stage=stage, batch_size=batch_size
+  )
+  processes.wait_for_all(f"samples in {place.folder}")
+  folder = place_of(place.npz, judge.file.path)
+  return judge.measure(place.npz, folder)
 
 
 def _curves(records: list[dict]) -> dict[str, tuple]:

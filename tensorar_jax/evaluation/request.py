@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, Num, UInt8
 
 from tensorar_jax import build, conditioning
 from tensorar_jax.conditioning import TextConditioning
@@ -31,11 +31,12 @@ LAYOUTS = {"geneval": geneval, "dpg": dpg}  # of benchmarks' folders
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Which images, at `resize` pixels a side.
+  """Which images, at `resize` pixels a side, of which checkpoint.
 
   Of `classes` in turn (None: all), `num_images` in all; or of each of `prompts`
   `num_images`, one prompt after another; with a `layout` of LAYOUTS in its
-  files, for which `sources` has a line or an id of each prompt.
+  files, for which `sources` has a line or an id of each prompt. `step` None is
+  the newest checkpoint.
   """
 
   num_images: int = 100
@@ -45,6 +46,7 @@ class Request:
   prompts: tuple[str, ...] | None = None
   layout: str | None = None
   sources: tuple[str, ...] | None = None
+  step: int | None = None
 
   def __post_init__(self):
     sizes = [n for n in (self.num_images, self.resize) if n is not None]
@@ -119,7 +121,7 @@ class Prompts:
   """A `Conditioning` of numbered texts, of which it keeps the real rows."""
 
   texts: TextConditioning
-  rows: Sequence[Float[np.ndarray, "_ E"]]
+  rows: Sequence[Num[np.ndarray, "_ E"]]
   is_text = True
   null = staticmethod(conditioning.null)
   drop = staticmethod(conditioning.drop)

@@ -8,7 +8,7 @@ A folder of samples holds
                   the layout of the ADM evaluation suite; for classes read
                   numbers of prompts where images are made from text
   manifest.json   the settings, and the digest of the npz; written last
-  grid.png, refinement.png, 000000.png or prompt_000_image_00.png, ...
+  grid.png, refinement.png and .gif, 000000.png or prompt_000_image_00.png, ...
                   or, instead of these, the files of a benchmark's layout
 
 Image i comes from (seed, i) and its class or prompt alone, so shards can be
@@ -96,7 +96,7 @@ def sample(
     raise ValueError(f"batch_size={batch_size}: expected at least 1.")
   name = drawable(stages, stage)
   config, home = stages[name], workdir / name
-  checkpoint = _checkpoint(config, home)
+  found = orbax_io.find(home, request.step)
   mesh = sharding.local_mesh(build.mesh_config(config))
   conditioning, made_of = condition(request, name, config, mesh)
   tokenizer = build.frozen_tokenizer(config, workdir)
@@ -107,7 +107,7 @@ def sample(
     **dataclasses.asdict(request),
     **made_of,
     "sampling": dataclasses.asdict(sampling),
-    "checkpoint": checkpoint,
+    "checkpoint": _checkpoint(config, found),
     "tokenizer": encoder.identity(tokenizer),
     "software": software(),
   }
@@ -116,7 +116,7 @@ def sample(
   place = claim(output, home / "samples", settings, share[1])
   last = share[0] == 0
   if not place.complete:
-    model = build.load_stage(config, home, mesh)
+    model = build.load_stage(config, found, mesh)
     sampler = samples.Sampler(model, conditioning, sampling, request.seed, mesh)
     draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
     overview = functools.partial(
@@ -150,9 +150,8 @@ def _drawing(sampler, tokenizer, num_images, resize, batch_size) -> Draw:
   )
 
 
-def _checkpoint(config: Mapping, folder: pathlib.Path) -> dict[str, Any]:
+def _checkpoint(config: Mapping, found: pathlib.Path) -> dict[str, Any]:
   """Which weights: the metadata of the checkpoint, its step, EMA or not."""
-  found = orbax_io.find(folder)
   own = {"step": int(found.name), "ema": build.is_averaged(config)}
   return own | orbax_io.read_meta(found)
 
@@ -369,6 +368,6 @@ def _save_overview(
   visualize.save_sample_grids(folder / "grid.png", {"": grid}, titles)
   if drafts.shape[2] > 1:
     strip, changed = samples.refinement(tokenizer, drafts)
-    visualize.save_refinement(
-      folder / "refinement.png", {"": strip}, {"": changed}
-    )
+    shown = {"": strip}, {"": changed}
+    visualize.save_refinement(folder / "refinement.png", *shown)
+    visualize.save_refinement_gif(folder / "refinement.gif", *shown)

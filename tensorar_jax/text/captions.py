@@ -14,6 +14,7 @@ import re
 import urllib.parse
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -106,6 +107,23 @@ def _replace(text, table):
 NAMED = 100  # captions that are cut, in the log; a data set has millions
 
 
+class CutLog:
+  """Names the first captions that are cut off after `length` tokens."""
+
+  def __init__(self, length: int):
+    self._length, self._count = length, 0
+
+  def __call__(self, number: int, caption: str) -> None:
+    self._count += 1
+    if self._count <= NAMED:
+      message = (
+        "caption %d is longer than %d tokens; the rest of it is not read"
+      )
+      logging.warning(f"{message}: %r", number, self._length, caption)
+    if self._count == NAMED:
+      logging.warning("further captions that are cut are not named")
+
+
 class CaptionTokenizer:
   """Captions as ids of equal length, by a model's own `tokenizer.json`.
 
@@ -121,8 +139,8 @@ class CaptionTokenizer:
       raise ValueError(
         f"length={length}: expected at least 2, a token and end."
       )
-    self.length, self._num_cut = length, 0
-    self._tokens = _read_tokenizer(pathlib.Path(path))
+    self.length, self._log_cut = length, CutLog(length)
+    self._tokens = read_tokenizer(pathlib.Path(path))
     self.sha256 = hashlib.sha256(self._tokens.to_str().encode()).hexdigest()
     self.vocab_size = self._tokens.get_vocab_size()
     pad = self._tokens.token_to_id(self.PAD)
@@ -146,19 +164,9 @@ class CaptionTokenizer:
     found = self._tokens.encode_batch(cleaned)
     for number, one in enumerate(found):
       if one.overflowing:
-        self._warn(number, captions[number])
+        self._log_cut(number, captions[number])
     ids = np.asarray([one.ids for one in found], np.int32)
     return ids, np.asarray([one.attention_mask for one in found], bool)
-
-  def _warn(self, number, caption):
-    self._num_cut += 1
-    if self._num_cut <= NAMED:
-      message = (
-        "caption %d is longer than %d tokens; the rest of it is not read"
-      )
-      logging.warning(f"{message}: %r", number, self.length, caption)
-    if self._num_cut == NAMED:
-      logging.warning("further captions that are cut are not named")
 
 
 def _checked(number, caption):
@@ -172,7 +180,8 @@ def _checked(number, caption):
   return cleaned
 
 
-def _read_tokenizer(path):
+def read_tokenizer(path: pathlib.Path) -> Any:
+  """The `tokenizers.Tokenizer` of a file; ValueError if it is none."""
   import tokenizers
 
   if not path.is_file():

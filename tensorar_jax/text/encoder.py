@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from tensorar_jax import sharding, weights
 from tensorar_jax.checkpoints import torch_import
-from tensorar_jax.text import t5
+from tensorar_jax.text import chat, t5, words
 from tensorar_jax.text.captions import CaptionTokenizer
 
 # Where a published folder has its weights; the first that is there is read.
@@ -145,3 +145,28 @@ def _read_json(path):
     raise ValueError(
       f"{path}: not readable ({error}). Download it again."
     ) from error
+
+
+def _t5(folder, texts, mesh):
+  return import_text_encoder(folder, texts.encoder_dtype, texts.length, mesh)
+
+
+def _chat(folder, texts, mesh):
+  del mesh  # the backbone has the weights
+  encoder = chat.import_prompt_encoder(_existing(folder), texts.length)
+  if encoder.vocab_size > texts.vocab_size:
+    raise ValueError(
+      f"{folder}: the tokenizer knows {encoder.vocab_size} tokens, the"
+      f" conditioning {texts.vocab_size}. Set its vocab_size and the backbone's"
+      " text_vocab_size to those of the published model."
+    )
+  return encoder
+
+
+def _words(name, texts, mesh):
+  del name, mesh
+  return words.WordEncoder(width=texts.width, length=texts.length)
+
+
+# Kind -> (folder or kind, conditioning, mesh) -> interfaces.TextEncoder.
+TEXT_ENCODERS = {"t5": _t5, "chat": _chat, "words": _words}

@@ -28,6 +28,31 @@ from tensorar_jax.interfaces import CONV, Batch, Key, Rule
 
 ENTROPY_TEMPERATURE = 0.01
 
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """What a layout of published files calls the parts of the network."""
+
+  prefix: str = ""
+  down: str = "conv_blocks"
+  up: str = "conv_blocks"
+  residual: str = "res"
+  mid: tuple[str, ...] = ("0", "1", "2")
+
+
+# What a file is -> the layouts it may have, of which export writes the first: a
+# file of the tokenizer alone, or that of a model which makes images with it, by
+# its authors or converted for transformers.
+WEIGHTS = {"tokenizer": (Names(),)}
+WEIGHTS["model"] = (
+  Names(r"gen_vision_model\."),
+  Names(
+    *(r"model\.vqmodel\.", "down", "up", "block"),
+    mid=("block_1", "attn_1", "block_2"),
+  ),
+  Names(),
+)
+
 Images = Float[Array, "B h w C"]
 Tokens = Int[Array, "B T 1"]
 Codes = Int[Array, "B r c"]  # the same on the grid of r rows and c columns
@@ -41,7 +66,8 @@ class Config:
 
   Level i is `channels * channel_multipliers[i]` wide, highest resolution first.
   `image_size` (height, width) only sets `grid`; the weights fit other sizes.
-  About 0.01 of `entropy_weight` keeps a small codebook in use.
+  About 0.01 of `entropy_weight` keeps a small codebook in use. `weights` is a
+  key of WEIGHTS, what the file is of; `uint8_offset` is that of `Tokenizer`.
   """
 
   channels: int = 128
@@ -55,9 +81,16 @@ class Config:
   image_size: tuple[int, int] = (256, 256)
   commitment_weight: float = 0.25
   entropy_weight: float = 0.0
+  weights: str = "tokenizer"
+  uint8_offset: float = 128.0
   dtype: str = "float32"
 
   def __post_init__(self):
+    if self.weights not in WEIGHTS:
+      raise ValueError(
+        f"weights={self.weights!r}: expected one of {tuple(WEIGHTS)}, what"
+        " the file is of."
+      )
     convolutions.check_norm_groups(self.norm_groups, self.widths)
     self.grid_of(*self.image_size)
 
@@ -72,7 +105,12 @@ class Config:
     return convolutions.token_grid(height, width, side)
 
 
-VARIANTS = {"vq16": Config(), "vq8": Config(channel_multipliers=(1, 2, 2, 4))}
+VARIANTS = {
+  "vq16": Config(),
+  "vq8": Config(channel_multipliers=(1, 2, 2, 4)),
+  # The same network, in the files of that model. It does not round its bytes.
+  "janus": Config(image_size=(384, 384), weights="model", uint8_offset=127.5),
+}
 SOURCES: dict[str, str] = {  # published file -> variant
   "vq_ds16_c2i.pt": "vq16",
   "vq_ds16_t2i.pt": "vq16",
@@ -227,10 +265,9 @@ class Quantizer(nnx.Module):
 class Model(nnx.Module):
   """The tokenizer; see `interfaces.Tokenizer` and `interfaces.Trainable`."""
 
-  uint8_offset = 128.0
-
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
+    self.uint8_offset = config.uint8_offset
     self.grid = config.grid_of(*config.image_size)
     self.vocab_sizes = (config.codebook_size,)
     ends = config.latent_channels, config.code_dim
@@ -277,34 +314,56 @@ class Model(nnx.Module):
 
 
 def import_rules(config: Config) -> list[Rule]:
-  """Published names -> paths of `Model`."""
-  side, n = r"(?P<side>encoder|decoder)", r"(?P<n>\d+)"
-  level = rf"{side}\.conv_blocks\.(?P<level>\d+)"
-  down, up = (
-    level.replace("encoder|decoder", one) for one in ("encoder", "decoder")
-  )
+  """Published names -> paths of `Model`; which, `config.weights` says."""
   last = len(config.channel_multipliers) - 1
-  norms = {rf"{side}\.norm_out": "{side}/norm_out"}
-  convs = {
-    rf"{side}\.(?P<end>conv_in|conv_out)": "{side}/{end}",
-    rf"{down}\.downsample\.conv": "{side}/resamples/{level}",
-    rf"{up}\.upsample\.conv": "{side}/resamples/{level}",
-    rf"{level}\.res\.{n}\.nin_shortcut": "{side}/levels/{level}/{n}/shortcut",
-    "quant_conv": "to_code",
-    "post_quant_conv": "from_code",
+  first, *others = WEIGHTS[config.weights]
+  aliases = [rule for names in others for rule in _rules(names, last)]
+  rules = [
+    *_rules(first, last),
+    *(dataclasses.replace(rule, is_alias=True) for rule in aliases),
+  ]
+  if config.weights == "model":
+    rest = r"language_model|vision_model|aligner|generation_\w+"
+    rest = rf"(lm_head|gen_(embed|aligner|head)|(model\.)?({rest}))\..*"
+    rules.append(Rule(rest, None))
+  return rules
+
+
+def _rules(names: Names, last: int) -> list[Rule]:
+  """The rules of one layout; `last` is the level of the lowest resolution."""
+  n, res = r"(?P<n>\d+)", rf"{names.residual}\."
+  norms: dict[str, str] = {}
+  convs = {"quant_conv": "to_code", "post_quant_conv": "from_code"}
+  sides = {
+    "encoder": (names.down, "downsample", last),
+    "decoder": (names.up, "upsample", 0),
   }
-  for source, target in (
-    (rf"{level}\.res\.{n}", "{side}/levels/{level}/{n}"),
-    (rf"encoder\.conv_blocks\.{last}\.attn\.{n}", "encoder/attentions/{n}"),
-    (rf"decoder\.conv_blocks\.0\.attn\.{n}", "decoder/attentions/{n}"),
-    (rf"{side}\.mid\.{n}", "{side}/mid/{n}"),
-  ):
-    norms[rf"{source}\.(?P<part>norm[12]?)"] = target + "/{part}"
-    convs[rf"{source}\.(?P<part>conv[12]|[qkv]|proj_out)"] = target + "/{part}"
-  return [
-    *(Rule(rf"{s}\.weight", f"{t}/scale") for s, t in norms.items()),
-    *(Rule(rf"{s}\.weight", f"{t}/kernel", CONV) for s, t in convs.items()),
-    *(Rule(rf"{s}\.bias", f"{t}/bias") for s, t in (norms | convs).items()),
+  for side, (blocks, resample, lowest) in sides.items():
+    blocks = rf"{side}\.{blocks}\."
+    level = blocks + r"(?P<level>\d+)\."
+    norms[rf"{side}\.norm_out"] = f"{side}/norm_out"
+    convs[rf"{side}\.(?P<end>conv_in|conv_out)"] = f"{side}/{{end}}"
+    convs[rf"{level}{resample}\.conv"] = f"{side}/resamples/{{level}}"
+    place = f"{side}/levels/{{level}}/{{n}}"
+    convs[rf"{level}{res}{n}\.nin_shortcut"] = f"{place}/shortcut"
+    parts = {
+      rf"{level}{res}{n}": place,
+      rf"{blocks}{lowest}\.attn\.{n}": f"{side}/attentions/{{n}}",
+    }
+    for i, name in enumerate(names.mid):
+      parts[rf"{side}\.mid\.{name}"] = f"{side}/mid/{i}"
+    for source, target in parts.items():
+      norms[rf"{source}\.(?P<part>norm[12]?)"] = target + "/{part}"
+      convs[rf"{source}\.(?P<part>conv[12]|[qkv]|proj_out)"] = (
+        target + "/{part}"
+      )
+  weight, bias = (rf"\.{leaf}" for leaf in ("weight", "bias"))
+  rules = [
+    *(Rule(s + weight, f"{t}/scale") for s, t in norms.items()),
+    *(Rule(s + weight, f"{t}/kernel", CONV) for s, t in convs.items()),
+    *(Rule(s + bias, f"{t}/bias") for s, t in (norms | convs).items()),
     Rule(r"quantize\.embedding\.weight", "quantizer/codebook"),
     Rule(r"quantize\.codebook_used", None),  # A queue for a statistic only.
   ]
+  prefix = names.prefix
+  return [dataclasses.replace(r, source=prefix + r.source) for r in rules]

@@ -1,7 +1,8 @@
 """A tiny model of every file in backbones/ and tokenizers/, found by name.
 
 A new family needs one entry here; the contract tests then run over it. A family
-that also makes images from text has a second one, "<name>:text".
+that also makes images from text has a second one, "<name>:text"; one that does
+from prompts alone is in PROMPTED.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from clu import parameter_overview
 from flax import nnx
 
 from tensorar_jax import backbones, tokenizers, weights
-from tensorar_jax.backbones import open_magvit2, rar
+from tensorar_jax.backbones import janus, open_magvit2, rar
 from tensorar_jax.build import family
 from tests import tiny
 
@@ -26,8 +27,21 @@ def names(package) -> list[str]:
 
 BACKBONES = [*names(backbones), "llamagen:text"]
 TOKENIZERS = names(tokenizers)
+PROMPTED = ("janus",)
+FOLDERS = {"janus": "janus_pro"}  # of the fixtures, if not the family's name
 
 _TINY_BACKBONES = {
+  "janus": janus.Config(
+    text_vocab_size=tiny.PROMPTS.vocab_size,
+    vocab_size=11,
+    grid=(3, 3),
+    width=16,
+    num_layers=3,
+    num_heads=2,
+    mlp_width=24,
+    code_dim=4,
+    token_dropout=0.0,
+  ),
   "llamagen": tiny.CONFIG,
   "llamagen:text": dataclasses.replace(
     tiny.CONFIG, text_width=tiny.TEXTS.width, text_length=tiny.TEXTS.length
@@ -59,6 +73,7 @@ _TINY_BACKBONES = {
 }
 # The tokenizer that each family's images go through.
 TOKENIZER_OF = {
+  "janus": "vq",
   "llamagen": "vq",
   "open_magvit2": "lfq",
   "rar": "maskgit_vq",
@@ -102,26 +117,39 @@ def module_of(name: str):
 
 
 def is_text(name: str) -> bool:
-  return name.endswith(":text")
+  return name.endswith(":text") or name in PROMPTED
 
 
 def published(name: str) -> dict:
   """The VARIANTS that an entry stands for: those of its kind of condition."""
   variants = module_of(name).VARIANTS.items()
+  if name in PROMPTED:
+    return dict(variants)
   reads_text = lambda config: getattr(config, "text_width", None) is not None
   return {n: c for n, c in variants if reads_text(c) == is_text(name)}
 
 
 def cond(name: str, numbers=(0, 1)) -> dict:
   """A condition for each of these classes, or as many texts of their own."""
+  if name in PROMPTED:
+    return tiny.prompts(numbers)
   if not is_text(name):
     return tiny.CLASSES.encode(np.asarray(numbers) % 5)
   return tiny.texts(numbers)
 
 
 def manifest(parity: pathlib.Path, name: str, file: str) -> dict[str, tuple]:
-  """Tensor name -> shape of a published file, by its manifest."""
-  folder = parity / name.split(":")[0] / "real_checkpoint_manifest"
+  """Tensor name -> shape of a published file, by its manifest.
+
+  That of a file in a folder has the folder's name, as Python would write it,
+  with "_hf" if it is the conversion for transformers, in safetensors.
+  """
+  folder = FOLDERS.get(name, name.split(":")[0])
+  folder = parity / folder / "real_checkpoint_manifest"
+  if "/" in file:
+    repository, file = file.split("/")
+    layout = "_hf" if ".safetensors" in file else ""
+    file = f"{repository.lower().replace('-', '_')}{layout}.json"
   content = json.loads((folder / file).with_suffix(".json").read_text())
   keys = content.get("keys") or content.get("state_dict") or content
   return {key: tuple(shape) for key, (shape, _) in keys.items()}

@@ -147,7 +147,8 @@ def test_parameter_counts_are_the_papers(name):
     counts = [count(window=1), count(**P2), count(**P1)]
     for squares, wrapped in ((9, counts[1]), (48, counts[2])):
       extra = wrapped - counts[0] - squares * config.width**2
-      assert 0 < extra <= 100_000, variant
+      # Of 27 D at the most, where a model is wider than those of the papers.
+      assert 0 < extra <= max(100_000, 27 * config.width), variant
     # The papers cut some figures and round others, before they add.
     base, *wrapped = PRINTED.get((name, variant), (None,))
     assert base is None or abs(counts[0] / 1e6 - base) < 1

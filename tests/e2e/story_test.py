@@ -43,7 +43,8 @@ def finished(tmp_path_factory):
 def test_everything_promised_is_there(finished):
   workdir, done = finished
   pictures = ("samples", "refinement", "diagnostics", "curves")
-  for name in (*(f"{picture}.png" for picture in pictures), "report.html"):
+  files = ("report.html", "refinement.gif")
+  for name in (*(f"{picture}.png" for picture in pictures), *files):
     assert (workdir / name).stat().st_size > 1000, name
   metrics = json.loads((workdir / "metrics.json").read_text())
   assert list(metrics["models"]) == ["base", "continued", "tensorar", "drafts"]

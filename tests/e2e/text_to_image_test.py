@@ -107,7 +107,7 @@ def test_prompts_become_images(project, caplog):
   names = sorted(file.name for file in folder.iterdir())
   pngs = [f"prompt_00{p}_image_0{i}.png" for p in (0, 1) for i in (0, 1)]
   assert names == sorted(
-    [*pngs, "grid.png", "refinement.png", "samples.npz"]
+    [*pngs, "grid.png", "refinement.gif", "refinement.png", "samples.npz"]
     + ["manifest.json", "settings.json"]
   )
   stored = np.load(folder / "samples.npz")

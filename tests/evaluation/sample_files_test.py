@@ -90,7 +90,8 @@ def test_every_image_is_there_in_order(whole):
   expected = samples.decode(tokenizer, out.tokens)
   assert expected.shape == (NUM_IMAGES, 3, 3, 1)
   np.testing.assert_array_equal(stored["arr_0"], expected)
-  names = ("settings.json", "manifest.json", "grid.png", "refinement.png")
+  pictures = ("grid.png", "refinement.png", "refinement.gif")
+  names = ("settings.json", "manifest.json", *pictures)
   assert contents(whole).keys() == {"samples.npz", *names}
 
 
