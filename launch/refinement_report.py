@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tensorar_jax import plots
+from tensorar_jax.ablations import report
 
 NAMES = {
   "continued": "base, trained on",
@@ -40,14 +41,9 @@ def by_model(results: Mapping[str, dict]) -> dict[str, Models]:
 
 def spread(values: Iterable[float], sign: bool = False) -> str:
   """Mean, and the standard deviation if there is more than one value."""
-  values = np.array(list(values), float)
-  if not values.size:
-    return ""
-  places = 3 if abs(values.mean()) < 10 and not sign else 2
-  text = f"{values.mean():{'+' if sign else ''}.{places}f}"
-  if len(values) > 1:
-    text += f" ± {values.std(ddof=1):.{places}f}"
-  return text
+  values = list(values)
+  places = 2 if sign or abs(np.mean(values or 0)) >= 10 else 3
+  return report.spread(values, places, "+" * sign)
 
 
 def lines(models: Models) -> Iterable[list[str]]:
@@ -99,12 +95,6 @@ def slot_lines(models: Models) -> Iterable[list[str]]:
       yield [NAMES[recipe], str(window), str(j), *ce, *rest]
 
 
-def table(rows: Iterable[list[str]]) -> str:
-  head, *rest = rows
-  rows = [head, ["---"] * len(head), *rest]
-  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def markdown(results: Mapping[str, dict]) -> str:
   """Two tables per data set, and what was measured how."""
   parts = []
@@ -118,8 +108,8 @@ def markdown(results: Mapping[str, dict]) -> str:
       f" {settings['num_images']:,} images per model, at the guidance that a"
       f" scan of {settings['scan_images']:,} chose. Distances to a base are"
       " differences within a seed. Entropy in nats per committed token.",
-      table(lines(models)),
-      table(slot_lines(models)),
+      report.table(list(lines(models))),
+      report.table(list(slot_lines(models))),
     ]
   return "\n\n".join(parts) + "\n"
 

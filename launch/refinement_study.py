@@ -27,12 +27,10 @@ the other.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import fnmatch
 import functools
 import importlib
 import json
-import os
 import pathlib
 import sys
 import time
@@ -42,8 +40,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from launch import refinement_report
-from tensorar_jax import build, metrics, train
-from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax import build, metrics, resumable, train
 from tensorar_jax.evaluation import diagnostics, evaluate, yardsticks
 
 _FOLDER = flags.DEFINE_string(
@@ -204,10 +201,7 @@ class Study:
     stage, folder = self.stages[run.stage], self.folder / run.stage
     subject = evaluate.Subject(run.stage, stage, folder)
     found = evaluate.measure_model(subject, self.yardstick, self.settings)
-    values = {
-      name: value["values"][0] if isinstance(value, dict) else value
-      for name, value in found["metrics"].items()
-    }
+    values = evaluate.one_set(found["metrics"])
     record = {
       "metrics": values,
       "diagnostics": found["diagnostics"],
@@ -301,15 +295,13 @@ def describe(run: Run, quick: bool) -> dict:
 
 def add(path: pathlib.Path, name: str, record: dict) -> None:
   """Adds a record to the file, which other processes may write to as well."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  lock = os.open(path.parent, os.O_RDONLY)  # the file itself is replaced
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    results = {**read(path), name: record}
-    order = [run.name for run in all_runs()]
-    orbax_io.write_json(path, {n: results[n] for n in order if n in results})
-  finally:
-    os.close(lock)
+  order = [run.name for run in all_runs()]
+
+  def change(results):
+    results = {**results, name: record}
+    return {n: results[n] for n in order if n in results}
+
+  resumable.update_json(path, change)
 
 
 def run_study() -> None:

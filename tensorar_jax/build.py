@@ -54,7 +54,7 @@ ALWAYS = ("seed", "objective", "init", "source", "source_dtype")
 TRAINING = ("data", "optim", "train")  # what imported weights do not need
 SECTIONS = {
   *(name for names in OBJECTIVES.values() for name in names),
-  *(*ALWAYS, *TRAINING, "mesh", "sampling", "evaluation", "stages"),
+  *(*ALWAYS, *TRAINING, "mesh", "sampling", "evaluation", "ablation", "stages"),
 }
 NEW_MODULES = ("encoder/", "decoder/")  # what TensorAR adds to a backbone
 

@@ -22,6 +22,7 @@ from tensorar_jax import (
   sharding,
   targets,
 )
+from tensorar_jax.ablations import report, runs, variants
 from tensorar_jax.data import codes, sources, tokenize
 from tensorar_jax.evaluation import (
   progress,
@@ -219,3 +220,19 @@ def compile_stage(given: Flags, stages: dict) -> None:
     batch_size=given.batch_size,
     output=given.output,
   )
+
+
+def ablate(given: Flags, ablation: variants.Ablation, folder: pathlib.Path):
+  """--mode=run of a config with a section `ablation`; visualize draws only."""
+  output = pathlib.Path(given.output or "configs/ablations").absolute()
+  if given.mode == "visualize":
+    report.render(output)
+    return
+  if given.reference:
+    images = asked(given, 50_000)
+    measure = runs.ByReference(
+      *(ablation, folder, make_judge(given), images, given.batch_size)
+    )
+  else:
+    measure = runs.ByEvaluation(ablation, folder)
+  runs.run(ablation, folder, output, measure)

@@ -3,6 +3,8 @@
 Modes:
   run        (default) train every stage of the config, evaluate, and draw the
              report. What is done is skipped, what was interrupted continues.
+             With a config of configs/ablations: every variant, then tables and
+             plots in --output=ablations; --reference measures as papers do.
   train      train the stages only; --stage picks one. --profile=10:12 traces
              these steps of this start into the stage's folder `profile`.
   sample     draw images from a trained stage: samples.npz as the ADM suite has
@@ -128,7 +130,7 @@ _OUTPUT = flags.DEFINE_string(
   "Of --mode=export: a .pt or .safetensors file. Of --mode=tokenize: a folder."
   " Of --mode=sample: a folder or a .npz file; default: a numbered folder. Of"
   " --samples and --scores: a folder; default: beside them. Of --mode=compile:"
-  " a .json file.",
+  " a .json file. Of ablations: a folder; default: configs/ablations.",
 )
 _TARGET = flags.DEFINE_string(
   "target",
@@ -219,8 +221,26 @@ def workdir() -> pathlib.Path:
   """--workdir, or runs/<name of the config file>."""
   if _WORKDIR.value:
     return pathlib.Path(_WORKDIR.value).absolute()
+  if "ablation" in _CONFIG.value:  # every axis of a data set shares its base
+    data = _CONFIG.value.ablation.data
+    return pathlib.Path("runs", "ablations", data).absolute()
   path = config_flags.get_config_filename(flags.FLAGS["config"])
   return pathlib.Path("runs", pathlib.Path(path).stem).absolute()
+
+
+def read_stages(config):
+  """(ablation or None, stages) of a config; ValueError names a bad stage."""
+  from tensorar_jax import build, train
+  from tensorar_jax.ablations import variants
+
+  ablation = variants.Ablation(config) if "ablation" in config else None
+  stages = ablation.stages if ablation else build.stages(config)
+  for name, stage in stages.items():
+    try:
+      train.check(stage)
+    except ValueError as error:
+      raise ValueError(f"stage {name}: {error}") from error
+  return ablation, stages
 
 
 def run(config, folder: pathlib.Path) -> None:
@@ -231,27 +251,25 @@ def run(config, folder: pathlib.Path) -> None:
   from tensorar_jax.evaluation import evaluate
 
   count = jax.process_count()
-  alone = _MODE.value not in SHARED_MODES and not _REFERENCE.value
+  shared = _MODE.value == "evaluate" and _REFERENCE.value
+  alone = not shared and _MODE.value not in SHARED_MODES
   if count > 1 and alone:
     raise ValueError(
       f"--mode={_MODE.value} in {count} processes: expected one of"
       f" {SHARED_MODES}. Run the other modes in one process."
     )
   profile = throughput.parse_profile(_PROFILE.value)
-  stages = build.stages(config)
-  for name, stage in stages.items():
-    try:
-      train.check(stage)
-    except ValueError as error:
-      raise ValueError(f"stage {name}: {error}") from error
+  ablation, stages = read_stages(config)
   if _STAGE.value:
     build.choose("--stage", _STAGE.value, stages)
+  mode, given = _MODE.value, flags.FLAGS
+  if ablation and mode in ("run", "visualize"):
+    return commands.ablate(given, ablation, folder)
   settings = None
-  if "evaluation" in config:
+  if "evaluation" in config and not ablation:
     section = config.evaluation.to_dict()
     settings = build.call(evaluate.EvaluationConfig, section, "evaluation")
     settings.check(stages)
-  mode, given = _MODE.value, flags.FLAGS
   if mode in ("run", "train", "import"):
     for name, stage in stages.items():
       wanted = stage["source"] or mode != "import"

@@ -7,12 +7,14 @@ folder is claimed for one set of settings before anything is written.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,38 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
   partial.write_text(json.dumps(value, indent=2) + "\n")
   partial.replace(path)
+
+
+@contextlib.contextmanager
+def lock(path: pathlib.Path, wait: bool = True) -> Iterator[bool]:
+  """Holds a file or folder against other processes; yields whether it does.
+
+  Without `wait` it does not if another process has it. A process that dies
+  holds nothing.
+  """
+  mode = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+  handle = os.open(path, mode, 0o644)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    held = True
+  except BlockingIOError:
+    held = False
+  try:
+    yield held
+  finally:
+    os.close(handle)
+
+
+def update_json(path: pathlib.Path, change: Callable[[Any], Any]) -> Any:
+  """Writes and returns change(what the file holds, or {}).
+
+  Several processes may do so at the same time.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with lock(path.parent):  # the file itself is replaced
+    value = change(json.loads(path.read_text()) if path.exists() else {})
+    write_json(path, value)
+  return value
 
 
 def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:

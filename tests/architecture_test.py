@@ -14,9 +14,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
   {"main"},
   {"commands"},
-  {"evaluation.progress"},
+  {"evaluation.progress", "ablations.runs"},
   {"report", "evaluation.protocol", "benchmark", "compile", "demo_page"},
-  {"demo", "evaluation.sample_files", "benchmark_report", "peer_torch"},
+  {
+    *("demo", "evaluation.sample_files", "benchmark_report", "peer_torch"),
+    "ablations.report",
+  },
   {"plots", "evaluation.evaluate", "data.tokenize"},
   {"visualize"},
   {"workloads"},
@@ -24,7 +27,7 @@ LAYERS = (
     *("train", "evaluation.samples", "evaluation.diagnostics"),
     *("evaluation.request", "evaluation.yardsticks", "evaluation.summary"),
   },
-  {"published"},
+  {"published", "ablations.variants"},
   {"build", "objective", "metrics", "throughput", "train_step"},
   {
     "sampling",

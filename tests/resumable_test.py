@@ -1,5 +1,6 @@
 """Claims, shares and progress; `data/tokenize_test.py` kills real work."""
 
+import json
 import logging
 
 import pytest
@@ -52,3 +53,33 @@ def test_a_claimed_folder_is_of_one_set_of_settings(tmp_path):
   with pytest.raises(ValueError, match="holds other tokens:\n  b.c: was None"):
     resumable.claim(folder, {"a": [1, 2], "b": {"c": 3}}, "tokens")
   assert [p.name for p in folder.iterdir()] == [resumable.SETTINGS]
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+  for path in (tmp_path, tmp_path / "new"):
+    with resumable.lock(path) as mine:
+      assert mine
+      with resumable.lock(path, wait=False) as too:
+        assert not too
+    with resumable.lock(path, wait=False) as again:
+      assert again
+  with (
+    pytest.raises(BlockingIOError, match="of the body"),
+    resumable.lock(tmp_path),
+  ):
+    raise BlockingIOError("of the body")
+
+
+def test_json_is_changed_as_a_whole(tmp_path):
+  path = tmp_path / "new" / "results.json"
+  assert resumable.update_json(path, lambda old: {**old, "a": 1}) == {"a": 1}
+  resumable.update_json(path, lambda old: {**old, "b": 2})
+  assert json.loads(path.read_text()) == {"a": 1, "b": 2}
+
+  def fail(old):
+    raise ValueError("no")
+
+  with pytest.raises(ValueError, match="no"):
+    resumable.update_json(path, fail)
+  assert json.loads(path.read_text()) == {"a": 1, "b": 2}
+  assert [p.name for p in path.parent.iterdir()] == ["results.json"]

@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
@@ -57,7 +58,9 @@ class Model(nnx.Module):
       x = jax.nn.relu(conv(x))
     return jax.nn.relu(self.hidden(x.reshape(x.shape[0], -1)))
 
-  def classify(self, features: Float[Array, "B n"]) -> Float[Array, "B c"]:
+  def classify(
+    self, features: Float[Array | np.ndarray, "B n"]
+  ) -> Float[Array, "B c"]:
     """The class logits of features."""
     return self.out(features)
 

@@ -1,8 +1,9 @@
 """Stages -> metrics.json: sample every model, measure, compare.
 
 Every model is sampled at the guidance scale that suits it best on a scan with
-a seed of its own; then several seeds at that scale give mean and spread. What
-has been measured is kept and not measured again.
+a seed of its own (of a single scale there is none); then several seeds at that
+scale give mean and spread. What has been measured is kept and not measured
+again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -128,11 +130,11 @@ def measure_model(
   sampler = Sampler(subject, settings.batch_size, conditions)
   labels = yardstick.labels(settings.num_images, settings.scan_images)
   scan = {}
-  for scale in settings.guidance:
+  for scale in settings.guidance if len(settings.guidance) > 1 else ():
     drawn = sampler.draw(scale, SCAN_SEED, labels)
     scan[str(scale)] = yardstick.cost(drawn["images"], labels)
     logging.info("%s: guidance %s: %.3f", subject.name, scale, scan[str(scale)])
-  best = min(settings.guidance, key=lambda scale: scan[str(scale)])
+  best = min(settings.guidance, key=lambda scale: scan.get(str(scale), 0.0))
   labels = yardstick.labels(0, settings.num_images)
   sets, shown, names = [], [], len(yardstick.names)
   for seed in range(settings.seeds):
@@ -161,6 +163,14 @@ def measure_model(
   }
   resumable.write_json(path, found)
   return found
+
+
+def one_set(metrics: Mapping[str, Any]) -> dict[str, float]:
+  """The values of a model that was measured with one sampling seed."""
+  return {
+    name: value["values"][0] if isinstance(value, dict) else value
+    for name, value in metrics.items()
+  }
 
 
 def evaluate(
