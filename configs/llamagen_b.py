@@ -5,10 +5,11 @@
   :256 or :384 after the file name picks the image size; 256 is the default.
 
 Needs `weights/c2i_B_256.pt` (or `c2i_B_384.pt`) and `weights/vq_ds16_c2i.pt`
-from the authors' release, and ImageNet codes in `data/`: published `.npy`
-folders or shards made by --mode=tokenize. Recipe: the ICLR text (window 4,
-depth 1, exponential schedule, learning rates 1e-4 and 1e-5, batch 256, 20
-epochs). Sampling: guidance 2.0, no top-k, as published for B and L.
+from the authors' release, which --init=hf:// downloads by name, and ImageNet
+codes in `data/`: published `.npy` folders or shards made by --mode=tokenize.
+Recipe: the ICLR text (window 4, depth 1, exponential schedule, learning rates
+1e-4 and 1e-5, batch 256, 20 epochs). Sampling: guidance 2.0, no top-k, as
+published for B and L.
 """
 
 from ml_collections import ConfigDict

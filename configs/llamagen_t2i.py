@@ -7,10 +7,10 @@
 Needs `weights/t2i_XL_stage1_256.pt` (or `t2i_XL_stage2_512.pt`) and
 `weights/vq_ds16_t2i.pt` from the authors' release; for tokenizing and sampling
 the folder of Flan-T5-XL, `weights/flan-t5-xl`, whose encoder makes 120 rows of
-2048 features of a text; and for training images with captions, which
---mode=tokenize turns into `data/text_to_image256_tokens`. Recipe: as
-llamagen_b.py, for one epoch. Sampling: guidance 7.5 and top-k 1000, as
-published.
+2048 features of a text (--init=hf:// downloads all three by name); and for
+training images with captions, which --mode=tokenize turns into
+`data/text_to_image256_tokens`. Recipe: as llamagen_b.py, for one epoch.
+Sampling: guidance 7.5 and top-k 1000, as published.
 """
 
 from ml_collections import ConfigDict

@@ -2,10 +2,10 @@
 
   python -m tensorar_jax.main --config=configs/open_magvit2_b.py
 
-Needs `weights/AR_256_B.ckpt` from the authors' release, and ImageNet tokens in
-`data/`: shards, by --mode=tokenize. The file carries the tokenizer with which
-its authors sample. To take that of the tokenizer's own release, which they
-judge by its moving average:
+Needs `weights/AR_256_B.ckpt` from the authors' release, which --init=hf://
+downloads by name, and ImageNet tokens in `data/`: shards, by --mode=tokenize.
+The file carries the tokenizer with which its authors sample. To take that of
+the tokenizer's own release, which they judge by its moving average:
 
   --config.stages.tokenizer.source=weights/imagenet_256_L.ckpt
   --config.tokenizer.weights=ema

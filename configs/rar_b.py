@@ -3,11 +3,12 @@
   python -m tensorar_jax.main --config=configs/rar_b.py
 
 Needs `weights/rar_b.bin` and `weights/maskgit-vqgan-imagenet-f16-256.bin` from
-the authors' release, and ImageNet codes of that tokenizer in `data/`, as
---mode=tokenize makes them. Recipe: the first arXiv text (window 4, depth 2,
-MLP ratio 4, sine schedule; the base at a constant learning rate, the new
-modules' falling linearly to 0; batch 256, 20 epochs). It prints no rates: those
-here are the ICLR text's. Sampling: as published for each size.
+the authors' release, which --init=hf:// downloads by name, and ImageNet codes
+of that tokenizer in `data/`, as --mode=tokenize makes them. Recipe: the first
+arXiv text (window 4, depth 2, MLP ratio 4, sine schedule; the base at a
+constant learning rate, the new modules' falling linearly to 0; batch 256, 20
+epochs). It prints no rates: those here are the ICLR text's. Sampling: as
+published for each size.
 """
 
 from ml_collections import ConfigDict

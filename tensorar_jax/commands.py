@@ -10,6 +10,7 @@ import pathlib
 
 import jax
 from absl.flags import FlagValues as Flags
+from ml_collections import ConfigDict
 
 from tensorar_jax import (
   benchmark,
@@ -21,6 +22,7 @@ from tensorar_jax import (
   published,
   sharding,
   targets,
+  train,
 )
 from tensorar_jax.ablations import report, runs, variants
 from tensorar_jax.data import codes, sources, tokenize
@@ -32,6 +34,24 @@ from tensorar_jax.evaluation import (
   summary,
 )
 from tensorar_jax.evaluation.yardsticks import EvaluationConfig
+
+
+def checked_stages(
+  given: Flags, config: ConfigDict
+) -> tuple[variants.Ablation | None, dict[str, dict]]:
+  """The stages of a config, with what --init names, if all can be built."""
+  ablation = variants.Ablation(config) if "ablation" in config else None
+  stages = ablation.stages if ablation else build.stages(config)
+  if given.stage:
+    build.choose("--stage", given.stage, stages)
+  if given.init:
+    published.start_from(stages, given.init, given.stage)
+  for name, stage in stages.items():
+    try:
+      train.check(stage)
+    except ValueError as error:
+      raise ValueError(f"stage {name}: {error}") from error
+  return ablation, stages
 
 
 def asked(given: Flags, num_images: int) -> request.Request:

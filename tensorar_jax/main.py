@@ -4,7 +4,7 @@ Modes:
   run        (default) train every stage of the config, evaluate, and draw the
              report. What is done is skipped, what was interrupted continues.
              With a config of configs/ablations: every variant, then tables and
-             plots in --output=ablations; --reference measures as papers do.
+             plots, there or in --output; --reference measures as papers do.
   train      train the stages only; --stage picks one. --profile=10:12 traces
              these steps of this start into the stage's folder `profile`.
   sample     draw images from a trained stage: samples.npz as the ADM suite has
@@ -31,7 +31,9 @@ Modes:
              with, --num_images at most, --host=127.0.0.1, --port. Needs
              requirements-demo.txt.
   visualize  draw the pictures and report.html from what is there.
-  import     fill the stages that have a `source` from published PyTorch files.
+  import     fill the stages that have a `source` from published PyTorch files,
+             which --init=hf:// downloads by name; --init=FILE, or
+             --init=hf://OWNER/REPOSITORY/FILE, names that of the base model.
   tokenize   turn images into token shards: --images=folder:DIR (or tfds:NAME;
              with captions webdataset:DIR, captions:DIR), --output,
              --recipe=center|flip|ten_crop, --crop_range.
@@ -81,6 +83,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 _MODE = flags.DEFINE_enum("mode", "run", MODES, "What to do; see above.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where everything is written. Default: runs/<config name>."
+)
+_INIT = flags.DEFINE_string(
+  "init",
+  None,
+  "Weights that --stage, by default the base model, starts from: a published"
+  " file, hf://OWNER/REPOSITORY/FILE, or a checkpoint. hf:// alone: all"
+  " published files of the config, by name. Give it to every command of a run.",
 )
 _STAGE = flags.DEFINE_string(
   "stage", None, "Which stage to train or sample. Default: all; the last."
@@ -228,21 +237,6 @@ def workdir() -> pathlib.Path:
   return pathlib.Path("runs", pathlib.Path(path).stem).absolute()
 
 
-def read_stages(config):
-  """(ablation or None, stages) of a config; ValueError names a bad stage."""
-  from tensorar_jax import build, train
-  from tensorar_jax.ablations import variants
-
-  ablation = variants.Ablation(config) if "ablation" in config else None
-  stages = ablation.stages if ablation else build.stages(config)
-  for name, stage in stages.items():
-    try:
-      train.check(stage)
-    except ValueError as error:
-      raise ValueError(f"stage {name}: {error}") from error
-  return ablation, stages
-
-
 def run(config, folder: pathlib.Path) -> None:
   """Carries out --mode. The heavy imports wait until the flags are right."""
   import jax
@@ -259,10 +253,8 @@ def run(config, folder: pathlib.Path) -> None:
       f" {SHARED_MODES}. Run the other modes in one process."
     )
   profile = throughput.parse_profile(_PROFILE.value)
-  ablation, stages = read_stages(config)
-  if _STAGE.value:
-    build.choose("--stage", _STAGE.value, stages)
   mode, given = _MODE.value, flags.FLAGS
+  ablation, stages = commands.checked_stages(given, config)
   if ablation and mode in ("run", "visualize"):
     return commands.ablate(given, ablation, folder)
   settings = None

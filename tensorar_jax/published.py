@@ -5,14 +5,23 @@ from __future__ import annotations
 import pathlib
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from absl import logging
 from flax import nnx
 
 from tensorar_jax import build, processes, sharding, weights
-from tensorar_jax.checkpoints import orbax_io, torch_export, torch_import
+from tensorar_jax.checkpoints import (
+  hub,
+  orbax_io,
+  torch_export,
+  torch_import,
+)
+from tensorar_jax.checkpoints.locations import LOCATIONS, SCHEME
 from tensorar_jax.tensorar import TensorAR
 
+# What published files end with; an index stands for the files that it names.
+FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", hub.INDEX)
 KINDS = {
   "tensorar": ("backbones", "backbone"),
   "tokenizer": ("tokenizers", "tokenizer"),
@@ -31,7 +40,8 @@ def import_backbone(
 
   Args:
     name: a module of `backbones/`, such as "llamagen".
-    path: the published file; see the family's SOURCES.
+    path: the published file, see the family's SOURCES, or its name on the hub,
+      `hf://OWNER/REPOSITORY/FILE[@REVISION]`.
     variant: a published size; `fields` of its Config override it.
     weights_dtype: one of torch_import.DTYPES, that of the weights in memory;
       None: the model's own, float32.
@@ -58,6 +68,55 @@ def _import(kind, name, path, size, dtype, mesh=None):
   rules = module.import_rules(config)
   tensors = torch_import.load_state_dict(path)
   return torch_import.fill(abstract, rules, tensors, dtype, mesh)
+
+
+def start_from(
+  stages: Mapping[str, dict[str, Any]], init: str, name: str | None = None
+) -> None:
+  """Has a stage start from the weights `init`, in place of the config's.
+
+  Args:
+    stages: full stage configs, which are changed.
+    init: a published file, by path or by name on the hub: the stage is imported
+      from it. Another stage or a checkpoint of this project: its training
+      starts there. "hf://" alone gives whatever stages read from published
+      files its name on the hub, the text encoder too.
+    name: the stage; by default the first of a model that starts from no other,
+      which is the base model.
+  """
+  if init == SCHEME:
+    for stage in stages.values():
+      _read_from_hub(stage)
+    return
+  if name is None:
+    models = {n: s for n, s in stages.items() if s["objective"] == "tensorar"}
+    name = next((n for n, s in models.items() if not s["init"]), None)
+  stage = build.choose("--stage of --init", name, stages)
+  published = hub.is_name(init) or init.endswith(FILES)
+  published |= pathlib.Path(init).name in LOCATIONS  # a folder
+  stage["source"], stage["init"] = (init, None) if published else (None, init)
+
+
+def _read_from_hub(stage: dict[str, Any]) -> None:
+  if stage["source"]:
+    stage["source"] = _hub_name(stage["source"])
+  conditioning = dict(stage.get("conditioning", {}))
+  encoder = conditioning.get("encoder")
+  if encoder and encoder not in build.TEXT_ENCODERS:
+    conditioning["encoder"] = _hub_name(encoder)
+    stage["conditioning"] = conditioning
+
+
+def _hub_name(path: str) -> str:
+  if hub.is_name(path):
+    return path
+  found = hub.location(path)
+  if found is None or not hub.is_name(found):
+    raise ValueError(
+      f"{path}: no published file of this name is known on the hub. Name the"
+      f" source itself, as --init={SCHEME}OWNER/REPOSITORY/FILE."
+    )
+  return found
 
 
 def import_stage(stage: Mapping, folder: pathlib.Path) -> None:

@@ -12,13 +12,14 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from tensorar_jax.checkpoints import hub
 
 # The wrappers that training scripts put around a state dict, in the order in
 # which the published sampling scripts look for them; "ema" is read on request.
@@ -28,7 +29,6 @@ _SAFETENSORS = {
   **{"F32": "float32", "F64": "float64"},
 }
 _ZIP = b"PK\x03\x04"
-_INDEX = ".index.json"  # names the file of each tensor of a divided model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,12 @@ def load_state_dict(
 ) -> dict[str, Tensor]:
   """The tensors of a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file.
 
-  `key` names the entry of a PyTorch file to read, such as "ema"; by default the
-  first of CONTAINERS, or the file itself where it is a bare state dict. An
-  `.index.json` stands for all the files that it names.
+  The path may be a name on the hub, see `hub.find`; an `.index.json` stands for
+  all the files that it names. `key` names the entry of a PyTorch file to read,
+  such as "ema"; by default the first of CONTAINERS, or the file itself where it
+  is a bare state dict.
   """
-  return _open(pathlib.Path(path), key)[1]
+  return _open(hub.find(path), key)[1]
 
 
 def describe(path: str | pathlib.Path, key: str | None = None) -> dict:
@@ -60,9 +61,10 @@ def describe(path: str | pathlib.Path, key: str | None = None) -> dict:
 
   Size and sha256 are of an index and its files one after the other.
   """
-  path = pathlib.Path(path)
+  path = hub.find(path)
   container, tensors = _open(path, key)
-  parts = [path, *(_parts(path) if path.name.endswith(_INDEX) else ())]
+  divided = path.name.endswith(hub.INDEX)
+  parts = [path, *(hub.parts_of(path) if divided else ())]
   digest = hashlib.sha256()
   for part in parts:
     with part.open("rb") as file:
@@ -81,13 +83,10 @@ def describe(path: str | pathlib.Path, key: str | None = None) -> dict:
 def _open(path, key):
   """(name of the container or None, its tensors)."""
   if not path.is_file():
-    raise ValueError(
-      f"{path}: no such file. Download the published checkpoint and pass its"
-      " path."
-    )
+    raise ValueError(f"{path}: no such file. {hub.advice(path)}")
   if not path.stat().st_size:
     raise ValueError(f"{path}: the file is empty. Download it again.")
-  if path.name.endswith(_INDEX):
+  if path.name.endswith(hub.INDEX):
     return _open_index(path, key)
   if path.suffix != ".safetensors":
     return _open_torch(path, key)
@@ -102,7 +101,7 @@ def _open(path, key):
 def _open_index(path, key):
   """(container of the parts, the tensors of all)."""
   found, container = {}, None
-  for part, names in _parts(path).items():
+  for part, names in hub.parts_of(path).items():
     container, tensors = _open(part, key)
     if odd := sorted(names ^ tensors.keys()):
       raise ValueError(
@@ -111,24 +110,6 @@ def _open_index(path, key):
       )
     found |= tensors
   return container, found
-
-
-def _parts(path):
-  """file -> names of its tensors, of every file that an index names."""
-  try:
-    files = json.loads(path.read_text())["weight_map"]
-    beside = all(pathlib.Path(f).name == f != path.name for f in files.values())
-  except (ValueError, KeyError, TypeError, AttributeError):
-    files, beside = {}, False
-  if not (files and beside):
-    raise ValueError(
-      f"{path}: no index of a divided model, which has a 'weight_map' from the"
-      " names of tensors to files beside it. Download it again."
-    )
-  parts = {path.parent / file: set() for file in sorted({*files.values()})}
-  for name, file in files.items():
-    parts[path.parent / file].add(name)
-  return parts
 
 
 def _open_safetensors(path):

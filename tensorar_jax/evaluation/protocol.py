@@ -29,6 +29,7 @@ import numpy as np
 from absl import logging
 
 from tensorar_jax import plots, processes, resumable
+from tensorar_jax.checkpoints import hub
 from tensorar_jax.drawing import Guidance, guidance_text
 from tensorar_jax.evaluation import (
   adm,
@@ -65,7 +66,8 @@ class Judge:
 
   Args:
     reference: an .npz with images, with statistics of the suite, or with both.
-    network: a published file of the Inception of FID, or its tensors by name.
+    network: a published file of the Inception of FID, see `hub.find`, or its
+      tensors by name.
     bootstrap: resamples behind the intervals; 0 for none.
     batch_size: images at once, over the local devices.
     share: (index, count) of the processes that work on the same folders.
@@ -86,6 +88,8 @@ class Judge:
       )
     resumable.check_share(*share)
     self.file, self.bootstrap, self.share = _open(reference), bootstrap, share
+    named = isinstance(network, (str, os.PathLike))
+    network = hub.find(network) if named else network
     model = inception.load(network)
     devices = jax.local_devices()
     default = BATCH_PER_DEVICE.get(devices[0].platform, 64) * len(devices)
@@ -93,7 +97,6 @@ class Judge:
     image = jax.ShapeDtypeStruct((1, 8, 8, 3), "uint8")
     rows = jax.eval_shape(lambda image: vars(model(image)), image)
     self.widths = {kind: row.shape[1] for kind, row in rows.items()}
-    named = isinstance(network, (str, os.PathLike))
     self.network = _identity(network) if named else {"file": None}
     self.reference = _identity(reference) | {"shape": self.file.shape}
     self._features: scores.FeatureSet | None = None

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from tensorar_jax import conditioning
+from tensorar_jax.checkpoints import hub
 from tensorar_jax.text import captions
 
 # Special tokens by their names; ids differ from model to model.
@@ -98,5 +99,5 @@ class PromptEncoder:
 def import_prompt_encoder(
   folder: str | pathlib.Path, length: int = 256
 ) -> PromptEncoder:
-  """The encoder of prompts for the model in a published folder."""
-  return PromptEncoder(pathlib.Path(folder) / "tokenizer.json", length)
+  """The encoder of prompts for the model in a published folder, or its name."""
+  return PromptEncoder(hub.find(folder) / "tokenizer.json", length)

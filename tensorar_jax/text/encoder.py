@@ -16,15 +16,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from tensorar_jax import sharding, weights
-from tensorar_jax.checkpoints import torch_import
+from tensorar_jax.checkpoints import hub, torch_import
 from tensorar_jax.text import chat, t5, words
 from tensorar_jax.text.captions import CaptionTokenizer
 
-# Where a published folder has its weights; the first that is there is read.
-WEIGHTS = (
-  *("model.safetensors", "model.safetensors.index.json"),
-  *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
 BATCH_SIZE = 64  # captions at once
 
 
@@ -100,7 +95,8 @@ def import_text_encoder(
     length: tokens of a caption.
     mesh: what weights and batches are split over; None: one device.
   """
-  tokenizer = CaptionTokenizer(_existing(folder) / "tokenizer.json", length)
+  folder = _existing(folder)
+  tokenizer = CaptionTokenizer(folder / "tokenizer.json", length)
   return TextEncoder(import_t5(folder, dtype, mesh), tokenizer, mesh)
 
 
@@ -112,29 +108,23 @@ def import_t5(
   """The encoder in a published folder, for token ids.
 
   Args:
-    folder: holds config.json and one of WEIGHTS; an index needs the files that
-      it names. A decoder may be there, it is not read.
+    folder: holds config.json and one of `hub.WEIGHTS`; an index needs the files
+      that it names. A decoder may be there, it is not read. A name on the hub
+      stands for the folder as well, see `hub.find`.
     dtype: of weights and computation, "float32" or "bfloat16" (in which the
       published image models were made and are sampled).
     mesh: what the weights are split over; None: one device has them.
   """
   folder = _existing(folder)
   config = t5.published_config(_read_json(folder / "config.json"), dtype)
-  source = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
-  if source is None:
-    raise ValueError(
-      f"{folder}: found none of {WEIGHTS}. Download the weights into it."
-    )
   model = weights.abstract(lambda rngs: t5.Model(config, rngs=rngs))
-  tensors = torch_import.load_state_dict(source)
+  tensors = torch_import.load_state_dict(hub.weights_of(folder))
   return torch_import.fill(model, t5.import_rules(config), tensors, dtype, mesh)
 
 
 def _existing(folder):
-  if not (folder := pathlib.Path(folder)).is_dir():
-    raise ValueError(
-      f"{folder}: no such folder. Download a text encoder and pass its folder."
-    )
+  if not (folder := hub.find(folder)).is_dir():
+    raise ValueError(f"{folder}: no such folder. {hub.advice(folder)}")
   return folder
 
 
