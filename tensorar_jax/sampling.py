@@ -82,6 +82,7 @@ _UNGUIDED = dict(guidance=1.0, guidance_power=0.0, guidance_interval=None)
 def _generate(graphdef, state, cond, null, rng, image_index, scales, path, how):
   """`how` is (SamplingConfig, whether it is for a CPU, mesh)."""
   config, on_cpu, mesh = how
+  graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
   run = functools.partial(_generate_rows, graphdef, config, on_cpu)
   if mesh:
     # Left to the partitioner, [cond | null] would be one batch to split, and
@@ -144,6 +145,22 @@ def _generate_rows(
   )
 
 
+def in_compute_dtype(model: nnx.Module) -> nnx.Module:
+  """A copy with weights in the dtype that their module computes in.
+
+  It computes the same; but every step reads the weights, and some compilers
+  leave a conversion in the loop.
+  """
+  model = nnx.merge(*nnx.split(model))
+  for _, module in list(nnx.iter_modules(model)):
+    size = jnp.dtype(getattr(module, "dtype", None) or "float32").itemsize
+    for name in ("kernel", "embedding"):
+      weight = getattr(module, name, None)
+      if isinstance(weight, nnx.Param) and size < weight.dtype.itemsize:
+        setattr(module, name, nnx.Param(weight[...].astype(module.dtype)))
+  return model
+
+
 def prepare(model: TensorAR, mesh: Mesh) -> TensorAR:
   """The model on the mesh, in the form in which its devices decode fastest.
 
@@ -156,6 +173,7 @@ def prepare(model: TensorAR, mesh: Mesh) -> TensorAR:
   if any(module.kernel is None for module in linear):
     return model  # it is prepared
   model = sharding.shard(model, mesh)
+  model = in_compute_dtype(model)
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   return layers.for_decoding(model) if on_cpu else model
 

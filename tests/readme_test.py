@@ -39,6 +39,34 @@ def test_every_config_file_is_named():
     assert path.stem in text or (family in text and f"_{size}`" in text), path
 
 
+# What runs the commands of the first page, with a smaller config.
+RUN_BY = {
+  "make demo": "e2e/story_test.py",
+  "make test": ".",
+  "pip install -r requirements-demo.txt": "e2e/demo_test.py",
+  "python -m tensorar_jax.main --config=configs/digits.py --mode=demo": (
+    "e2e/demo_test.py"
+  ),
+  "python -m tensorar_jax.main --config=configs/digits.py [--mode=...]"
+  " [--workdir=...]": "e2e/story_test.py",
+}
+
+
+def test_every_command_of_the_first_page_is_run_by_a_test():
+  text = (ROOT / "README.md").read_text().replace("\\\n  ", "")
+  blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+  lines = [
+    line.split("  #")[0].strip() for b in blocks for line in b.split("\n")
+  ]
+  assert {line for line in lines if line} == RUN_BY.keys()
+  assert all((ROOT / "tests" / where).exists() for where in RUN_BY.values())
+  makefile = (ROOT / "Makefile").read_text()
+  assert "-m tensorar_jax.main --config=configs/digits.py\n" in makefile
+  tested = (ROOT / "requirements-test.txt").read_text()
+  demo = (ROOT / "requirements-demo.txt").read_text()
+  assert all(pin in tested for pin in re.findall(r"^\S+==\S+", demo, re.M))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.parent.name)
 def test_links_lead_somewhere(page):
   """Files, pictures and sections; other sites are not asked."""

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,18 @@ def test_a_model_is_prepared_once_and_samples_the_same():
   want, got = (generate(m, return_logits=True) for m in (model, prepared))
   np.testing.assert_array_equal(got.drafts, want.drafts)
   np.testing.assert_allclose(got.logits[0], want.logits[0], atol=2e-5)
+
+
+def test_weights_are_read_in_the_dtype_of_the_computation():
+  config = dataclasses.replace(tiny.backbone().config, dtype="bfloat16")
+  base = type(tiny.backbone())(config, rngs=nnx.Rngs(0))
+  model = TensorAR(base, window=2, rngs=nnx.Rngs(1))
+  narrow = sampling.in_compute_dtype(model)
+  for path, weight in nnx.to_flat_state(nnx.state(narrow)):
+    if path[-1] in ("kernel", "embedding") and path[0] == "backbone":
+      assert weight.dtype == jnp.bfloat16, path
+  want, got = (generate(m, return_logits=True) for m in (model, narrow))
+  np.testing.assert_array_equal(got.logits[0], want.logits[0])
 
 
 def test_window_one_samples_what_the_base_model_samples():

@@ -7,8 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 
+import tensorar_jax as tj
 from launch import soak
+from tensorar_jax.backbones import llamagen
+from tensorar_jax.tokenizers import pixels
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "tests/e2e/tiny_digits.py"
@@ -100,6 +104,35 @@ def test_sampling_writes_pictures(finished):
   folder = workdir / "tensorar" / "samples" / "000"
   names = {p.name for p in folder.iterdir()}
   assert {"000000.png", "000005.png", "grid.png", "refinement.png"} <= names
+
+
+def test_the_python_of_the_page_runs(finished, parity, monkeypatch):
+  """With a tiny checkpoint and tokenizer of the published layout."""
+  case = parity / "llamagen" / "gpt_c2i"
+  tiny = llamagen.Config(
+    vocab_size=96, grid=(4, 4), width=64, num_layers=3, num_heads=4,
+    num_classes=10,
+  )  # fmt: skip
+  monkeypatch.setitem(llamagen.VARIANTS, "B", tiny)
+  made = pixels.Model(
+    pixels.Config(image_size=(4, 4), levels=96), rngs=nnx.Rngs(0)
+  )
+  monkeypatch.setattr(tj, "import_tokenizer", lambda *_, **__: made)
+  page = (ROOT / "README.md").read_text().split("## From Python")[1]
+  code = page.split("```python\n")[1].split("```")[0]
+  for name, here in (
+    ("c2i_B_256.pt", str(case / "checkpoint.pt")),
+    ("runs/digits/tensorar", str(finished[0] / "tensorar")),
+    ("1000", "10"),
+    ("[207, 360]", "[2, 3]"),
+  ):
+    assert name in code
+    code = code.replace(name, here)
+  found = {}
+  exec(code, found)
+  assert found["out"].drafts.shape == (2, 16, 4, 1)
+  assert found["images"].shape == (2, 4, 4, 1)
+  assert found["model"].window == 4
 
 
 def test_a_killed_run_continues_bit_for_bit(finished, tmp_path):
