@@ -1,5 +1,6 @@
 # make demo   trains, samples and compares on handwritten digits
 # make test   runs the tests
+# make test-all  runs all tests, the slow notebooks of launch/colab too
 # make soak   kills a training run 20 times; it must not show in the results
 # All make .venv first if it is not there.
 PYTHON ?= python3
@@ -10,6 +11,9 @@ demo: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-all: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 soak: .venv/installed
 	$(BIN)/python -m launch.soak --kills=20
@@ -28,4 +32,4 @@ lint: .venv/installed-test
 	$(BIN)/pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo test soak lint
+.PHONY: demo test test-all soak lint

@@ -165,7 +165,8 @@ def cells(results: Results, axis: Mapping) -> list[list[str]]:
   head = [axis["title"], *["papers' FID \u2193"] * papers, *columns.values()]
   head += [f"{columns[first].split()[0]} \u2212 base's", "loss"]
   clocked = any(row["paper_seconds"] for row in rows)
-  head += ["time over k = 1's"] * axis["timed"]
+  timed = bool(axis["timed"] and results["times"])
+  head += ["time over k = 1's"] * timed
   lines = [head + ["papers'"] * clocked]
   for row in rows:
     variant, paper = row["variant"], row["paper"]
@@ -177,9 +178,10 @@ def cells(results: Results, axis: Mapping) -> list[list[str]]:
     pairs = against_base(results, variant, first)
     gaps = pairs[:, 0] - pairs[:, 1] if variant != results["base"] else []
     line += [spread(gaps, 2, "+"), losses(results, variant)]
-    if axis["timed"]:
+    if timed:
       time = time_of(results, variant)
       text = "{median:.2f} [{min:.2f}, {max:.2f}]"
+      text = "1" if variant == results["base"] else text
       line.append(text.format(**time["ratio"]) if time else "")
     if clocked:
       took = row["paper_seconds"]

@@ -68,7 +68,10 @@ SMALL = {
   ),
   "add_your_backbone": dict(STEPS=2, PER_CLASS=1),
   "compile_for_tpu": dict(
-    TARGET="here", CONFIG="configs/digits.py", FLAGS="--batch_size=1"
+    TARGET="here",
+    CONFIG="configs/digits.py",
+    FLAGS="--batch_size=1 --config.train.batch_size=2"
+    " --config.backbone.width=16 --config.backbone.num_layers=1",
   ),
 }
 
@@ -110,12 +113,14 @@ def project(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
+@pytest.mark.slow
 def test_quickstart(project):
   outputs = execute("quickstart", project)
   assert "tensorar 2/2 (100%)" in text(outputs)
   assert pictures(outputs) == 5
 
 
+@pytest.mark.slow
 def test_published_weights(project, parity, monkeypatch):
   make = lambda rngs: vq.Model(vq.Config(**TOKENIZER), rngs=rngs)
   tokenizer = tiny.redraw(weights.abstract(make))
@@ -139,6 +144,7 @@ def test_published_weights(project, parity, monkeypatch):
   assert pictures(outputs) == 3
 
 
+@pytest.mark.slow
 def test_add_your_backbone(project):
   outputs = execute("add_your_backbone", project)
   assert "tensorar 2/2 (100%)" in text(outputs)
