@@ -50,9 +50,13 @@ many steps. A variant that stands in several tables was run once.
 * *Papers' FID* is on ImageNet at 256 px. Their base model has {base}.
 
 Neither the data nor the sizes are the papers', nor is the distance: only
-directions can be compared. The commands continue where they were stopped and
-skip what the files beside this page hold; `--output=FOLDER` starts anew. The
-page is drawn from these files alone by
+directions can be compared. The base models are those of the refinement study,
+seed 0. Seven runs on digits with half as many steps came first, at which the
+centre could not be told from the base (4.85 and 4.87); these are not counted.
+
+The commands continue where they were stopped and skip what the files beside
+this page hold; `--output=FOLDER` starts anew. The page is drawn from these files
+alone by
 
 ```bash
 python -m tensorar_jax.main --config=configs/ablations/all.py --mode=visualize
