@@ -55,8 +55,8 @@ seed 0. Seven runs on digits with half as many steps came first, at which the
 centre could not be told from the base (4.85 and 4.87); these are not counted.
 
 The commands continue where they were stopped and skip what the files beside
-this page hold; `--output=FOLDER` starts anew. The page is drawn from these files
-alone by
+this page hold; `--output=FOLDER` starts anew. The page is drawn from these
+files alone by
 
 ```bash
 python -m tensorar_jax.main --config=configs/ablations/all.py --mode=visualize
