@@ -61,9 +61,10 @@ files alone by
 ```bash
 python -m tensorar_jax.main --config=configs/ablations/all.py --mode=visualize
 ```"""
+ONE_SEED = "a training seed"
 STYLES = {
   "ours, mean of the training seeds": dict(ls="", marker="o", color="C0", ms=7),
-  "a training seed": dict(ls="", marker=".", color="C0", alpha=0.45, ms=7),
+  ONE_SEED: dict(ls="", marker=".", color="C0", alpha=0.45, ms=7),
   "papers, over their base": dict(
     ls="", marker="D", color="C1", mfc="white", ms=6
   ),
@@ -274,8 +275,10 @@ def save_picture(path: pathlib.Path, results: Results) -> None:
     _draw_times(panels[len(axes)], results)
   for panel in panels[count:]:
     panel.axis("off")
+  several = len({name.rsplit("/", 1)[1] for name in results["records"]}) > 1
   for name, style in STYLES.items():
-    panels[0].plot([], [], label=name, **style)
+    if several or name != ONE_SEED:
+      panels[0].plot([], [], label=name, **style)
   style = {"frameon": False, "fontsize": 9, "ncols": len(STYLES)}
   marks = panels[0].get_legend_handles_labels()
   figure.legend(*marks, loc="outside lower center", **style)
