@@ -34,8 +34,9 @@ def write_weights(config, folder: pathlib.Path) -> None:
   """Random weights for each stage that has a `source`; some share a file."""
   import jax
 
-  from tensorar_jax import build, published, weights
   from tensorar_jax.checkpoints import torch_export
+  from tensorar_jax.experiment import build, published
+  from tensorar_jax.parallel import weights
 
   rng, files = np.random.default_rng(0), {}
 
@@ -79,7 +80,7 @@ def write_tokenizer(folder: pathlib.Path) -> None:
   """A chat model's tokenizer.json that knows the words of CAPTION."""
   import tokenizers
 
-  from tensorar_jax.text import chat
+  from tensorar_jax.conditioning import chat
 
   words = {word: i for i, word in enumerate(["?", ":", *CAPTION.split()])}
   made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "?"))

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tensorar_jax import plots
-from tensorar_jax.ablations import report
+from tensorar_jax.reports import ablation_report, plots
 
 NAMES = {
   "continued": "base, trained on",
@@ -43,7 +42,7 @@ def spread(values: Iterable[float], sign: bool = False) -> str:
   """Mean, and the standard deviation if there is more than one value."""
   values = list(values)
   places = 2 if sign or abs(np.mean(values or 0)) >= 10 else 3
-  return report.spread(values, places, "+" * sign)
+  return ablation_report.spread(values, places, "+" * sign)
 
 
 def lines(models: Models) -> Iterable[list[str]]:
@@ -108,8 +107,8 @@ def markdown(results: Mapping[str, dict]) -> str:
       f" {settings['num_images']:,} images per model, at the guidance that a"
       f" scan of {settings['scan_images']:,} chose. Distances to a base are"
       " differences within a seed. Entropy in nats per committed token.",
-      report.table(list(lines(models))),
-      report.table(list(slot_lines(models))),
+      ablation_report.table(list(lines(models))),
+      ablation_report.table(list(slot_lines(models))),
     ]
   return "\n\n".join(parts) + "\n"
 

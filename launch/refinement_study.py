@@ -40,8 +40,10 @@ import numpy as np
 from absl import app, flags, logging
 
 from launch import refinement_report
-from tensorar_jax import build, metrics, resumable, train
+from tensorar_jax.checkpoints import resumable
 from tensorar_jax.evaluation import diagnostics, evaluate, yardsticks
+from tensorar_jax.experiment import build
+from tensorar_jax.training import logs, loop
 
 _FOLDER = flags.DEFINE_string(
   "folder", "runs/refinement_study", "Where models are trained."
@@ -226,7 +228,7 @@ class Study:
     """Trains a stage, after what it starts from."""
     for parent in build.parents(self.stages[name]).values():
       self._train(parent)
-    train.fit(self.stages[name], self.folder / name)
+    loop.fit(self.stages[name], self.folder / name)
 
   def _sampler(self, name: str, temperature: float) -> evaluate.Sampler:
     stage = self.stages[name]
@@ -329,8 +331,8 @@ def run_study() -> None:
     spent = time.monotonic() - started
     logging.info(
       "%d of %d: %s done in %s, ETA %s",
-      *(done, len(left), run.name, metrics.duration(record["seconds"])),
-      metrics.duration(spent / done * (len(left) - done)),
+      *(done, len(left), run.name, logs.duration(record["seconds"])),
+      logs.duration(spent / done * (len(left) - done)),
     )
   print(f"results: {path}")
 
@@ -338,7 +340,7 @@ def run_study() -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  metrics.log_to_console()
+  logs.log_to_console()
   try:
     run_study()
   except (ValueError, OSError) as error:

@@ -18,14 +18,17 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from tensorar_jax import conditioning, machine, sampling, sharding
 from tensorar_jax.backbones import llamagen
-from tensorar_jax.drawing import SamplingConfig
-from tensorar_jax.evaluation import samples
-from tensorar_jax.tensorar import TensorAR
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.generation import batches
+from tensorar_jax.method import sampling
+from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.parallel import sharding
+from tensorar_jax.performance import machine
 
 SIDES = (16, 24, 32)
-CLASSES = conditioning.ClassConditioning(10)
+CLASSES = conditions.ClassConditioning(10)
 
 
 def model_of(side: int, width: int, layers: int) -> TensorAR:
@@ -74,14 +77,14 @@ def by_length(width: int, layers: int, rounds: int) -> list[dict]:
   ]
 
 
-def by_number(batches: int, width: int) -> dict:
+def by_number(count: int, width: int) -> dict:
   """Seconds and memory of the first and the last tenth of many batches."""
-  sampler = samples.Sampler(
+  sampler = batches.Sampler(
     model_of(4, width, 2), CLASSES, SamplingConfig(guidance=2.0), seed=0
   )
-  seconds, memory, part = [], [], max(batches // 10, 1)
+  seconds, memory, part = [], [], max(count // 10, 1)
   last = time.monotonic()
-  for out, _ in sampler.batches(np.arange(8 * batches) % 10, 8):
+  for out, _ in sampler.batches(np.arange(8 * count) % 10, 8):
     jax.block_until_ready(out.tokens)
     now = time.monotonic()
     seconds.append(now - last)
@@ -90,7 +93,7 @@ def by_number(batches: int, width: int) -> dict:
   # The first batch compiles, and memory settles in those after it.
   first, end = slice(part, 2 * part), slice(-part, None)
   return {
-    "batches": batches,
+    "batches": count,
     "seconds": [float(np.median(seconds[p])) for p in (first, end)],
     "megabytes": [max(memory[p]) / 1e6 for p in (first, end)],
     "programs": sampling._generate._cache_size(),

@@ -25,8 +25,9 @@ import time
 from absl import app, flags
 from ml_collections import config_flags
 
-from tensorar_jax import metrics, preemption
 from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.parallel import preemption
+from tensorar_jax.training import logs
 
 # The most seconds after the start, after a save, and after a save is seen.
 STARTING, PAUSE, INTO_SAVE = 12.0, 1.0, 0.08
@@ -115,8 +116,8 @@ def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
   stages = sorted(path.parent.name for path in a.glob("*/checkpoints"))
   found = [] if stages else [f"nothing was trained in {a}"]
   for stage in stages:
-    logs = [(path / stage / "log.jsonl").read_bytes() for path in (a, b)]
-    found += [f"{stage}/log.jsonl"] * (logs[0] != logs[1])
+    texts = [(path / stage / "log.jsonl").read_bytes() for path in (a, b)]
+    found += [f"{stage}/log.jsonl"] * (texts[0] != texts[1])
     left, right = (_bits(orbax_io.find(path / stage)) for path in (a, b))
     found += [
       f"{stage}: {name}"
@@ -156,7 +157,7 @@ def _bits(path: pathlib.Path) -> dict[str, bytes]:
 def main(argv: list[str]) -> None:
   del argv
   given = flags.FLAGS
-  metrics.log_to_console()
+  logs.log_to_console()
   folder = given.folder or tempfile.mkdtemp(prefix="soak")
   folder = pathlib.Path(folder).absolute()
   folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,7 @@ def main(argv: list[str]) -> None:
   started = time.monotonic()
   run_to_the_end(train_command(config, straight, *settings), log)
   alone = time.monotonic() - started
-  print(f"the run left alone: {metrics.duration(alone)}", flush=True)
+  print(f"the run left alone: {logs.duration(alone)}", flush=True)
   command, done = train_command(config, killed, *settings), {}
   moments = draw_moments(given.kills, given.terms, given.seed)
   started = time.monotonic()
@@ -183,9 +184,7 @@ def main(argv: list[str]) -> None:
     what = end_at(moment, command, killed, log)
     done[what] = done.get(what, 0) + 1
     left = (time.monotonic() - started) / i * (len(moments) - i) + alone
-    print(
-      f"{i}/{len(moments)} {what}, ETA {metrics.duration(left)}", flush=True
-    )
+    print(f"{i}/{len(moments)} {what}, ETA {logs.duration(left)}", flush=True)
   run_to_the_end(command, log)
   found = differences(straight, killed)
   record = {

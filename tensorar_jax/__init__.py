@@ -1,17 +1,17 @@
 """TensorAR for JAX: autoregressive image models that revise their tokens."""
 
-from tensorar_jax.build import load
-from tensorar_jax.conditioning import (
+from tensorar_jax.conditioning.chat import import_prompt_encoder
+from tensorar_jax.conditioning.conditions import (
   ClassConditioning,
   PromptConditioning,
   TextConditioning,
 )
-from tensorar_jax.drawing import SamplingConfig
-from tensorar_jax.published import import_backbone, import_tokenizer
-from tensorar_jax.sampling import generate
-from tensorar_jax.tensorar import TensorAR
-from tensorar_jax.text.chat import import_prompt_encoder
-from tensorar_jax.text.encoder import import_t5, import_text_encoder
+from tensorar_jax.conditioning.encoders import import_t5, import_text_encoder
+from tensorar_jax.experiment.build import load
+from tensorar_jax.experiment.published import import_backbone, import_tokenizer
+from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling import generate
+from tensorar_jax.method.tensorar import TensorAR
 
 __all__ = [
   "ClassConditioning",

@@ -69,7 +69,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from tensorar_jax import metrics
+from tensorar_jax.training import logs
 
 SHARED_MODES = ("train", "sample", "import", "tokenize")  # and --reference
 MODES = (
@@ -241,8 +241,11 @@ def run(config, folder: pathlib.Path) -> None:
   """Carries out --mode. The heavy imports wait until the flags are right."""
   import jax
 
-  from tensorar_jax import build, commands, report, throughput, train
+  from tensorar_jax.cli import commands
   from tensorar_jax.evaluation import evaluate
+  from tensorar_jax.experiment import build
+  from tensorar_jax.reports import run_report
+  from tensorar_jax.training import loop, throughput
 
   count = jax.process_count()
   shared = _MODE.value == "evaluate" and _REFERENCE.value
@@ -266,7 +269,7 @@ def run(config, folder: pathlib.Path) -> None:
     for name, stage in stages.items():
       wanted = stage["source"] or mode != "import"
       if _STAGE.value in (None, name) and wanted:
-        train.fit(stage, folder / name, profile)
+        loop.fit(stage, folder / name, profile)
   if mode == "sample":
     commands.sample(given, stages, folder)
   if mode == "tokenize":
@@ -292,15 +295,16 @@ def run(config, folder: pathlib.Path) -> None:
     evaluate.evaluate(stages, settings, folder)
   if mode in ("run", "visualize"):
     command = " ".join(["python -m tensorar_jax.main", *sys.argv[1:]])
-    report.draw(stages, folder, command)
+    run_report.draw(stages, folder, command)
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  from tensorar_jax import processes, targets
+  from tensorar_jax.parallel import processes
+  from tensorar_jax.performance import targets
 
-  metrics.log_to_console()
+  logs.log_to_console()
   if _MODE.value == "compile":
     targets.stay_off_devices(_TARGET.value)
   try:
@@ -313,7 +317,7 @@ def main(argv: list[str]) -> None:
     if not processes.is_first():
       logging.set_verbosity(logging.WARNING)
     if _SAMPLES.value or _SCORES.value:
-      from tensorar_jax import commands
+      from tensorar_jax.cli import commands
 
       if _SCORES.value:
         commands.summarise_scores(flags.FLAGS)

@@ -10,7 +10,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import configs
-from tensorar_jax import build, optim, train, train_step, weights
+from tensorar_jax.experiment import build
+from tensorar_jax.parallel import weights
+from tensorar_jax.training import loop, optimizer, train_step
 
 NAMES = sorted(p.stem for p in pathlib.Path(configs.__path__[0]).glob("*.py"))
 
@@ -29,9 +31,9 @@ def stages_of(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_fit_together(name):
   for stage in stages_of(name).values():
-    train.check(stage)
+    loop.check(stage)
     if stage["source"]:  # it can be trained from nothing as well
-      train.check({**stage, "source": None})
+      loop.check({**stage, "source": None})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,10 +64,10 @@ def text_of(stage):
 @pytest.mark.parametrize("name", TRACED)
 def test_a_train_step_traces(name):
   stage = stages_of(name)["tensorar"]
-  settings = build.call(optim.OptimConfig, stage["optim"], "optim")
-  tx = optim.make(settings, stage["train"]["num_steps"])
+  settings = build.call(optimizer.OptimConfig, stage["optim"], "optim")
+  tx = optimizer.make(settings, stage["train"]["num_steps"])
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
-  task = train.make_task(stage, pathlib.Path(), model, images=False)
+  task = loop.make_task(stage, pathlib.Path(), model, images=False)
   batch = task.prepare(
     {
       "tokens": np.zeros((2, model.num_tokens, len(model.vocab_sizes)), int),
@@ -93,7 +95,7 @@ def test_the_stages_of_text_to_image_differ_in_size_only():
 
   config = llamagen_t2i.get_config("512")
   base = build.stages(config)["base"]
-  train.check(base)
+  loop.check(base)
   assert base["source"] == "weights/t2i_XL_stage2_512.pt"
   assert tuple(base["backbone"]["grid"]) == (32, 32)
   with pytest.raises(ValueError, match="'384': published models are of 256"):

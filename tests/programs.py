@@ -6,7 +6,7 @@ Tests that call them with equal shapes and settings share what was compiled.
 import jax
 import jax.numpy as jnp
 
-from tensorar_jax import losses
+from tensorar_jax.method import losses
 
 forward = jax.jit(lambda model, *args, **rng: model(*args, **rng))
 embed = jax.jit(lambda model, tokens: model.embed(tokens))

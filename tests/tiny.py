@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tensorar_jax import conditioning, weights
 from tensorar_jax.backbones import llamagen
-from tensorar_jax.tensorar import TensorAR
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.parallel import weights
 
 CONFIG = llamagen.Config(
   vocab_size=11,
@@ -21,9 +22,9 @@ CONFIG = llamagen.Config(
   residual_dropout=0.0,
   mlp_dropout=0.0,
 )
-CLASSES = conditioning.ClassConditioning(5)
-TEXTS = conditioning.TextConditioning(width=7, length=5)
-PROMPTS = conditioning.PromptConditioning(length=5, vocab_size=13)
+CLASSES = conditions.ClassConditioning(5)
+TEXTS = conditions.TextConditioning(width=7, length=5)
+PROMPTS = conditions.PromptConditioning(length=5, vocab_size=13)
 
 
 def redraw(model: nnx.Module, seed: int = 0, scale: float = 0.3) -> nnx.Module:

@@ -21,15 +21,14 @@ from typing import Protocol, runtime_checkable
 import jax
 from absl import logging
 
-from tensorar_jax import benchmark, build, metrics, resumable, train
-from tensorar_jax.ablations import report
 from tensorar_jax.ablations.variants import Ablation
-from tensorar_jax.evaluation import (
-  evaluate,
-  protocol,
-  request,
-  yardsticks,
-)
+from tensorar_jax.checkpoints import resumable
+from tensorar_jax.evaluation import evaluate, protocol, yardsticks
+from tensorar_jax.experiment import build
+from tensorar_jax.generation import requests
+from tensorar_jax.performance import benchmark
+from tensorar_jax.reports import ablation_report
+from tensorar_jax.training import logs, loop
 
 ROUNDS, IMAGES = 15, 8  # of the measurement of time
 
@@ -86,7 +85,7 @@ class ByReference:
     ablation: Ablation,
     workdir: pathlib.Path,
     judge: protocol.Judge,
-    images: request.Request,
+    images: requests.Request,
     batch_size: int | None = None,
   ):
     self.stages, self.workdir = ablation.stages, workdir
@@ -133,17 +132,17 @@ def run(
   if left:
     with resumable.lock(locks / "shared"):
       for name, stage in ablation.shared.items():
-        train.fit(stage, workdir / name)
+        loop.fit(stage, workdir / name)
 
   def do(record: str, variant: str, seed: int) -> None:
     began = time.monotonic()
     name, stage = ablation.stage(variant, seed)
-    train.fit(stage, workdir / name)
+    loop.fit(stage, workdir / name)
     found = measure(name, stage)
     found["seconds"] = round(time.monotonic() - began, 1)
     resumable.update_json(path, functools.partial(_with, record, found))
     todo = {name for name, _, _ in left} - records(path).keys()
-    taken = metrics.duration(found["seconds"])
+    taken = logs.duration(found["seconds"])
     logging.info("%s done in %s, %d to do", record, taken, len(todo))
 
   # What another process is at comes last: it will be done then, if that lives.
@@ -154,7 +153,7 @@ def run(
         do(*one)
   with resumable.lock(locks / "shared"):
     add_times(path, ablation, workdir)
-  report.render(output)
+  ablation_report.render(output)
 
 
 def records(path: pathlib.Path) -> dict[str, dict]:
@@ -176,7 +175,7 @@ def describe(ablation: Ablation, evaluation: dict) -> dict:
   found = {name: build.training_config(s) for name, s in stages.items()}
   for stage in found.values():
     if "train" in stage:  # less what changes no number
-      free = {key.removeprefix("train.") for key in train.FREE_KEYS}
+      free = {key.removeprefix("train.") for key in loop.FREE_KEYS}
       kept = {k: v for k, v in stage["train"].items() if k not in free}
       stage["train"] = kept
   found["sampling"] = ablation.centre.get("sampling", {})

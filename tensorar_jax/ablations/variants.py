@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tensorar_jax import build
+from tensorar_jax.experiment import build
 
 BASE = [("tensorar.window", 1)]
 TIMED = {"tensorar.window", "tensorar.depth"}  # what changes the time of a step

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import conditioning, layers, transformer
+from tensorar_jax.conditioning import conditions
 from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
+from tensorar_jax.nn import layers, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +172,8 @@ class Model(transformer.CausalTransformer):
     return layers.RMSNorm(self.width, self.config.norm_eps)
 
   def check(self, cond: Cond) -> None:
-    conditioning.refuse_order(cond)
-    conditioning.check_prompts(cond, self.config.text_vocab_size)
+    conditions.refuse_order(cond)
+    conditions.check_prompts(cond, self.config.text_vocab_size)
 
   def embed(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n D"]:
     first, *rest = self.aligner

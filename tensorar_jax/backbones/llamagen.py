@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import conditioning, layers, transformer
+from tensorar_jax.conditioning import conditions
 from tensorar_jax.interfaces import LINEAR, Cond, Frozen, Key, Rule
+from tensorar_jax.nn import layers, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +128,12 @@ class Model(transformer.CausalTransformer):
     return layers.RMSNorm(self.width, self.config.norm_eps)
 
   def check(self, cond: Cond) -> None:
-    conditioning.refuse_order(cond)
+    conditions.refuse_order(cond)
     c = self.config
     if c.text_width is None:
-      conditioning.check_labels(cond, c.num_classes, c.null_class)
+      conditions.check_labels(cond, c.num_classes, c.null_class)
     else:
-      conditioning.check_text(cond, c.text_length, c.text_width)
+      conditions.check_text(cond, c.text_length, c.text_width)
 
   def embed(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n D"]:
     return self.token_embed(tokens[..., 0])
@@ -150,7 +151,7 @@ class Model(transformer.CausalTransformer):
   def start(self, cond: Cond) -> Float[Array, "B P D"]:
     if self.config.text_width is not None:
       return self.text_embed(cond)
-    label = conditioning.class_ids(cond, self.config.num_classes)
+    label = conditions.class_ids(cond, self.config.num_classes)
     return self.class_embed(label)[:, None]
 
   def place(self, cond, x, rows):

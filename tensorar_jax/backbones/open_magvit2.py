@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import conditioning, layers, transformer
+from tensorar_jax.conditioning import conditions
 from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
+from tensorar_jax.nn import layers, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +142,8 @@ class Model(transformer.CausalTransformer):
     return layers.RMSNorm(self.width, self.config.norm_eps)
 
   def check(self, cond: Cond) -> None:
-    conditioning.refuse_order(cond)
-    conditioning.check_labels(cond, self.config.num_classes)
+    conditions.refuse_order(cond)
+    conditions.check_labels(cond, self.config.num_classes)
 
   def embed(self, tokens: Int[Array, "*n 2"]) -> Float[Array, "*n D"]:
     first, second = self.token_embeds
@@ -165,7 +166,7 @@ class Model(transformer.CausalTransformer):
     )
 
   def start(self, cond: Cond) -> Float[Array, "B 1 D"]:
-    label = conditioning.class_ids(cond, self.config.num_classes)
+    label = conditions.class_ids(cond, self.config.num_classes)
     return self.class_embed(label)[:, None]
 
   def place(self, cond, x, rows):

@@ -23,8 +23,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import conditioning, layers, sharding, transformer
+from tensorar_jax.conditioning import conditions
 from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
+from tensorar_jax.nn import layers, transformer
+from tensorar_jax.parallel import sharding
 
 # Rows that the published tables have beyond the image's, never used.
 SPARE_POSITIONS = 1024
@@ -222,7 +224,7 @@ class Model(transformer.CausalTransformer):
     return _norm(self.width, self.config, rngs)
 
   def check(self, cond: Cond) -> None:
-    conditioning.check_labels(cond, self.config.num_classes)
+    conditions.check_labels(cond, self.config.num_classes)
     order, images = cond.get("order"), len(cond["label"])
     if order is None or isinstance(order, jax.core.Tracer):
       return
@@ -251,7 +253,7 @@ class Model(transformer.CausalTransformer):
 
   def condition_ids(self, cond: Cond) -> Int[Array, "B"]:
     """The row of the embedding table that stands for each condition."""
-    label = conditioning.class_ids(cond, self.config.num_classes)
+    label = conditions.class_ids(cond, self.config.num_classes)
     return self.config.vocab_size + 1 + label
 
   def start(self, cond: Cond) -> Float[Array, "B P D"]:

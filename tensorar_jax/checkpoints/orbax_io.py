@@ -20,8 +20,8 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from tensorar_jax import processes
-from tensorar_jax.resumable import differences, write_json
+from tensorar_jax.checkpoints.resumable import differences, write_json
+from tensorar_jax.parallel import processes
 
 ITEMS = ("state", "data", "meta")
 # What keeps a sound checkpoint from being read: too little memory, no right to.

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints import torch_files, torch_import
 from tensorar_jax.interfaces import Rule
+from tensorar_jax.parallel import weights as weights_lib
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _TOKEN = re.compile(

@@ -17,14 +17,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from tensorar_jax import sharding
-from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints.torch_files import (
   Tensor,
   describe,
   load_state_dict,
 )
 from tensorar_jax.interfaces import Rule
+from tensorar_jax.parallel import sharding
+from tensorar_jax.parallel import weights as weights_lib
 
 __all__ = ("DTYPES", "Tensor", "describe", "fill", "load_state_dict", "plan")
 

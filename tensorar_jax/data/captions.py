@@ -15,8 +15,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, SupportsIndex
 
+from tensorar_jax.conditioning import captions
 from tensorar_jax.data import images
-from tensorar_jax.text import captions
 
 FILES = ("metadata.jsonl", "metadata.csv")
 _FORM = '{"file_name": "a/1.jpg", "text": "A red cat."}'

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt8
 
-from tensorar_jax import conditioning
+from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import codes, images, shards, sources
 from tensorar_jax.interfaces import TextEncoder, Tokenizer
 
@@ -106,7 +106,7 @@ class Encoder:
     if self.text:
       features, mask = about
       dtype = text_dtype(self.text)
-      subjects = conditioning.real_rows(features.astype(dtype), mask)
+      subjects = conditions.real_rows(features.astype(dtype), mask)
     variants = self.recipe.num_variants
     found = np.asarray(tokens)[: len(subjects) * variants]
     codes.check_codes("the tokenizer", found, self.vocab_sizes)

@@ -19,8 +19,8 @@ import grain
 import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
 
-from tensorar_jax import sharding
 from tensorar_jax.data import codes, sources
+from tensorar_jax.parallel import sharding
 
 # Arrays in memory are fetched faster than threads hand them over.
 _READ_ARRAYS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

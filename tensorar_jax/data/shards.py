@@ -34,7 +34,7 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Integer, Num
 
-from tensorar_jax import conditioning
+from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import codes as codes_lib
 
 MANIFEST = "manifest.json"
@@ -141,7 +141,7 @@ class TokenShards:
       subjects.append(subject)
     if not self.text:
       return {"tokens": tokens, "label": np.array(subjects, np.int32)}
-    text, mask = conditioning.pad_left(subjects, self.text.length)
+    text, mask = conditions.pad_left(subjects, self.text.length)
     return {"tokens": tokens, "text": text, "text_mask": mask}
 
   def check(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from absl import logging
 from array_record.python import array_record_module
 
-from tensorar_jax import resumable
+from tensorar_jax.checkpoints import resumable
 from tensorar_jax.data import encoder as encoder_lib
 from tensorar_jax.data import images, shards, sources
 from tensorar_jax.interfaces import TextEncoder, Tokenizer

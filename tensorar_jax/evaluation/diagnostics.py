@@ -32,12 +32,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import drawing, losses, objective, sampling, windows
-from tensorar_jax.drawing import SamplingConfig
-from tensorar_jax.evaluation import samples
+from tensorar_jax.generation import batches
 from tensorar_jax.interfaces import Batch, Conditioning
-from tensorar_jax.noising import NoiseConfig
-from tensorar_jax.tensorar import TensorAR
+from tensorar_jax.method import drawing, losses, objective, sampling, windows
+from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.noising import NoiseConfig
+from tensorar_jax.method.tensorar import TensorAR
 
 SEED = 2**21  # apart from every seed that images are measured with
 
@@ -76,7 +76,7 @@ def free_running(
   """{"entropy"} of samples and, with drafts to copy, {"copy_rate": [k - 1]}."""
   config = dataclasses.replace(config, return_logits=True)
   entropies, drafts = [], []
-  for out in samples.generate(
+  for out in batches.generate(
     model, conditioning, labels, SEED, config, batch_size
   ):
     committed = tuple(one[:, :, 0] for one in out.logits)

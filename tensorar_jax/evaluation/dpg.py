@@ -1,11 +1,11 @@
-"""DPG-Bench (Hu et al., arXiv:2403.05135): its images, its scorer's files.
+"""DPG-Bench (Hu et al., arXiv:2403.05135): the files that its scorer writes.
 
-A prompt is a text file ITEM_ID.txt, its picture ITEM_ID.png: four images, two
-by two, or a single one. The scorer, `compute_dpg_bench.py`, cuts it up again,
-in the order top left, top right, bottom left, bottom right, and puts the item's
-questions to a model that sees. They form a graph: a question counts as answered
-by no if one that it depends on does. Of an image the score is the share of
-questions with a yes, and the overall score the mean over images and prompts.
+The scorer, `compute_dpg_bench.py`, cuts the picture of a prompt up into its
+images, in the order top left, top right, bottom left, bottom right, and puts
+the item's questions to a model that sees. They form a graph: a question counts
+as answered by no if one that it depends on does. Of an image the score is the
+share of questions with a yes, and the overall score the mean over images and
+prompts.
 
 Two files come of it: NAME.txt with the scores of every image and a summary, and
 NAME_detail.txt with the answers, from which, with the csv of the questions, all
@@ -24,7 +24,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
 from tensorar_jax.evaluation.prompt_scores import (
   TABLES,
@@ -35,7 +34,6 @@ from tensorar_jax.evaluation.prompt_scores import (
 CATEGORIES = TABLES["dpg"][0]
 PROMPTS = 1065
 IMAGES = 4
-COUNTS = (1, 4)  # images of a prompt that the layout takes
 TOLERANCE = 1e-6  # between what is printed and what is computed
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"
@@ -44,20 +42,6 @@ _ANSWER = re.compile(r"(.+), \((\d+), (\d+), \d+, \d+\), (.+), (.*)")
 _SUMMARY = re.compile(rf"(\t?[\w -]+): ({_NUMBER})")
 
 Answers = dict[tuple[int, int], dict[str, bool]]  # of the image at (y, x)
-
-
-def names(number: int, item: str, count: int) -> list[str]:
-  """The one file of a prompt."""
-  return [f"{item}.png"]
-
-
-def contents(item: str, images: UInt8[np.ndarray, "n h w C"]) -> list[Any]:
-  """One image: a single one as it is, four of them two by two."""
-  if len(images) == 1:
-    return [images[0]]
-  return [
-    np.concatenate([np.concatenate(images[i : i + 2], 1) for i in (0, 2)])
-  ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,17 +20,19 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
-from tensorar_jax import build, metrics, resumable
-from tensorar_jax.checkpoints import orbax_io
-from tensorar_jax.drawing import Guidance, SamplingConfig
-from tensorar_jax.evaluation import diagnostics, samples
+from tensorar_jax.checkpoints import orbax_io, resumable
+from tensorar_jax.evaluation import diagnostics
 from tensorar_jax.evaluation.yardsticks import (
   YARDSTICKS,
   EvaluationConfig,
   Yardstick,
 )
+from tensorar_jax.experiment import build
+from tensorar_jax.generation import batches
 from tensorar_jax.interfaces import Conditioning
-from tensorar_jax.noising import NoiseConfig
+from tensorar_jax.method.drawing import Guidance, SamplingConfig
+from tensorar_jax.method.noising import NoiseConfig
+from tensorar_jax.training import logs
 
 SCAN_SEED = 2**20  # of the guidance scan, apart from every measured seed
 SHOWN = 10  # images of a label and a seed that are kept for the pictures
@@ -92,17 +94,17 @@ class Sampler:
     """{"images", "labels", "drafts"}, a sample of each label."""
     config = dataclasses.replace(self.config, guidance=scale)
     images, drafts = [], []
-    for batch in samples.generate(
+    for batch in batches.generate(
       self.model, self.conditioning, labels, seed, config, self.batch_size
     ):
-      images.append(samples.decode(self.tokenizer, batch.tokens))
+      images.append(batches.decode(self.tokenizer, batch.tokens))
       drafts.append(np.asarray(batch.drafts))
     drafts = np.concatenate(drafts)
     return dict(images=np.concatenate(images), labels=labels, drafts=drafts)
 
   def diagnose(self, scale: Guidance, held_out: dict[str, np.ndarray]) -> dict:
     """The refinement diagnostics at a guidance scale, on "image", "label"."""
-    tokens = samples.encode(self.tokenizer, held_out["image"])
+    tokens = batches.encode(self.tokenizer, held_out["image"])
     return diagnostics.measure(
       self.model,
       self.conditioning,
@@ -229,6 +231,6 @@ def _wall_times(stages, workdir, measured) -> dict[str, float]:
     times[f"train {name}"] = meta["seconds"]
   for name, found in measured.items():
     times[f"evaluate {name}"] = found["seconds"]
-  total = metrics.duration(sum(times.values()))
+  total = logs.duration(sum(times.values()))
   logging.info("training and evaluation took %s", total)
   return times

@@ -1,10 +1,4 @@
-"""GenEval (Ghosh et al., arXiv:2310.11513): its folders, its scorer's file.
-
-A folder for each line of the prompt file, by the line's number from 0:
-
-  00000/metadata.jsonl      the line, an object with `tag` and `prompt`
-  00000/samples/0000.png    and so on, four images
-  00000/grid.png            these in a row, for people
+"""GenEval (Ghosh et al., arXiv:2310.11513): the file that its scorer writes.
 
 The scorer, `evaluate_images.py`, finds objects in every image and writes a line
 of JSON for each; the score of a category is the share of its images that are
@@ -14,15 +8,13 @@ right, the overall score the plain mean of the categories.
 from __future__ import annotations
 
 import collections
-import json
 import pathlib
-from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
 from tensorar_jax.data import shapes
 from tensorar_jax.evaluation.prompt_scores import PromptScores, read_lines
+from tensorar_jax.generation import layouts
 
 # What the files call the categories, and how many prompts each has.
 TAGS = {
@@ -35,40 +27,8 @@ TAGS = {
 }
 NAMES = dict(zip(TAGS, shapes.CATEGORIES, strict=True))
 IMAGES = 4
-COUNTS = range(1, 10_000)  # images of a prompt that the layout takes
 
 _FIELDS = {"filename": str, "tag": str, "correct": bool, "metadata": str}
-
-
-def names(number: int, line: str, count: int) -> list[str]:
-  """The files of a prompt with `count` images, as `contents` has them."""
-  pictures = [f"samples/{image:04d}.png" for image in range(count)]
-  return [
-    f"{number:05d}/{name}" for name in ("metadata.jsonl", *pictures, "grid.png")
-  ]
-
-
-def contents(line: str, images: UInt8[np.ndarray, "n h w C"]) -> list[Any]:
-  """A text, `n` images, and one that has them in a row."""
-  return [line, *images, np.concatenate(images, axis=1)]
-
-
-def parse(line: str, where: str, fields: dict[str, type]) -> dict[str, Any]:
-  """A line of JSON; ValueError unless it is an object with these fields."""
-  try:
-    found = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f"{where} is no JSON ({error.msg}): {line[:60]!r}; expected an object on"
-      " each line."
-    ) from error
-  for name, kind in fields.items():
-    if not isinstance(found, dict) or not isinstance(found.get(name), kind):
-      raise ValueError(
-        f"{where}: expected an object with the key {name!r}, a"
-        f" {kind.__name__}; got {line[:60]!r}."
-      )
-  return found
 
 
 def read_scores(path: pathlib.Path) -> PromptScores:
@@ -80,7 +40,7 @@ def read_scores(path: pathlib.Path) -> PromptScores:
   files = set()
   for number, line in enumerate(read_lines(path), 1):
     where = f"{path}, line {number}"
-    found = parse(line, where, _FIELDS)
+    found = layouts.parse_line(line, where, _FIELDS)
     if found["filename"] in files:
       raise ValueError(f"{where}: {found['filename']} is there twice.")
     files.add(found["filename"])

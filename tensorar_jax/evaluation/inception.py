@@ -39,11 +39,11 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Float32, UInt8
 
-from tensorar_jax import weights
 from tensorar_jax.checkpoints import torch_import
-from tensorar_jax.convolutions import HIGHEST
 from tensorar_jax.evaluation.extractor import Extractor as Extractor
 from tensorar_jax.interfaces import CONV, LINEAR, Frozen, Rule
+from tensorar_jax.nn.convolutions import HIGHEST
+from tensorar_jax.parallel import weights
 
 SOURCES = (  # the same weights, as two projects publish them
   "pt_inception-2015-12-05-6726825d.pth",

@@ -2,8 +2,7 @@
 
 `--mode=evaluate --every_checkpoint`, by the config's own yardstick or against a
 `--reference`. What a checkpoint has got is kept in `<stage>/progress.json` (or
-with the samples) and not measured again; `progress.png` in the work directory
-shows every metric over training steps.
+with the samples) and not measured again.
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from absl import logging
 
-from tensorar_jax import plots, report, resumable
-from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.checkpoints import orbax_io, resumable
 from tensorar_jax.evaluation import evaluate, protocol
-from tensorar_jax.evaluation.request import Request
 from tensorar_jax.evaluation.yardsticks import YARDSTICKS, EvaluationConfig
+from tensorar_jax.generation.requests import Request
 
-PICTURE = "progress.png"
 Metrics = dict[str, dict]  # name -> {"mean", "std" or None}
 Found = dict[str, dict[int, Metrics]]  # by stage and step
 
@@ -102,40 +99,3 @@ def _checkpoints(
         *(name, steps[0]),
       )
     yield from ((name, step) for step in steps)
-
-
-def steps_before(stages: Mapping[str, Mapping], name: str) -> int:
-  """What the stages were trained that a stage goes on from."""
-  parent = stages[name]["init"]
-  if parent not in stages:
-    return 0
-  own = 0 if stages[parent]["source"] else stages[parent]["train"]["num_steps"]
-  return steps_before(stages, parent) + own
-
-
-def save(
-  found: Found,
-  stages: Mapping[str, Mapping],
-  workdir: pathlib.Path,
-  title: str,
-) -> None:
-  """The picture, a panel for each metric that all have.
-
-  A stage stands behind the steps of the one that it goes on from.
-  """
-  rows = [row for steps in found.values() for row in steps.values()]
-  if not rows:
-    return  # another process has them
-  shared = [m for m in rows[0] if all(m in row for row in rows)]
-  panels = {
-    report.metric_title(metric): {
-      name: {
-        steps_before(stages, name) + step: row[metric]
-        for step, row in steps.items()
-      }
-      for name, steps in found.items()
-    }
-    for metric in shared
-  }
-  plots.save_progress(workdir / PICTURE, panels, title)
-  print(f"picture: {workdir / PICTURE}")

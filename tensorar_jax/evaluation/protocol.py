@@ -28,17 +28,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from tensorar_jax import plots, processes, resumable
-from tensorar_jax.checkpoints import hub
-from tensorar_jax.drawing import Guidance, guidance_text
-from tensorar_jax.evaluation import (
-  adm,
-  extractor,
-  inception,
-  npz,
-  sample_files,
-  scores,
-)
+from tensorar_jax.checkpoints import hub, resumable
+from tensorar_jax.evaluation import adm, extractor, inception, scores
+from tensorar_jax.generation import npz, sample_files
+from tensorar_jax.method.drawing import Guidance, guidance_text
+from tensorar_jax.parallel import processes
 
 FORMAT = 1
 SHARD_SIZE = 512  # images: what a killed run may lose
@@ -327,9 +321,8 @@ def sweep(
   """Samples a stage at each guidance scale, and measures that.
 
   Sample files and measurements stay where `--mode=sample` puts them; the
-  overview is `<stage>/against-<reference>.json`, `.md` and, for two scales or
-  more, `.png`. A tuple is a scale for each sub-token. None where this is not
-  the first process.
+  overview is `<stage>/against-<reference>.json` and `.md`. A tuple is a scale
+  for each sub-token. None where this is not the first process.
   """
   records = {}
   for scale in scales:
@@ -343,20 +336,16 @@ def sweep(
     )
   if None in records.values():
     return None
-  path = workdir / stage / f"against-{judge.file.path.stem}"
-  resumable.write_json(path.with_name(f"{path.name}.json"), records)
-  path.with_name(f"{path.name}.md").write_text(f"{table(records)}\n")
-  if len(records) > 1:
-    picture = path.with_name(f"{path.name}.png")
-    title = f"{stage} against {judge.file.path.stem}"
-    plots.save_scan(
-      picture,
-      [guidance_text(s) for s in scales],
-      _curves([*records.values()]),
-      title,
-    )
-    print(f"picture: {picture}")
+  path = overview(judge, workdir, stage)
+  resumable.write_json(path, records)
+  path.with_suffix(".md").write_text(f"{table(records)}\n")
   return records
+
+
+def overview(judge: Judge, workdir: pathlib.Path, stage: str) -> pathlib.Path:
+  """The JSON file with a stage's records against the judge's reference."""
+  # Not `with_suffix`: the name of a reference may have dots in it.
+  return workdir / stage / f"against-{judge.file.path.stem}.json"
 
 
 def measure_stage(
@@ -375,15 +364,3 @@ def measure_stage(
   processes.wait_for_all(f"samples in {place.folder}")
   folder = place_of(place.npz, judge.file.path)
   return judge.measure(place.npz, folder)
-
-
-def _curves(records: list[dict]) -> dict[str, tuple]:
-  """What `save_scan` draws, for every metric that all records have."""
-  found = {}
-  for name, label, higher in NAMES.values():
-    entries = [record["metrics"].get(name) for record in records]
-    if None not in entries:
-      values = [entry["value"] for entry in entries]
-      halves = [scores.Z95 * entry.get("std", 0.0) for entry in entries]
-      found[label] = values, halves, higher
-  return found

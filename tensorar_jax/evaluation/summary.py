@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 
-from tensorar_jax import resumable
+from tensorar_jax.checkpoints import resumable
 from tensorar_jax.evaluation import dpg, geneval, papers, scores
 from tensorar_jax.evaluation.prompt_scores import TABLES
 

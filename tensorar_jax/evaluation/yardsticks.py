@@ -16,13 +16,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Int, UInt8
 
-from tensorar_jax import build, conditioning
 from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import pipeline, shapes, sources
-from tensorar_jax.drawing import Guidance
-from tensorar_jax.evaluation import request, samples, scores
+from tensorar_jax.evaluation import scores
 from tensorar_jax.evaluation import shapes as shapes_scorer
+from tensorar_jax.experiment import build
+from tensorar_jax.generation import batches, requests
 from tensorar_jax.interfaces import Conditioning
+from tensorar_jax.method.drawing import Guidance
 
 Images = UInt8[np.ndarray, "n h w C"]
 Labels = Int[np.ndarray, "n"]
@@ -173,7 +175,7 @@ class ByClassifier:
   def check(stages: Mapping[str, Mapping], settings: EvaluationConfig) -> None:
     check_objective(stages, settings.classifier, "classifier")
     for name in settings.models:
-      request.check_classes(name, stages[name])
+      requests.check_classes(name, stages[name])
 
   def features(self, images: Images) -> scores.FeatureSet:
     """`pool` [n, num_features], in batches of one compiled shape."""
@@ -276,8 +278,8 @@ class ByReading:
   def conditions(self, stage: Mapping) -> Conditioning:
     texts = build.conditioning(stage["conditioning"])
     encode = build.text_encoder(stage["conditioning"])
-    rows = conditioning.real_rows(*encode(self.captions))
-    return request.Prompts(texts, rows)
+    rows = conditions.real_rows(*encode(self.captions))
+    return requests.Prompts(texts, rows)
 
   def labels(self, first: int, count: int) -> Labels:
     return (first + np.arange(count)) % len(self.scenes)
@@ -318,8 +320,8 @@ class ByReading:
 
   def reference(self) -> dict[str, dict]:
     test = self.held_out(self.settings.num_images)
-    tokens = samples.encode(self.tokenizer, test["image"])
-    through = samples.decode(self.tokenizer, tokens)
+    tokens = batches.encode(self.tokenizer, test["image"])
+    through = batches.decode(self.tokenizer, tokens)
     return {
       "held-out drawings, through the tokenizer": self.measure(
         [through], test["label"]

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import convolutions
-from tensorar_jax.convolutions import Conv, Grid, GroupNorm
 from tensorar_jax.interfaces import CONV, Batch, Key, Rule
+from tensorar_jax.nn import convolutions
+from tensorar_jax.nn.convolutions import Conv, Grid, GroupNorm
 
 Images = Float[Array, "B h w C"]
 Tokens = Int[Array, "B T 1"]

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax import convolutions
-from tensorar_jax.convolutions import HIGHEST, Conv, Grid, GroupNorm
 from tensorar_jax.interfaces import CONV, Batch, Key, Rule
+from tensorar_jax.nn import convolutions
+from tensorar_jax.nn.convolutions import HIGHEST, Conv, Grid, GroupNorm
 
 ENTROPY_TEMPERATURE = 0.01
 

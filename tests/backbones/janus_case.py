@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import tensorar_jax as tj
-from tensorar_jax import conditioning, drawing
 from tensorar_jax.checkpoints import torch_export
-from tensorar_jax.evaluation import samples
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.generation import batches
+from tensorar_jax.method import drawing
 from tests import programs
 
 # Fields of a language model's config.json -> ours, with upstream's defaults.
@@ -104,7 +105,7 @@ class Case:
       guidance=float(self.io["cfg_weight"]),
       return_logits=True,
     )
-    base, null = tj.TensorAR(self.model, window=1), conditioning.null(cond)
+    base, null = tj.TensorAR(self.model, window=1), conditions.null(cond)
     out = tj.generate(base, cond, null, jax.random.key(0), config)
     return np.asarray(out.tokens[..., 0]), np.asarray(out.logits[0][:, :, 0])
 
@@ -116,7 +117,7 @@ class Case:
 
   def bytes(self, pixels):
     images = jnp.asarray(pixels.transpose(0, 2, 3, 1))
-    return np.asarray(samples.to_uint8(images, self.tokenizer.uint8_offset))
+    return np.asarray(batches.to_uint8(images, self.tokenizer.uint8_offset))
 
 
 def compare(got, want, tolerance, name):

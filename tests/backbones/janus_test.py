@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import tensorar_jax as tj
-from tensorar_jax import conditioning, weights
 from tensorar_jax.backbones import janus
 from tensorar_jax.checkpoints import torch_export, torch_import
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
 from tests import programs
 from tests.backbones.janus_case import Case, compare
@@ -40,7 +41,7 @@ def rows_of(case, prompt):
 def of_prompts(case):
   """What is made of the prompts, before any layer."""
   table = jnp.arange(case.model.vocab_sizes[0])[:, None]
-  batch, null = case.condition("a", "b"), conditioning.null
+  batch, null = case.condition("a", "b"), conditions.null
   ids = jnp.stack([batch["text"][..., 0], batch["text"][..., 1]], axis=1)
   mask = np.repeat(~batch["is_padding"], 2, axis=0)
   pad = case.io["pad_id"]
@@ -88,7 +89,7 @@ def greedy(case, p):
   tokens, guided = case.generate(cond)
   found = {"tokens": tokens, "logits_cfg": guided}
   x = programs.embed(case.model, jnp.asarray(tokens)[:, :-1, None])
-  for half, given in (("cond", cond), ("uncond", conditioning.null(cond))):
+  for half, given in (("cond", cond), ("uncond", conditions.null(cond))):
     hidden = programs.cached(case.model, given, x)
     found[f"logits_{half}"] = case.logits(hidden)
   found["pixels"] = case.pixels(tokens)

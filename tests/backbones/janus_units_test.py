@@ -10,9 +10,10 @@ import safetensors.numpy
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import layers, weights
 from tensorar_jax.backbones import janus
 from tensorar_jax.checkpoints import torch_export, torch_import
+from tensorar_jax.nn import layers
+from tensorar_jax.parallel import weights
 from tests import programs, tiny
 from tests.backbones.janus_case import divide, sizes
 from tests.contract import families

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tensorar_jax as tj
-from tensorar_jax import conditioning
+from tensorar_jax.conditioning import conditions
 from tests import programs
 
 
@@ -78,7 +78,7 @@ class Case:
       return_logits=True,
     )
     base = tj.TensorAR(self.model, window=1)
-    null = conditioning.null(cond)
+    null = conditions.null(cond)
     return tj.generate(base, cond, null, jax.random.key(0), config)
 
 

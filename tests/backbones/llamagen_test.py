@@ -11,8 +11,11 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import conditioning, drawing, layers, weights
 from tensorar_jax.backbones import llamagen
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.method import drawing
+from tensorar_jax.nn import layers
+from tensorar_jax.parallel import weights
 from tests import programs, tiny
 from tests.backbones.llamagen_case import Case, close
 from tests.contract import families
@@ -65,7 +68,7 @@ def test_short_sequences_and_the_null_class(case):
   short = case.meta["short_prefix_positions"]
   _, hidden = case.teacher_forced(case.cond, short - 1)
   close(case.logits(hidden), case.io["eval_logits_short"], 2e-4)
-  _, hidden = case.teacher_forced(conditioning.null(case.cond))
+  _, hidden = case.teacher_forced(conditions.null(case.cond))
   close(case.logits(hidden), case.io["eval_logits_null"], 2e-4)
 
 

@@ -9,15 +9,11 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import (
-  attention,
-  conditioning,
-  layers,
-  noising,
-  objective,
-)
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.checkpoints import torch_export, torch_import
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.method import noising, objective
+from tensorar_jax.nn import attention, layers
 from tests import programs, tiny
 from tests.backbones.llamagen_case import Case, close
 
@@ -59,7 +55,7 @@ def test_attention_mask_and_rotary_table(case):
 def test_text_embeddings(case):
   embed = case.model.text_embed
   close(programs.forward(embed, case.cond), case.io["cap_embed"], 5e-6)
-  null = programs.forward(embed, conditioning.null(case.cond))
+  null = programs.forward(embed, conditions.null(case.cond))
   close(null, case.io["cap_embed_uncond"], 5e-6)
 
 
@@ -68,7 +64,7 @@ def test_teacher_forced_states_and_logits(case):
   close(case.logits(hidden), case.io["eval_logits"], 2e-4)
   for cond, name in (
     (without_mask(case.cond), "nomask"),
-    (conditioning.null(case.cond), "uncond"),
+    (conditions.null(case.cond), "uncond"),
   ):
     logits = case.logits(case.teacher_forced(cond)[1])
     close(logits, case.io[f"eval_logits_{name}"], 2e-4)

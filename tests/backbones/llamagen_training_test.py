@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import tensorar_jax as tj
-from tensorar_jax import losses, optim, train_step, weights
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.checkpoints import torch_export
+from tensorar_jax.method import losses
+from tensorar_jax.parallel import weights
+from tensorar_jax.training import optimizer, train_step
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,8 @@ def trace(parity):
     ce, _ = losses.cross_entropy(model.logits(hidden, tokens), tokens)
     return ce.mean(), {}
 
-  tx = optim.make(
-    optim.OptimConfig(
+  tx = optimizer.make(
+    optimizer.OptimConfig(
       learning_rate=settings["lr"],
       weight_decay=settings["wd"],
       beta1=settings["betas"][0],

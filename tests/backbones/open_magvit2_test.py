@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import tensorar_jax as tj
-from tensorar_jax import attention, drawing, layers, losses, sampling, weights
 from tensorar_jax.backbones import open_magvit2
 from tensorar_jax.checkpoints import torch_export, torch_import
+from tensorar_jax.method import drawing, losses, sampling
+from tensorar_jax.nn import attention, layers
+from tensorar_jax.parallel import weights
 from tests import programs
 from tests.backbones.open_magvit2_case import Case
 

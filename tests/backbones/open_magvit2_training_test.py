@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tensorar_jax import losses, optim, train_step
 from tensorar_jax.backbones import open_magvit2
 from tensorar_jax.checkpoints import torch_export
+from tensorar_jax.method import losses
+from tensorar_jax.training import optimizer, train_step
 from tests.backbones.open_magvit2_case import Case
 
 ATOL = 5e-5  # the README's, for the trajectory
@@ -18,7 +19,7 @@ def trace(parity):
   """(the case, losses, gradient norms, weights by name after the steps)."""
   case = Case(parity / "open_magvit2" / "gpt")
   c = case.meta["optim"]
-  config = optim.OptimConfig(
+  config = optimizer.OptimConfig(
     learning_rate=c["lr"],
     schedule="linear",
     warmup_steps=c["wp_it"],
@@ -30,8 +31,8 @@ def trace(parity):
     clip_norm=c["clip"],
   )
   # The published schedule has its final rate at the last step, not behind it.
-  tx = optim.make(config, c["max_it"] - 1)
-  rates = optim.schedules(config, c["max_it"] - 1)["new"]
+  tx = optimizer.make(config, c["max_it"] - 1)
+  rates = optimizer.schedules(config, c["max_it"] - 1)["new"]
   np.testing.assert_allclose(
     [rates(jnp.asarray(n)) for n in range(c["steps"])],
     case.io["out/opt_lr"],

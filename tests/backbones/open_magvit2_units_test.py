@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import attention, layers, weights
 from tensorar_jax.backbones import open_magvit2
+from tensorar_jax.nn import attention, layers
+from tensorar_jax.parallel import weights
 from tests import programs, tiny
 from tests.contract import families
 

@@ -10,14 +10,11 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import (
-  conditioning,
-  drawing,
-  losses,
-  weights,
-)
 from tensorar_jax.backbones import rar
 from tensorar_jax.checkpoints import torch_export, torch_import
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.method import drawing, losses
+from tensorar_jax.parallel import weights
 from tests import programs, tiny
 from tests.contract import families
 
@@ -267,7 +264,7 @@ def test_initial_weights():
 
 def test_a_fresh_model_hands_the_head_its_normalised_input():
   model = rar.Model(rar.Config(**TINY), rngs=nnx.Rngs(0))
-  cond = conditioning.ClassConditioning(1000).encode([3, 999])
+  cond = conditions.ClassConditioning(1000).encode([3, 999])
   tokens = families.tokens(model.vocab_sizes, length=6)
   states, hidden = programs.states(model, cond, model.embed(tokens))
   np.testing.assert_array_equal(states[0], states[1])
@@ -281,7 +278,7 @@ def ordered():
   """A random model and conditions with an order for each image, one null."""
   config = rar.Config(**TINY, num_classes=5)
   model = tiny.redraw(weights.abstract(lambda r: rar.Model(config, rngs=r)))
-  cond = conditioning.ClassConditioning(5).encode([4, 0])
+  cond = conditions.ClassConditioning(5).encode([4, 0])
   cond["is_null"] = jnp.asarray([False, True])
   cond["order"] = jnp.asarray([[5, 0, 3, 1, 4, 2], [2, 1, 0, 5, 3, 4]])
   return model, cond
@@ -298,7 +295,7 @@ def test_cached_decoding_in_an_order_of_ones_own():
 def test_sampling_in_an_order_of_ones_own():
   """The order reaches every step of both halves of guidance."""
   model, cond = ordered()
-  null = conditioning.null(cond)
+  null = conditions.null(cond)
   config = tj.SamplingConfig(temperature=0.0, guidance=2.0, return_logits=True)
   base = tj.TensorAR(model, window=1)
   out = tj.generate(base, cond, null, jax.random.key(0), config)
@@ -317,7 +314,7 @@ DROPOUTS = ("attention_dropout", "residual_dropout", "mlp_dropout")
 
 @pytest.mark.parametrize("field", DROPOUTS)
 def test_each_dropout_acts_and_keeps_the_mean(field):
-  cond = conditioning.ClassConditioning(5).encode([4] * 256)
+  cond = conditions.ClassConditioning(5).encode([4] * 256)
 
   def hidden(rate):
     rates = {**dict.fromkeys(DROPOUTS, 0.0), field: rate}
@@ -352,7 +349,7 @@ def test_bad_configs(fields, message):
 def test_bad_conditions():
   config = rar.Config(grid=(2, 2), num_classes=5)
   model = weights.abstract(lambda rngs: rar.Model(config, rngs=rngs))
-  cond = conditioning.ClassConditioning(9).encode([0, 5])
+  cond = conditions.ClassConditioning(9).encode([0, 5])
   with pytest.raises(ValueError, match="class ids 0 to 5: this .* 5 classes"):
     model.check(cond)
   cond["label"] = jnp.asarray([0, 4])

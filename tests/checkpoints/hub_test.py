@@ -16,12 +16,12 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
 import tensorar_jax as tj
-from tensorar_jax import published
 from tensorar_jax.checkpoints import hub, orbax_io, torch_import
 from tensorar_jax.checkpoints.locations import DIGESTS, LOCATIONS
 from tensorar_jax.evaluation import inception
+from tensorar_jax.experiment import published
 from tests.checkpoints import fake_hub
-from tests.text import tiny_text
+from tests.conditioning import tiny_text
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAME = "hf://someone/models/w.safetensors"
@@ -201,7 +201,7 @@ def test_a_missing_file_is_told_where_to_get_it(tmp_path):
 
 def config_stages() -> dict[str, dict]:
   from configs import llamagen_t2i
-  from tensorar_jax import build
+  from tensorar_jax.experiment import build
 
   return build.stages(llamagen_t2i.get_config())
 

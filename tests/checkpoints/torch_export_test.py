@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from flax import nnx
 
-from tensorar_jax import weights
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.checkpoints import torch_export, torch_import
 from tensorar_jax.interfaces import Rule
+from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
 from tests import tiny
 

@@ -15,9 +15,9 @@ import torch
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import weights
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.checkpoints import torch_import
+from tensorar_jax.parallel import weights
 from tests import tiny
 
 RULES = llamagen.import_rules(tiny.CONFIG)

@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tensorar_jax import (
-  conditioning,
-  drawing,
-  interfaces,
-  layers,
-  sampling,
-  weights,
-  windows,
-)
+from tensorar_jax import interfaces
 from tensorar_jax.checkpoints import torch_import
-from tensorar_jax.tensorar import TensorAR
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.method import drawing, sampling, windows
+from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.nn import layers
+from tensorar_jax.parallel import weights
 from tests import programs
 from tests.contract import families
 
@@ -74,7 +70,7 @@ def test_the_null_condition_forgets_the_condition(name):
   model = families.backbone(name)
   x = programs.embed(model, inputs(model)[:, :-1])
   a, b = families.cond(name, [0, 1]), families.cond(name, [2, 3])
-  call, null = programs.forward, conditioning.null
+  call, null = programs.forward, conditions.null
   assert np.abs(call(model, a, x) - call(model, b, x)).max() > 1e-3
   np.testing.assert_array_equal(
     call(model, null(a), x), call(model, null(b), x)
@@ -115,7 +111,7 @@ def test_it_wraps_and_samples(name):
   model = TensorAR(base, window=3, rngs=nnx.Rngs(0))
   cond = families.cond(name)
   config = drawing.SamplingConfig(guidance=2.0)
-  args = (cond, conditioning.null(cond), jax.random.key(0), config)
+  args = (cond, conditions.null(cond), jax.random.key(0), config)
   out = sampling.generate(model, *args)
   want = sampling.generate(TensorAR(base), *args)
   np.testing.assert_array_equal(out.tokens, want.tokens)

@@ -15,9 +15,10 @@ import numpy as np
 from clu import parameter_overview
 from flax import nnx
 
-from tensorar_jax import backbones, tokenizers, weights
+from tensorar_jax import backbones, tokenizers
 from tensorar_jax.backbones import janus, open_magvit2, rar
-from tensorar_jax.build import family
+from tensorar_jax.experiment.build import family
+from tensorar_jax.parallel import weights
 from tests import tiny
 
 

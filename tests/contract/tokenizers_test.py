@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tensorar_jax import interfaces
-from tensorar_jax.evaluation import samples
+from tensorar_jax.generation import batches
 from tests.contract import families
 
 pytestmark = pytest.mark.parametrize("name", families.TOKENIZERS)
@@ -29,5 +29,5 @@ def test_tokens_have_the_shape_and_range_that_it_states(name):
 
 def test_images_come_out_as_uint8(name):
   tokenizer = families.tokenizer(name)
-  images = samples.decode(tokenizer, families.tokens(tokenizer.vocab_sizes))
+  images = batches.decode(tokenizer, families.tokens(tokenizer.vocab_sizes))
   assert images.dtype == np.uint8

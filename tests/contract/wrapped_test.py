@@ -7,18 +7,12 @@ import optax
 import pytest
 from flax import nnx
 
-from tensorar_jax import (
-  conditioning,
-  drawing,
-  noising,
-  objective,
-  sampling,
-  train_step,
-  weights,
-  windows,
-)
-from tensorar_jax.evaluation import samples
-from tensorar_jax.tensorar import TensorAR
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.generation import batches
+from tensorar_jax.method import drawing, noising, objective, sampling, windows
+from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.parallel import weights
+from tensorar_jax.training import train_step
 from tests import programs, tiny
 from tests.contract import families
 
@@ -125,9 +119,9 @@ def test_sampled_tokens_become_images(name):
   config = drawing.SamplingConfig(guidance=2.0, guidance_power=1.0, top_k=3)
   cond = families.cond(name)
   out = sampling.generate(
-    model, cond, conditioning.null(cond), jax.random.key(0), config
+    model, cond, conditions.null(cond), jax.random.key(0), config
   )
-  images = samples.decode(tokenizer, out.tokens)
+  images = batches.decode(tokenizer, out.tokens)
   assert images.shape == (2, *tokenizer.config.image_size, 3)
   assert (images[0] != images[1]).any()
 

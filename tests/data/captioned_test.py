@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tensorar_jax import conditioning
+from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import codes, images, sources, tokenize, webdataset
 from tensorar_jax.tokenizers import pixels
 from tests.data import tokenize_test
@@ -245,7 +245,7 @@ def test_texts_are_stored_without_padding(folder, tokenizer, tmp_path):
   stored.check()
   batch = stored.fetch(np.arange(4), np.zeros(4, int))
   features, mask = Letters()(list(GOOD.values()))
-  texts = conditioning.TextConditioning(3, 7)
+  texts = conditions.TextConditioning(3, 7)
   want, cond = texts.encode((features, mask)), texts.from_batch(batch)
   assert batch["text"].dtype == jnp.bfloat16 and "label" not in batch
   assert all(isinstance(one, np.ndarray) for one in cond.values())

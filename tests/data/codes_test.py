@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from tensorar_jax import sharding
 from tensorar_jax.data import codes, pipeline, shards, sources
+from tensorar_jax.parallel import sharding
 
 NUM_IMAGES, CROPS, TOKENS, VOCAB = 13, 5, 9, 11
 

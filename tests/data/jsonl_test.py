@@ -10,8 +10,8 @@ import pickle
 import numpy as np
 import pytest
 
-from tensorar_jax import sharding
 from tensorar_jax.data import codes, jsonl, pipeline, sources
+from tensorar_jax.parallel import sharding
 
 NUM_LINES, TOKENS, VOCAB = 23, 9, 11
 

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from tensorar_jax import sharding
 from tensorar_jax.data import pipeline, sources
+from tensorar_jax.parallel import sharding
 
 NUM_IMAGES = 23
 

@@ -6,8 +6,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tensorar_jax import noising, objective, weights
 from tensorar_jax.data import pipeline, shards, sources, tokenize
+from tensorar_jax.method import noising, objective
+from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import pixels
 from tests import tiny
 from tests.tokenizers import vq_test

@@ -14,7 +14,8 @@ import sys
 import pytest
 from PIL import Image
 
-from tensorar_jax import build, train
+from tensorar_jax.experiment import build
+from tensorar_jax.training import loop
 from tests.e2e import tiny_digits
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,7 +50,7 @@ def address(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("demo") / "tiny"
   stages = build.stages(tiny_digits.get_config())
   for name in ("base", "tensorar"):
-    train.fit(stages[name], workdir / name)
+    loop.fit(stages[name], workdir / name)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]

@@ -12,22 +12,17 @@ import jax
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from tensorar_jax import (
-  attention,
-  build,
-  drawing,
-  layers,
-  optim,
-  sampling,
-  sharding,
-  train,
-  train_step,
-  weights,
-)
-from tensorar_jax.text import captions, encoder, t5
-from tests import attention_test, tiny, train_test
+from tensorar_jax.conditioning import captions, encoders, t5
+from tensorar_jax.experiment import build
+from tensorar_jax.method import drawing, sampling
+from tensorar_jax.nn import attention, layers
+from tensorar_jax.parallel import sharding, weights
+from tensorar_jax.training import loop, optimizer, train_step
+from tests import tiny
+from tests.conditioning import tiny_text
 from tests.contract import families
-from tests.text import tiny_text
+from tests.nn import attention_test
+from tests.training import loop_test
 
 # None: one device. Another family on the mesh that splits most, in two parts a
 # step, whose layers keep nothing for the backward pass.
@@ -64,12 +59,14 @@ def collectives(compiled) -> dict[str, int]:
 
 def train_on(family, mesh) -> dict:
   """Losses, weights, bytes and collectives of a few steps."""
-  config = train_test.stage(STEPS, tensorar=dict(window=2))
+  config = loop_test.stage(STEPS, tensorar=dict(window=2))
   fields = dict(num_classes=10, **BACKBONES[family])
   own = config["backbone"] if family == "llamagen" else {}
   config["backbone"] = {**own, "name": family, **fields}
   # Adam divides rounding by rounding where a gradient is nothing else.
-  tx = optim.make(optim.OptimConfig(learning_rate=1e-2, eps=1e-3), STEPS)
+  tx = optimizer.make(
+    optimizer.OptimConfig(learning_rate=1e-2, eps=1e-3), STEPS
+  )
   model = build.initial_model(config, pathlib.Path(), mesh)
   skeleton, state = train_step.init_state(model, tx, 0, True, mesh)
   largest = largest_array()
@@ -78,7 +75,7 @@ def train_on(family, mesh) -> dict:
   layers.set_remat(model, REMAT[family])
   skeleton, state = train_step.init_state(model, tx, 0, True, mesh)
   like = train_step.state_layout(model, tx, True, mesh)
-  task = train.make_task(config, pathlib.Path(), model, images=False)
+  task = loop.make_task(config, pathlib.Path(), model, images=False)
   step = train_step.make_train_step(
     *(skeleton, task.loss, tx, 0.9, like, ACCUMULATE[family])
   )
@@ -156,9 +153,9 @@ def encode_on(mesh) -> dict:
     tiny_text.tokenizer().save(str(file))
     tokenizer = captions.CaptionTokenizer(file, 7)
   texts = ["a cat", "a red cat on a mat", "red"]  # no number that divides
-  want, _ = encoder.TextEncoder(model, tokenizer)(texts)
+  want, _ = encoders.TextEncoder(model, tokenizer)(texts)
   model = sharding.shard(model, mesh)
-  got, _ = encoder.TextEncoder(model, tokenizer, mesh)(texts)
+  got, _ = encoders.TextEncoder(model, tokenizer, mesh)(texts)
   assert got.shape == want.shape
   difference = np.abs(np.array(got) - np.array(want)).max()
   here, total = sharding.bytes_of(model)

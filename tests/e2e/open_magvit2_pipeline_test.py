@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import tensorar_jax as tj
-from tensorar_jax import losses
-from tensorar_jax.evaluation import samples
+from tensorar_jax.generation import batches
+from tensorar_jax.method import losses
 from tests.backbones.open_magvit2_case import Case
 from tests.e2e import tiny_factorised
 
@@ -46,7 +46,7 @@ def test_classes_become_images(case, tokenizer, name, guided):
   images = tokenizer.decode(out.tokens)
   close(channels_first(images), case.io[f"out/greedy_{name}_image"], 3e-5)
   if guided:
-    got = samples.decode(tokenizer, out.tokens).astype(int)
+    got = batches.decode(tokenizer, out.tokens).astype(int)
     assert np.abs(got - case.io[f"out/greedy_{name}_uint8"]).max() <= 1
 
 

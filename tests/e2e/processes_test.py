@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tensorar_jax import preemption
+from tensorar_jax.parallel import preemption
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 4

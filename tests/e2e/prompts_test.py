@@ -9,14 +9,15 @@ from absl import flags
 from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
-from tensorar_jax import main, weights
+from tensorar_jax import main
 from tensorar_jax.backbones import janus
 from tensorar_jax.checkpoints import torch_export
+from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
 from tests import tiny
 from tests.backbones.janus_case import divide
+from tests.conditioning import tiny_chat
 from tests.data.captioned_test import png, write_tar
-from tests.text import tiny_chat
 
 LENGTH = 12  # ids of a prompt at most
 SIZES = dict(

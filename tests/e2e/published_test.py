@@ -84,7 +84,7 @@ def test_the_manifest_traces_the_weights(project):
 def test_weights_can_be_kept_in_another_dtype(project):
   """Half the bytes to sample from; what is trained from them is float32."""
   import tensorar_jax as tj
-  from tensorar_jax import weights
+  from tensorar_jax.parallel import weights
 
   run, workdir = project
   flags = ("--config.source_dtype=bfloat16", f"--workdir={workdir}_bf16")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tensorar_jax as tj
-from tensorar_jax.evaluation import samples
+from tensorar_jax.generation import batches
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def assert_bytes_agree(got, want):
 def test_bytes_of_the_decoded_images(folder, io, settings):
   tokenizer = import_tokenizer(folder / settings["tokenizer"])
   images = jnp.asarray(2 * io["images_float"].transpose(0, 2, 3, 1) - 1)
-  got = np.asarray(samples.to_uint8(images, tokenizer.uint8_offset))
+  got = np.asarray(batches.to_uint8(images, tokenizer.uint8_offset))
   assert_bytes_agree(got, io["images_uint8"])
   saved = np.load(folder / "adm_samples.npz")
   np.testing.assert_array_equal(saved["arr_0"], io["images_uint8"])
@@ -103,4 +103,4 @@ def test_class_ids_to_images(folder, io, settings):
   images = np.asarray(tokenizer.decode(out.tokens)).transpose(0, 3, 1, 2)
   pixels = (images.clip(-1, 1) + 1) / 2
   np.testing.assert_allclose(pixels, io["images_float"], rtol=0, atol=1e-4)
-  assert_bytes_agree(samples.decode(tokenizer, out.tokens), io["images_uint8"])
+  assert_bytes_agree(batches.decode(tokenizer, out.tokens), io["images_uint8"])

@@ -10,9 +10,10 @@ from absl.testing import flagsaver
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tensorar_jax import main, visualize
+from tensorar_jax import main
+from tensorar_jax.generation import pictures
+from tests.conditioning import tiny_text
 from tests.data.captioned_test import png, write_tar
-from tests.text import tiny_text
 
 
 def config(text, tokens) -> ConfigDict:
@@ -188,7 +189,7 @@ def test_prompts_of_a_benchmark_become_its_folders(
       (prompts / f"{item}.txt").write_text(json.loads(line)["prompt"])
   asked = dict(mode="sample", layout=layout, prompts=str(prompts), seed=3)
   asked["batch_size"] = 4  # as in the test above: compiled already
-  written, save = [], visualize.save_image
+  written, save = [], pictures.save_image
 
   def save_two(path, image):
     if len(written) == 2:
@@ -198,7 +199,7 @@ def test_prompts_of_a_benchmark_become_its_folders(
 
   killed = str(tmp_path / "killed")
   with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(visualize, "save_image", save_two)
+    patch.setattr(pictures, "save_image", save_two)
     run(**asked, output=killed)
   before = tree(tmp_path / "killed")
   run(**asked, output=killed)
@@ -225,7 +226,7 @@ def test_prompts_of_a_benchmark_become_its_folders(
   assert (manifest["layout"], manifest["num_images"]) == (layout, 4)
   # Nothing is drawn or written for a second time, and nothing overwritten.
   with monkeypatch.context() as patch:
-    patch.setattr(visualize, "save_image", None)
+    patch.setattr(pictures, "save_image", None)
     run(**asked, output=killed)
     for other in (dict(seed=4), dict(num_images=1)):
       with pytest.raises(ValueError, match="holds other samples"):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tensorar_jax import sampling, weights, windows
-from tensorar_jax.drawing import SamplingConfig
 from tensorar_jax.evaluation import diagnostics
-from tensorar_jax.noising import NoiseConfig
-from tensorar_jax.tensorar import TensorAR
+from tensorar_jax.method import sampling, windows
+from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.noising import NoiseConfig
+from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.parallel import weights
 from tests import programs, tiny
 from tests.contract import families
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tensorar_jax.evaluation import dpg, request, summary
+from tensorar_jax.evaluation import dpg, summary
+from tensorar_jax.generation import requests
+from tensorar_jax.generation.layouts import LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -61,25 +63,25 @@ def test_the_grids_are_cut_as_in_the_fixture(layouts, expected):
       images.append(grid[upper:lower, left:right])
       assert images[-1].shape[:2] == (size, size)
       assert images[-1].sum(dtype=int) == one["pixel_sum"]
-    (made,) = dpg.contents(item, np.stack(images))
+    (made,) = LAYOUTS["dpg"].contents(item, np.stack(images))
     np.testing.assert_array_equal(made, grid)
-    (alone,) = dpg.contents(item, images[0][None])
+    (alone,) = LAYOUTS["dpg"].contents(item, images[0][None])
     np.testing.assert_array_equal(alone, images[0])
-    assert dpg.names(5, item, 4) == [f"{item}.png"]
+    assert LAYOUTS["dpg"].names(5, item, 4) == [f"{item}.png"]
 
 
 def test_every_text_file_is_a_prompt(tmp_path):
   (tmp_path / "b.txt").write_text("two\ndogs  \n")
   (tmp_path / "10.txt").write_text("\ufeffa cat")
   (tmp_path / "README.md").write_text("no prompt")
-  prompts, sources = request.read_prompts(tmp_path, "dpg")
+  prompts, sources = requests.read_prompts(tmp_path, "dpg")
   assert (prompts, sources) == (("a cat", "two dogs"), ("10", "b"))
   options = dict(prompts=prompts, layout="dpg", sources=sources)
-  assert request.Request(1, **options).names(range(1, 2)) == ["b.png"]
+  assert requests.Request(1, **options).names(range(1, 2)) == ["b.png"]
   with pytest.raises(ValueError, match=r"num_images=3: .*\(1, 4\)"):
-    request.Request(3, **options)
+    requests.Request(3, **options)
   with pytest.raises(ValueError, match="needs --prompts"):
-    request.Request(4, prompts=prompts, layout="dpg")
+    requests.Request(4, prompts=prompts, layout="dpg")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_every_text_file_is_a_prompt(tmp_path):
 def test_prompt_folders_that_are_refused(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(ValueError, match=message):
-    request.read_prompts(tmp_path, "dpg")
+    requests.read_prompts(tmp_path, "dpg")
 
 
 def test_a_no_goes_on_to_all_that_depends_on_it(layouts, expected):

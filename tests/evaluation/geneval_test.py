@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tensorar_jax.evaluation import geneval, papers, request, summary
+from tensorar_jax.evaluation import geneval, papers, summary
+from tensorar_jax.generation import requests
 
 LINE = '{"tag": "colors", "prompt": "a red cat"}'
 
@@ -23,9 +24,11 @@ def test_the_folders_are_those_of_the_fixture(layouts, tmp_path):
   ]
   file = tmp_path / "evaluation_metadata.jsonl"
   file.write_text("\n".join(lines) + "\n")
-  prompts, sources = request.read_prompts(file, "geneval")
+  prompts, sources = requests.read_prompts(file, "geneval")
   assert prompts[1] == "a photo of two clocks" and sources == tuple(lines)
-  asked = request.Request(4, prompts=prompts, layout="geneval", sources=sources)
+  asked = requests.Request(
+    4, prompts=prompts, layout="geneval", sources=sources
+  )
   found = {}
   for number in range(3):
     pictures = sorted((example / f"{number:05d}" / "samples").iterdir())
@@ -60,7 +63,7 @@ def test_prompt_files_that_are_refused(tmp_path, content, message):
   content = content if isinstance(content, bytes) else content.encode()
   (tmp_path / "p").write_bytes(content)
   with pytest.raises(ValueError, match=message):
-    request.read_prompts(tmp_path / "p", "geneval")
+    requests.read_prompts(tmp_path / "p", "geneval")
 
 
 def test_the_scores_of_the_fixture(layouts, tmp_path):

@@ -16,9 +16,9 @@ import safetensors.numpy
 import torch
 from flax import nnx
 
-from tensorar_jax import weights
 from tensorar_jax.checkpoints import torch_export, torch_import
 from tensorar_jax.evaluation import inception
+from tensorar_jax.parallel import weights
 
 TINY = inception.Config(width_divisor=16)
 

@@ -5,23 +5,20 @@ import json
 import numpy as np
 import pytest
 
-from tensorar_jax import build, train
-from tensorar_jax.evaluation import (
-  evaluate,
-  progress,
-  protocol,
-  sample_files,
-  yardsticks,
-)
-from tests import train_test
+from tensorar_jax.evaluation import evaluate, progress, protocol, yardsticks
+from tensorar_jax.experiment import build
+from tensorar_jax.generation import sample_files
+from tensorar_jax.reports import progress_report
+from tensorar_jax.training import loop
+from tests.training import loop_test
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
   """(stages, work directory) of a stage with checkpoints at steps 2 and 4."""
   workdir = tmp_path_factory.mktemp("progress")
-  stage = train_test.stage(4)
-  train.fit(stage, workdir / "wrapped")
+  stage = loop_test.stage(4)
+  loop.fit(stage, workdir / "wrapped")
   return {"wrapped": stage}, workdir
 
 
@@ -63,8 +60,8 @@ def test_every_checkpoint_is_measured_once(trained, monkeypatch):
     once.setattr(evaluate, "Sampler", None)
     again = progress.by_yardstick(stages, settings, workdir, ["wrapped"])
   assert again == found
-  progress.save(found, stages, workdir, "10 images")
-  assert (workdir / progress.PICTURE).stat().st_size > 1000
+  progress_report.draw(found, stages, workdir, "10 images")
+  assert (workdir / progress_report.PICTURE).stat().st_size > 1000
   with pytest.raises(ValueError, match="'none' has no checkpoint"):
     progress.by_yardstick(
       {**stages, "none": stages["wrapped"]}, settings, workdir, ["none"]
@@ -113,11 +110,11 @@ def test_samples_of_a_checkpoint_on_the_way(trained):
 
 def test_a_stage_stands_behind_the_one_it_goes_on_from():
   stages = {
-    "base": train_test.stage(7),
-    "tuned": train_test.stage(5, init="base"),
-    "again": train_test.stage(3, init="tuned"),
-    "imported": {**train_test.stage(9), "source": "weights.pt"},
-    "wrapped": train_test.stage(3, init="imported"),
+    "base": loop_test.stage(7),
+    "tuned": loop_test.stage(5, init="base"),
+    "again": loop_test.stage(3, init="tuned"),
+    "imported": {**loop_test.stage(9), "source": "weights.pt"},
+    "wrapped": loop_test.stage(3, init="imported"),
   }
-  before = [progress.steps_before(stages, name) for name in stages]
+  before = [progress_report.steps_before(stages, name) for name in stages]
   assert before == [0, 7, 12, 0, 0]

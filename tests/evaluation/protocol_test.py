@@ -7,11 +7,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from tensorar_jax.evaluation import (
-  npz,
-  protocol,
-  sample_files,
-)
+from tensorar_jax.evaluation import protocol
+from tensorar_jax.generation import npz, sample_files
+from tensorar_jax.reports import guidance_report
 
 
 @pytest.fixture(scope="module")
@@ -273,5 +271,7 @@ def test_a_scan_measures_every_scale(quick, good, tmp_path, monkeypatch):
     assert (beside / "metrics.json").exists()
   overview = tmp_path / "base" / "against-good.json"
   assert json.loads(overview.read_text()).keys() == records.keys()
-  assert overview.with_suffix(".png").stat().st_size > 1000
+  picture = guidance_report.draw(overview)
+  assert picture == overview.with_suffix(".png")
+  assert picture.stat().st_size > 1000
   assert "| guidance 4:6 | 12 |" in overview.with_suffix(".md").read_text()

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from configs import digits, shapes_t2i
-from tensorar_jax import build
 from tensorar_jax.data import shapes
 from tensorar_jax.evaluation import yardsticks
+from tensorar_jax.experiment import build
 
 CATEGORIES = len(shapes.CATEGORIES)
 

@@ -14,7 +14,7 @@ import jax
 import pytest
 import yaml
 
-from tensorar_jax import processes
+from tensorar_jax.parallel import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").rglob("*.sh"))

@@ -13,8 +13,8 @@ import nbclient
 import nbformat
 import pytest
 
-from tensorar_jax import weights
 from tensorar_jax.checkpoints import torch_export
+from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
 from tests import tiny
 from tests.checkpoints import fake_hub

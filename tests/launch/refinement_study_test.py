@@ -7,7 +7,8 @@ import pytest
 
 from launch import refinement_report, refinement_study
 from launch.refinement_study import PLANS, Run
-from tensorar_jax import build, train
+from tensorar_jax.experiment import build
+from tensorar_jax.training import loop
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -15,7 +16,7 @@ from tensorar_jax import build, train
 def test_every_run_has_a_stage_that_can_be_trained(data, quick):
   stages = refinement_study.stages_of(data, 2, quick)
   for stage in stages.values():
-    train.check(stage)
+    loop.check(stage)
   assert stages["classifier"]["seed"] == 0
   runs = [run for run in refinement_study.all_runs() if run.data == data]
   assert {run.stage for run in runs} <= set(stages)

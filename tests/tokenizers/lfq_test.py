@@ -15,9 +15,9 @@ import optax
 import pytest
 from flax import nnx
 
-from tensorar_jax import weights as weights_lib
 from tensorar_jax.checkpoints import torch_export, torch_import
-from tensorar_jax.evaluation import samples
+from tensorar_jax.generation import batches
+from tensorar_jax.parallel import weights as weights_lib
 from tensorar_jax.tokenizers import lfq
 from tests.contract import families
 
@@ -286,7 +286,7 @@ def test_parity_inside_an_autoregressive_checkpoint(parity):
     images = decode(model, jnp.asarray(np.stack(pair, -1), jnp.int32))
     errors[name] = np.abs(nchw(images) - io[f"out/{name}_image"])
     if name == "greedy_cfg":
-      pixels = np.asarray(samples.to_uint8(images, model.uint8_offset), int)
+      pixels = np.asarray(batches.to_uint8(images, model.uint8_offset), int)
       assert np.abs(pixels - io["out/greedy_cfg_uint8"]).max() <= 1
   errors = {name: float(error.max()) for name, error in errors.items()}
   print(errors)

@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from tensorar_jax import interfaces, weights
+from tensorar_jax import interfaces
+from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import lfq
 
 SIZES = {"channels": 4, "channel_multipliers": (1, 2, 3), "num_res_blocks": 1}

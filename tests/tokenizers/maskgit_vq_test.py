@@ -18,9 +18,10 @@ import torch
 from flax import nnx
 
 import tensorar_jax as tj
-from tensorar_jax import interfaces, weights
+from tensorar_jax import interfaces
 from tensorar_jax.checkpoints import torch_export, torch_import
-from tensorar_jax.evaluation import samples
+from tensorar_jax.generation import batches
+from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import maskgit_vq
 from tests.contract import families
 
@@ -132,7 +133,7 @@ def computed(published, io) -> dict[str, np.ndarray]:
     "margin_sq": margins(latents, model.quantizer.codebook).reshape(2, 16),
     "decoded_raw_sq": nchw(decoded + 1) / 2,
     "decoded_sq": nchw(jnp.clip(decoded, -1, 1) + 1) / 2,
-    "uint8_sq": samples.to_uint8(decoded, model.uint8_offset),
+    "uint8_sq": batches.to_uint8(decoded, model.uint8_offset),
   }
   encoder = means(model.encoder, (images + 1) / 2)
   decoder = means(model.decoder, rows)

@@ -19,7 +19,8 @@ import optax
 import pytest
 from flax import nnx
 
-from tensorar_jax import interfaces, weights
+from tensorar_jax import interfaces
+from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
 
 SHARED = pathlib.Path(__file__).parents[2].parent / "shared" / "parity"

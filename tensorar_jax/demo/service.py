@@ -1,0 +1,213 @@
+"""`--mode=demo`: a request, checked in words, to a few images of a stage.
+
+Image i comes from (seed, i) and its class or prompt, as in `--mode=sample`.
+There is one compiled shape, so no request makes the next one wait for a
+compiler; with and without guidance are two programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, UInt8
+
+from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.experiment import build
+from tensorar_jax.generation import batches, requests
+from tensorar_jax.interfaces import Conditioning, TextEncoder, Tokenizer
+from tensorar_jax.method import drawing, sampling
+from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.parallel import sharding
+
+MAX_IMAGES = 16  # that one request may ask for, whatever the flags say
+MAX_PROMPT = 500  # letters
+MAX_SEED = 2**31 - 1
+MAX_SCALE = 50.0
+IN_MEMORY = 2  # stages, to go to and fro between a model and its base
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What the page sends; `Studio.draw` checks it.
+
+  `guidance` is a scale, or one for each sub-token as in "4:6". Of `label` and
+  `prompt` the one counts that the stage's model reads.
+  """
+
+  stage: str
+  label: Any = 0
+  prompt: str = ""
+  seed: Any = 0
+  guidance: str = "1"
+  num_images: Any = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """Pictures after 1 .. k looks, and the cells that each look has changed.
+
+  `title` is of the checkpoint, `seconds` with loading and compiling it.
+  """
+
+  title: str
+  strip: UInt8[np.ndarray, "n k h w C"]
+  changed: Bool[np.ndarray, "n k r c"]
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A trained stage with all that drawing takes."""
+
+  model: TensorAR
+  tokenizer: Tokenizer
+  conditions: Conditioning
+  encode: TextEncoder | None
+  config: drawing.SamplingConfig
+  mesh: Mesh
+
+
+class Studio:
+  """The stages of `workdir` that were trained; up to IN_MEMORY are loaded.
+
+  Args:
+    stages: of `build.stages`.
+    workdir: the folder that holds the stages'.
+    stage: the one to begin with; by default the last one.
+    num_images: the most that a request may ask for; so many are drawn anyway.
+  """
+
+  def __init__(
+    self,
+    stages: Mapping[str, Mapping],
+    workdir: pathlib.Path,
+    stage: str | None = None,
+    num_images: int = 4,
+  ):
+    if not 1 <= num_images <= MAX_IMAGES:
+      raise ValueError(
+        f"--num_images={num_images}: expected 1 to {MAX_IMAGES}, the most"
+        " images that a request may ask for."
+      )
+    self.stages, self.workdir, self.num_images = stages, workdir, num_images
+    self.names = [
+      name
+      for name, config in stages.items()
+      if config["objective"] == "tensorar"
+      and orbax_io.steps(workdir / name / "checkpoints")
+    ]
+    if not self.names:
+      raise ValueError(
+        f"{workdir} holds no trained stage that draws images: run --mode=train"
+        " or --mode=import first, or name another --workdir."
+      )
+    self.first = build.choose("--stage", stage or self.names[-1], self.names)
+    self.load = functools.lru_cache(maxsize=IN_MEMORY)(self._load)
+
+  def title(self, name: str) -> str:
+    """A stage with its k and the step of its newest checkpoint."""
+    return self._title(name, orbax_io.find(self.workdir / name))
+
+  def _title(self, name: str, checkpoint: pathlib.Path) -> str:
+    step = int(checkpoint.name)
+    return f"{name} (k = {self.window(name)}, step {step:,})"
+
+  def window(self, name: str) -> int:
+    return self.stages[name]["tensorar"].get("window", 1)
+
+  def vocab_sizes(self, name: str) -> tuple[int, ...]:
+    tokenizer = self.stages[name]["tokenizer"]
+    return tuple(build.abstract("tokenizers", tokenizer).vocab_sizes)
+
+  def conditioning(self, name: str) -> Conditioning:
+    return build.conditioning(self.stages[name]["conditioning"])
+
+  def guidance(self, name: str) -> str:
+    """The stage's own scale, as the page has it."""
+    scale = self.stages[name].get("sampling", {}).get("guidance", 1.0)
+    return drawing.guidance_text(scale)
+
+  def _load(self, name: str, checkpoint: pathlib.Path) -> Loaded:
+    stage = self.stages[name]
+    mesh = sharding.local_mesh(build.mesh_config(stage))
+    model = build.load_stage(stage, checkpoint, mesh)
+    section = stage["conditioning"]
+    is_text = self.conditioning(name).is_text
+    tokenizer = build.frozen_tokenizer(stage, self.workdir)
+    settings = stage.get("sampling", {})
+    return Loaded(
+      sampling.prepare(model, mesh),
+      sharding.replicate(tokenizer, mesh),
+      self.conditioning(name),
+      build.text_encoder(section, mesh) if is_text else None,
+      build.call(drawing.SamplingConfig, settings, "sampling"),
+      mesh,
+    )
+
+  def draw(self, asked: Asked) -> Drawn:
+    """The images; a ValueError says in words what cannot be done."""
+    started = time.monotonic()
+    name = build.choose("checkpoint", asked.stage, self.names)
+    count = _whole("the number of images", asked.num_images, 1, self.num_images)
+    seed = _whole("the seed", asked.seed, 0, MAX_SEED)
+    scale = _scale(asked.guidance)
+    reads, label = self.conditioning(name), 0
+    if reads.is_text:
+      _check_prompt(asked.prompt)
+    else:
+      label = _whole("the class", asked.label, 0, reads.num_classes - 1)
+    checkpoint = orbax_io.find(self.workdir / name)  # perhaps a newer one
+    loaded = self.load(name, checkpoint)
+    if loaded.encode:
+      rows = conditions.real_rows(*loaded.encode([asked.prompt]))
+      reads = requests.Prompts(reads, rows)
+    config = dataclasses.replace(loaded.config, guidance=scale)
+    sampler = batches.Sampler(loaded.model, reads, config, seed, loaded.mesh)
+    # Short batches are filled up, and cut here after all that is compiled.
+    out, _ = next(sampler.batches(np.full(count, label), self.num_images))
+    drafts = np.asarray(out.drafts)
+    strip, changed = batches.refinement(loaded.tokenizer, drafts)
+    return Drawn(
+      self._title(name, checkpoint),
+      *(strip[:count], changed[:count]),
+      seconds=time.monotonic() - started,
+    )
+
+
+def _whole(what: str, value: Any, least: int, most: int) -> int:
+  """`value` as an integer, or a ValueError."""
+  try:
+    number = float(value)
+  except (TypeError, ValueError):
+    number = math.nan
+  if number != number // 1 or not least <= number <= most:
+    raise ValueError(
+      f"{what} is {value!r}: expected a whole number from {least} to {most}."
+    )
+  return int(number)
+
+
+def _scale(text: str) -> drawing.Guidance:
+  scale = drawing.parse_guidance(text)
+  if not all(0 <= one <= MAX_SCALE for one in np.atleast_1d(scale)):
+    raise ValueError(
+      f"guidance is {text}: expected 0 to {MAX_SCALE:g}; 1 is no guidance."
+    )
+  return scale
+
+
+def _check_prompt(prompt: str) -> None:
+  if len(prompt) > MAX_PROMPT:
+    raise ValueError(
+      f"the prompt has {len(prompt):,} letters: expected at most {MAX_PROMPT}."
+    )
+  requests.check_prompts([prompt], "prompt", 1)

@@ -1,0 +1,257 @@
+"""What `--mode=sample` is asked for: images of classes, or of prompts.
+
+Prompts are numbered, and a number is to the sampler what a class is: only
+`encode` knows that features stand behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import textwrap
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int, Num, UInt8
+
+from tensorar_jax.conditioning import conditions
+from tensorar_jax.conditioning.conditions import TextConditioning
+from tensorar_jax.data import encoder
+from tensorar_jax.experiment import build
+from tensorar_jax.generation.layouts import LAYOUTS, parse_line
+from tensorar_jax.interfaces import Batch, Cond, Conditioning
+
+GRID = 100  # images in the grid
+COLUMNS = 10  # of it
+TITLE = 40  # letters of a prompt beside its row
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Which images, at `resize` pixels a side, of which checkpoint.
+
+  Of `classes` in turn (None: all), `num_images` in all; or of each of `prompts`
+  `num_images`, one prompt after another; with a `layout` of LAYOUTS in its
+  files, for which `sources` has a line or an id of each prompt. `step` None is
+  the newest checkpoint.
+  """
+
+  num_images: int = 100
+  classes: tuple[int, ...] | None = None
+  seed: int = 0
+  resize: int | None = None
+  prompts: tuple[str, ...] | None = None
+  layout: str | None = None
+  sources: tuple[str, ...] | None = None
+  step: int | None = None
+
+  def __post_init__(self):
+    sizes = [n for n in (self.num_images, self.resize) if n is not None]
+    if min(sizes) < 1:
+      raise ValueError(
+        f"num_images={self.num_images}, resize={self.resize}: expected at least"
+        " 1."
+      )
+    if self.classes is not None and not self.classes:
+      raise ValueError("classes: expected at least one, or None for all.")
+    if self.prompts is not None:
+      if self.classes is not None:
+        raise ValueError("classes and prompts: expected one or the other.")
+      check_prompts(self.prompts, "prompt")
+    if self.layout is not None:
+      layout = build.choose("--layout", self.layout, LAYOUTS)
+      if len(self.sources or ()) != len(self.prompts or ()) or not self.sources:
+        raise ValueError(f"layout={self.layout!r} needs --prompts, its file.")
+      if self.num_images not in layout.counts:
+        raise ValueError(
+          f"num_images={self.num_images}: the layout {self.layout!r} takes"
+          f" {layout.counts} of each prompt."
+        )
+
+  def labels(self, num_classes: int) -> Int[np.ndarray, "n"]:
+    """The class, or prompt, of each image; counts differ by one at most."""
+    if self.prompts is not None:
+      return np.repeat(np.arange(len(self.prompts)), self.num_images)
+    chosen = range(num_classes) if self.classes is None else self.classes
+    return np.resize(np.asarray(chosen, np.int64), self.num_images)
+
+  @property
+  def together(self) -> int:
+    """How many images are written together: all of a prompt, in a layout."""
+    return self.num_images if self.layout else 1
+
+  def names(self, part: range) -> list[str]:
+    """The files of the images of a part, by their positions in the run."""
+    if self.prompts is None:
+      return [f"{part.start:06d}.png"]
+    prompt, image = divmod(part.start, self.num_images)
+    if not self.layout:
+      return [f"prompt_{prompt:03d}_image_{image:02d}.png"]
+    return LAYOUTS[self.layout].names(prompt, self.sources[prompt], len(part))
+
+  def contents(
+    self, part: range, images: UInt8[np.ndarray, "n h w C"]
+  ) -> list[Any]:
+    """What is in the files of `names`: images, or text."""
+    if not self.layout:
+      return list(images)
+    source = self.sources[part.start // self.num_images]
+    return LAYOUTS[self.layout].contents(source, images)
+
+  def grid(
+    self, images: UInt8[np.ndarray, "n h w C"]
+  ) -> tuple[UInt8[np.ndarray, "r c h w C"], list[str]]:
+    """Up to GRID of the first images, a row a prompt, and titles of rows."""
+    if self.prompts is None:
+      columns = min(COLUMNS, len(images))
+      rows, step = min(GRID, len(images)) // columns, columns
+      titles = [""] * rows
+    else:
+      columns, step = min(COLUMNS, self.num_images), self.num_images
+      rows = min(max(1, len(images) // step), GRID // columns)
+      titles = [textwrap.shorten(p, TITLE) for p in self.prompts[:rows]]
+    return images[np.arange(rows)[:, None] * step + np.arange(columns)], titles
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """A `Conditioning` of numbered texts, of which it keeps the real rows."""
+
+  texts: TextConditioning
+  rows: Sequence[Num[np.ndarray, "_ E"]]
+  is_text = True
+  null = staticmethod(conditions.null)
+  drop = staticmethod(conditions.drop)
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.rows)
+
+  def encode(self, raw: Int[np.ndarray, "B"]) -> Cond:
+    """The condition of prompts by number."""
+    chosen = [self.rows[number] for number in raw]
+    return self.texts.encode(conditions.pad_left(chosen, self.texts.length))
+
+  def from_batch(self, batch: Batch) -> Cond:
+    """The condition of a batch's "label", the numbers of prompts."""
+    return self.encode(batch["label"])
+
+  def example(self) -> Cond:
+    return self.encode(np.zeros(1, int))
+
+
+def condition(
+  request: Request, name: str, stage: Mapping, mesh: Mesh | None
+) -> tuple[Conditioning, dict[str, Any]]:
+  """What the request's images are made of, and what to record of it.
+
+  Prompts are encoded here, and the text encoder is gone on return. ValueError
+  for classes or prompts that the stage does not know.
+  """
+  section = stage["conditioning"]
+  reads = build.conditioning(section)
+  if request.prompts is None:
+    check_classes(name, stage)
+    # Refused before anything is written.
+    reads.encode(np.unique(request.labels(reads.num_classes)))
+    return reads, {"num_classes": reads.num_classes}
+  if not reads.is_text:
+    raise ValueError(
+      f"stage {name!r} makes images from the conditioning {section['name']!r},"
+      " not from prompts: name --classes, or a stage that reads text."
+    )
+  encode = build.text_encoder(section, mesh)
+  rows = conditions.real_rows(*encode(request.prompts))
+  return Prompts(reads, rows), {"text_encoder": encoder.text_identity(encode)}
+
+
+def check_classes(name: str, stage: Mapping) -> None:
+  """ValueError unless images of the stage are drawn class by class."""
+  if build.conditioning(stage["conditioning"]).is_text:
+    raise ValueError(
+      f"stage {name!r} makes images from text, there are no classes to draw:"
+      " sample it with --mode=sample and --prompts=FILE or --prompt=TEXT;"
+      " --mode=evaluate --samples=FILE.npz measures what that has written."
+    )
+
+
+def read_prompts(
+  path: pathlib.Path, layout: str | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+  """The prompts of --prompts, and what their layout says of each.
+
+  Without a layout a prompt is a line of a text file; of "geneval" a line is an
+  object of JSON with `tag` and `prompt`; of "dpg" the path is a folder with a
+  text file ID.txt for each prompt, in the order of names. ValueError for what
+  is none of these.
+  """
+  if layout == "dpg":
+    files = sorted(path.glob("*.txt"), key=lambda file: file.name)
+    if not files:
+      raise ValueError(f"--prompts={path}: expected a folder of .txt files.")
+    sources = tuple(file.stem for file in files)
+    if dotted := [source for source in sources if "." in source]:
+      raise ValueError(
+        f"--prompts={path}: {dotted[0]}.txt has a dot in its id; the scorer"
+        " would cut it off there. Rename the file, or take it out."
+      )
+    texts = [read_text(file).strip() for file in files]
+    prompts = tuple(" ".join(text.splitlines()) for text in texts)
+    for file, prompt in zip(files, prompts):
+      check_prompts([prompt], f"{file}, prompt")
+    return prompts, sources
+  lines = read_text(path).removesuffix("\n").split("\n")
+  lines = tuple(line.removesuffix("\r") for line in lines)
+  check_prompts(lines, f"{path}, line", start=1)
+  if layout is None:
+    return lines, None
+  prompts, seen = [], {}
+  for number, line in enumerate(lines, 1):
+    where = f"{path}, line {number}"
+    found = parse_line(line, where, {"prompt": str, "tag": str})
+    if not found["prompt"].strip():
+      raise ValueError(f"{where}: the prompt is empty.")
+    if (first := seen.setdefault(line, number)) != number:
+      raise ValueError(
+        f"{where} is line {first} again: the scorer would count the two as one"
+        " prompt."
+      )
+    prompts.append(found["prompt"])
+  return tuple(prompts), lines
+
+
+def read_text(file: pathlib.Path) -> str:
+  """A file in UTF-8; ValueError if it is none, or holds only blanks."""
+  try:
+    text = file.read_bytes().decode("utf-8-sig")
+  except (FileNotFoundError, IsADirectoryError) as error:
+    raise ValueError(
+      f"--prompts={file}: there is no such file. A folder goes with"
+      " --layout=dpg."
+    ) from error
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"--prompts={file} is no text in UTF-8 ({error}): expected a prompt in"
+      " each line, or file."
+    ) from error
+  if not text.strip():
+    raise ValueError(f"--prompts={file} is empty: expected a prompt.")
+  return text
+
+
+def check_prompts(prompts: Sequence[str], where: str, start: int = 0) -> None:
+  """ValueError for none at all, and for the first that is no line of text."""
+  if not prompts:
+    raise ValueError("prompts: expected at least one.")
+  for number, prompt in enumerate(prompts, start):
+    if not prompt.strip():
+      raise ValueError(f"{where} {number} is empty: expected a prompt.")
+    odd = [c for c in prompt if unicodedata.category(c) == "Cc" and c != "\t"]
+    if odd:
+      raise ValueError(
+        f"{where} {number} holds the control character {odd[0]!r}: expected"
+        " plain text, a prompt in each line; this may be a binary file."
+      )

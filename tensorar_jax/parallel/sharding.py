@@ -1,0 +1,367 @@
+"""Where every array lives: one mesh of devices, and what its axes split.
+
+| axis     | splits                                                           |
+| -------- | ---------------------------------------------------------------- |
+| `data`   | the rows of a batch; weights are copied                          |
+| `fsdp`   | the rows as well, and all weights, with their optimiser moments  |
+|          | and averages; a layer's are gathered when it runs                |
+| `tensor` | heads, hidden units and vocabulary: weights, activations, cache  |
+
+A weight's place follows from its path by the first rule that matches: those of
+the modules that hold it (`sharding_rules`, a family's own), then `RULES`. The
+optimiser's arrays follow their weights. Axes that do not divide a dimension are
+left out there. Names, not annotations: a model knows nothing of a mesh but for
+`constrain`, and on one device that does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  use_abstract_mesh,
+)
+
+from tensorar_jax.parallel import weights as weights_lib
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # what splits a batch
+HEADS = (ROWS, "tensor")  # the first axes of queries, keys and values
+SPLIT = ("tensor", "fsdp")  # both on one dimension of a weight
+GATHERED = "gathered"
+VECTORS = r"scale|bias|gain|pad|offsets|queries"  # the ends of their paths
+
+# (the end of a path, the axes of the last dimensions); the others are whole.
+Rules = tuple[tuple[str, tuple[Any, ...]], ...]
+RULES: Rules = (
+  # Into heads and hidden units, and out of them: one sum over `tensor` a pair.
+  (r"(qkv|query|key|value|gate|up)/kernel", ("fsdp", "tensor")),
+  (r"(out|down)/kernel", ("tensor", "fsdp")),
+  (r"(head|heads/\d+)/kernel", ("fsdp", "tensor")),
+  # By width, which every size has a nice number of, and vocabularies not.
+  (r"embedding|codebook", (SPLIT,)),
+  # The other projections and convolutions, by what they put out.
+  (r"kernel", ("fsdp",)),
+  (VECTORS, ("fsdp",)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """The size of each axis; one of them may be -1, whatever is left."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.astuple(self)
+    if min(sizes) < -1 or 0 in sizes or sizes.count(-1) > 1:
+      raise ValueError(
+        f"mesh={dict(zip(AXES, sizes))}: expected sizes of 1 or more, of which"
+        " one may be -1, whatever is left."
+      )
+
+  def sizes(self, devices: int) -> tuple[int, int, int]:
+    """The axes over so many devices; ValueError if they do not use them all."""
+    sizes = dataclasses.astuple(self)
+    known = math.prod(size for size in sizes if size > 0)
+    sizes = tuple(devices // known if size < 0 else size for size in sizes)
+    if math.prod(sizes) != devices:
+      raise ValueError(
+        f"mesh={dataclasses.asdict(self)} does not fit {devices} devices:"
+        " expected sizes whose product is that. Set config.mesh, or leave one"
+        " axis at -1."
+      )
+    return sizes
+
+
+# --- meshes ------------------------------------------------------------------
+
+
+def make_mesh(
+  config: MeshConfig = MeshConfig(), devices: Sequence | None = None
+) -> Mesh:
+  """The mesh over all devices of all processes, or over those given."""
+  devices = jax.devices() if devices is None else devices
+  array = mesh_utils.create_device_mesh(
+    config.sizes(len(devices)), devices, allow_split_physical_axes=True
+  )
+  return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def local_mesh(config: MeshConfig = MeshConfig()) -> Mesh:
+  """The mesh of this process's devices alone: `config` as far as it fits."""
+  devices = jax.local_devices()
+  tensor = math.gcd(max(config.tensor, 0), len(devices))
+  fsdp = math.gcd(max(config.fsdp, 0), len(devices) // tensor)
+  return make_mesh(MeshConfig(-1, fsdp, tensor), devices)
+
+
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+  """Into how many parts the rows of a batch are split."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def check_batch(
+  mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int = 1
+) -> None:
+  """ValueError unless the mesh splits each part of a global batch evenly."""
+  if batch_size % (row_parts(mesh) * accumulate):
+    raise ValueError(
+      f"train.batch_size={batch_size} on a mesh of {dict(mesh.shape)}: expected"
+      f" a multiple of data * fsdp = {row_parts(mesh)}, times"
+      f" train.accumulate={accumulate}. Change one of them."
+    )
+
+
+# --- weights and what follows them -------------------------------------------
+
+
+def specs(model: nnx.Module) -> dict[str, PartitionSpec]:
+  """The axes of every weight by its path, of any size; see `fit`.
+
+  ValueError with the names of all weights that no rule claims.
+  """
+  own = [
+    ("/".join(map(str, path)), getattr(module, "sharding_rules", ()))
+    for path, module in nnx.iter_modules(model)
+  ]
+  rules = [
+    (re.compile(rf"{prefix}{'/' if prefix else ''}(.*/)?({end})"), axes)
+    for prefix, module_rules in [*own, ("", RULES)]
+    for end, axes in module_rules
+  ]
+  _, params, frozen = weights_lib.split(model)
+  found = {
+    path: next((axes for rule, axes in rules if rule.fullmatch(path)), None)
+    for path in {**params, **frozen}
+  }
+  unclaimed = [path for path, axes in found.items() if axes is None]
+  if unclaimed:
+    raise ValueError(
+      f"no rule says how a mesh splits {unclaimed}: add them to"
+      " `sharding_rules` of the module that holds them, (end of the path, axes"
+      " of the last dimensions)."
+    )
+  return {path: PartitionSpec(*axes) for path, axes in found.items()}
+
+
+def fit(
+  spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+  """`spec` of the last dimensions for all of them, without what cannot be.
+
+  An axis goes if it does not divide the dimension (with those before it).
+  """
+  padded = (None,) * (len(shape) - len(spec)) + tuple(spec)
+  fitted = []
+  for size, axes in zip(shape, padded, strict=True):
+    kept = []
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+      parts = mesh.shape[axis]
+      if parts > 1 and size % parts == 0:
+        kept.append(axis)
+        size //= parts
+    fitted.append(tuple(kept) or None)
+  return PartitionSpec(*fitted)
+
+
+def layout(tree: Any, model: nnx.Module, mesh: Mesh) -> Any:
+  """Shapes and shardings of a tree of what belongs to a model's weights.
+
+  An array whose last key is the path of a weight, and that has its shape, lies
+  where the weight does; every other one is on all devices. `tree` may hold
+  arrays or `ShapeDtypeStruct`s: of a whole training state, for example.
+  """
+  _, params, frozen = weights_lib.split(model)
+  shapes, places = {**params, **frozen}, specs(model)
+
+  def place(path, leaf):
+    name = getattr(path[-1], "key", None) if path else None
+    spec = PartitionSpec()
+    if name in places and shapes[name].shape == leaf.shape:
+      spec = fit(places[name], leaf.shape, mesh)
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def shardings(like: Any) -> Any:
+  """The shardings of a tree of `layout`."""
+  return jax.tree.map(lambda leaf: leaf.sharding, like)
+
+
+def shard(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+  """The model with its arrays on the mesh, by the rules."""
+  skeleton, params, frozen = weights_lib.split(model)
+  arrays = {**params, **frozen}
+  return skeleton.merge(
+    jax.device_put(arrays, shardings(layout(arrays, model, mesh)))
+  )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """The tree, an nnx module for example, with a copy on every device."""
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def bytes_of(tree: Any) -> tuple[int, int]:
+  """(on one device of this process, in all) of the arrays of a tree."""
+  here = total = 0
+  for array in jax.tree.leaves(tree):
+    if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+      here += math.prod(array.sharding.shard_shape(array.shape)) * (
+        array.dtype.itemsize
+      )
+      total += array.nbytes
+  return here, total
+
+
+# --- activations -------------------------------------------------------------
+
+
+def platform() -> str:
+  """What a program is traced for: "cpu", "gpu", "tpu"; the set mesh says it."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = device.platform if device else jax.default_backend()
+  return "gpu" if name == "cuda" else name
+
+
+def as_if_plain():
+  """A context in which programs are traced for one device without kernels."""
+  device = AbstractDevice("cpu", None, "cpu")
+  one = AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
+  return use_abstract_mesh(one)
+
+
+def _free(mesh: AbstractMesh) -> set[str]:
+  """The axes of more than one device that nobody has split by hand."""
+  types = dict(zip(mesh.axis_names, mesh.axis_types))
+  auto = {axis for axis in AXES if types.get(axis) == AxisType.Auto}
+  return {axis for axis in auto if mesh.shape[axis] > 1}
+
+
+def spec_of(x: jax.Array, *axes: Any) -> PartitionSpec:
+  """How the set mesh splits x; `axes` are those of its first dimensions.
+
+  Axes that someone has split by hand (`shard_map`) are left out.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  free = _free(mesh)
+  names = [(one,) if isinstance(one, str) else one or () for one in axes]
+  names += [()] * (x.ndim - len(axes))
+  spec = PartitionSpec(*(tuple(a for a in one if a in free) for one in names))
+  return fit(spec, x.shape, mesh)
+
+
+def is_split() -> bool:
+  """Whether a mesh is set that splits anything."""
+  return bool(_free(jax.sharding.get_abstract_mesh()))
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+  """x, split as `spec_of` says; without a mesh, or on one device, x itself.
+
+  Else the compiler would follow the weights, and move activations instead.
+  """
+  if not is_split():
+    return x
+  return jax.lax.with_sharding_constraint(x, spec_of(x, *axes))
+
+
+def gather(model: nnx.Module) -> nnx.Module:
+  """The model as it computes: no weight is split over `fsdp` any more.
+
+  Stacked layers stay as they are: each is gathered when its turn comes. Left to
+  the compiler, activations would now and then be split by a weight's width, and
+  XLA 0.10 has summed wrongly what was split along two axes at once. The results
+  are named GATHERED for `jax.checkpoint`: the backward pass gathers again.
+  """
+  if not is_split():
+    return model
+  skeleton, params, frozen = weights_lib.split(model)
+  places, found = specs(model), {**params, **frozen}
+  for path, array in found.items():
+    if "/stacked/" not in path:
+      axes = [_without(one, "fsdp") for one in places[path]]
+      axes = [None] * (array.ndim - len(axes)) + axes
+      found[path] = checkpoint_name(constrain(array, *axes), GATHERED)
+  return skeleton.merge(found)
+
+
+def _without(axes: Any, name: str) -> tuple[str, ...]:
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return tuple(axis for axis in axes if axis != name)
+
+
+# --- batches -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """What this process reads: `blocks` of the `count` equal parts of a batch."""
+
+  blocks: tuple[int, ...] = (0,)
+  count: int = 1
+
+  def __post_init__(self):
+    if not self.blocks or not set(self.blocks) <= set(range(self.count)):
+      raise ValueError(
+        f"blocks={self.blocks} of count={self.count}: expected at least one, of"
+        f" 0 to {self.count - 1}."
+      )
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+  """The sharding of an array with a leading batch axis."""
+  return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def share(mesh: Mesh) -> Share:
+  """The rows that this process's devices need, in blocks as large as may be.
+
+  Processes that differ in the tensor axis alone need the same ones.
+  """
+  count = row_parts(mesh)
+  places = rows(mesh).addressable_devices_indices_map((count,)).values()
+  starts = sorted({index[0].indices(count)[0] for index in places})
+  ends = [s for s in starts if s - 1 not in starts]  # where a run starts
+  ends += [s + 1 for s in starts if s + 1 not in starts]  # and ends
+  size = math.gcd(count, *ends)
+  blocks = sorted({start // size for start in starts})
+  return Share(tuple(blocks), count // size)
+
+
+def global_batch(batch: Mapping, mesh: Mesh, part: Share) -> Any:
+  """A tree of this process's rows (on the host) -> of arrays on the mesh."""
+
+  def place(local):
+    local = np.asarray(local)
+    block = len(local) // len(part.blocks)
+
+    def read(index):
+      start, stop, _ = index[0].indices(block * part.count)
+      first = part.blocks.index(start // block) * block + start % block
+      return local[first : first + stop - start]
+
+    shape = (block * part.count, *local.shape[1:])
+    return jax.make_array_from_callback(shape, rows(mesh), read)
+
+  return jax.tree.map(place, batch)

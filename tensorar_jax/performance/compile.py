@@ -1,0 +1,291 @@
+"""`--mode=compile`: what a train step and a sampler need of named hardware.
+
+Both programs are lowered and compiled for the devices of a target, which need
+not be there: XLA's compilers know them by name. Nothing is allocated; models
+and batches are shapes. What comes out is memory, traffic and an estimate,
+
+    seconds = max(FLOPs / peak, bytes / bandwidth, bytes sent / links)
+
+which is no forecast: see ASSUMPTIONS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tensorar_jax.experiment import build
+from tensorar_jax.method import drawing, sampling
+from tensorar_jax.nn import flops
+from tensorar_jax.parallel import sharding, weights
+from tensorar_jax.performance import hlo, targets
+from tensorar_jax.training import loop
+
+ASSUMPTIONS = (
+  "The roofline is no forecast: FLOPs at the chip's peak, bytes at the"
+  " memory's and bytes sent at that of all links together, the slowest hiding"
+  " the others. It leaves out the start of every operation (there are many"
+  " small ones in sampling), tiles that are not full, all arithmetic but matrix"
+  " products, links that a collective does not use, and the input pipeline."
+)
+MEMORY = ("argument", "output", "temp", "alias")
+IMAGES_PER_DEVICE = 32  # sampled at once, as by --mode=sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A traced function, its model FLOPs, and those that it really carries out.
+
+  `cache` are the sizes of the arrays of a KV cache on one device, in elements.
+  """
+
+  name: str
+  lower: Callable[[], jax.stages.Lowered]
+  model_flops: int
+  run_flops: int
+  images: int
+  cache: frozenset[int] = frozenset()
+
+
+# --- programs ----------------------------------------------------------------
+
+
+def _rows(tree: Any, count: int, mesh: Mesh) -> Any:
+  """Shapes of `count` rows like the first one of every array."""
+  place = sharding.rows(mesh)
+  shape = lambda a: (count, *a.shape[1:])
+  one = lambda a: jax.ShapeDtypeStruct(shape(a), a.dtype, sharding=place)
+  return jax.tree.map(one, tree)
+
+
+def train_program(stage: Mapping, mesh: Mesh) -> Program:
+  """The train step of `train.fit` on batches of tokens."""
+  config = build.call(loop.TrainConfig, stage["train"], "train")
+  sharding.check_batch(mesh, config.batch_size, config.accumulate)
+  model = weights.abstract(lambda rngs: build.model(stage, rngs))
+  task = loop.make_task(stage, pathlib.Path(), model, images=False)
+  tx, state = loop.make_layout(stage, model, mesh)
+  step, count = loop.make_step(stage, model, task, tx, state)
+  tokens = np.zeros((1, model.num_tokens, len(model.vocab_sizes)), np.int32)
+  example = build.conditioning(stage["conditioning"]).example()
+  batch = {"tokens": tokens, "cond": example}
+  batch = _rows(batch, config.batch_size, mesh)
+  with jax.set_mesh(mesh):
+    traced = step.trace(state, None, batch)
+  model_flops = count(state, None, batch)
+
+  def lower():
+    with jax.set_mesh(mesh):
+      return traced.lower()
+
+  run_flops = _flops(traced)
+  return Program("train step", lower, model_flops, run_flops, config.batch_size)
+
+
+def sampler_program(stage: Mapping, mesh: Mesh, batch_size: int) -> Program:
+  """The program of `sampling.generate` for so many images."""
+  parts = sharding.row_parts(mesh)
+  if batch_size % parts:
+    raise ValueError(
+      f"--batch_size={batch_size} on a mesh of {dict(mesh.shape)}: expected a"
+      f" multiple of data * fsdp = {parts}."
+    )
+  model = weights.abstract(lambda rngs: build.model(stage, rngs))
+  skeleton, params, frozen = weights.split(model)
+  model = skeleton.merge(sharding.layout({**params, **frozen}, model, mesh))
+  conditioning = build.conditioning(stage["conditioning"])
+  example = conditioning.example()
+  cond, null, index = _rows(
+    (example, conditioning.null(example), np.zeros(1, np.int32)),
+    *(batch_size, mesh),
+  )
+  rng = jax.eval_shape(lambda: jax.random.key(0))
+  config = build.call(
+    drawing.SamplingConfig, stage.get("sampling", {}), "sampling"
+  )
+  traced = sampling.trace(model, cond, null, rng, config, index)
+  both = 2 if config.guided else 1
+  _, cache = jax.eval_shape(
+    lambda arrays, cond: skeleton.merge(arrays).backbone.prefill(cond),
+    *({**params, **frozen}, _rows(example, both * batch_size, mesh)),
+  )
+  spec = PartitionSpec(None, *sharding.HEADS, None, None)
+  sizes = set()
+  for array in jax.tree.leaves((cache.k, cache.v)):
+    place = NamedSharding(mesh, sharding.fit(spec, array.shape, mesh))
+    whole = math.prod(place.shard_shape(array.shape))
+    sizes |= {whole, whole // array.shape[0]}  # all layers, or one's own
+  count = _flops(traced)
+  return Program(
+    "sampler", traced.lower, count, count, batch_size, frozenset(sizes)
+  )
+
+
+def _flops(traced: jax.stages.Traced) -> int:
+  run = core.jaxpr_as_fun(traced.jaxpr)
+  return flops.matmul_flops(run, *traced.jaxpr.in_avals)
+
+
+# --- reports -----------------------------------------------------------------
+
+
+def measure(program: Program, target: targets.Target) -> dict:
+  """What the compiled program needs of each device, or why there is none."""
+  report = {
+    **{"program": program.name, "images": program.images},
+    "model_flops": program.model_flops,
+    "flops": program.run_flops / len(target.devices),
+  }
+  started = time.monotonic()
+  lowered = program.lower()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+    return {**report, "fits": False, "reason": reason}
+  report["compile_seconds"] = time.monotonic() - started
+  stats = compiled.memory_analysis()
+  memory = {n: getattr(stats, f"{n}_size_in_bytes") for n in MEMORY}
+  parts = memory["argument"] + memory["output"] + memory["temp"]
+  peak = getattr(stats, "peak_memory_in_bytes", 0)
+  memory["peak"] = max(peak, parts - memory["alias"])
+  limit = target.chip.hbm_bytes if target.chip else math.inf
+  text = hlo.parse(compiled.as_text())
+  collectives = hlo.collectives(text, len(target.devices))
+  xla = compiled.cost_analysis() or {}
+  names = {"flops": "flops", "bytes": "bytes accessed"}
+  report |= {
+    "fits": memory["peak"] <= limit,
+    "memory": memory,
+    "bytes": hlo.bytes_moved(text),
+    "sent": sum(row["bytes"] for row in collectives),
+    "collectives": collectives,
+    "loops_of_unknown_length": sorted(text.runs()[1]),
+    "xla": {k: xla[name] for k, name in names.items() if name in xla},
+  }
+  if program.cache:
+    report["cache_copies"] = hlo.copies_in_loops(text, set(program.cache))
+  return report | _roofline(report, target)
+
+
+def _roofline(report: Mapping, target: targets.Target) -> dict:
+  """The seconds that each resource is busy, their largest, and the MFU."""
+  chip = target.chip
+  if chip is None:
+    return {}
+  rates = chip.peak_flops, chip.hbm_bandwidth, chip.link_bandwidth
+  names = "flops", "bytes", "sent"
+  busy = {name: report[name] / rate for name, rate in zip(names, rates)}
+  seconds = max(busy.values())
+  peak = seconds * chip.peak_flops * len(target.devices)
+  mfu = report["model_flops"] / peak
+  return {"busy_seconds": busy, "seconds": seconds, "mfu": mfu}
+
+
+def table(report: Mapping) -> str:
+  """The report of a target in words."""
+  lines = [
+    f"stage {report['stage']} on {report['target']}: {report['devices']}"
+    f" devices, mesh {report['mesh']}"
+  ]
+  for one in report["programs"]:
+    lines += ["", f"{one['program']}, {one['images']} images"]
+    lines += [f"  {name:<24} {value}" for name, value in _words(one, report)]
+  return "\n".join([*lines, "", ASSUMPTIONS])
+
+
+def _words(one: Mapping, report: Mapping):
+  """(name, value) of every line on a program."""
+  yield "fits", "yes" if one["fits"] else f"NO {one.get('reason', '')}"
+  yield "model TFLOPs", f"{one['model_flops'] / 1e12:.4g}"
+  yield "TFLOPs a device", f"{one['flops'] / 1e12:.4g}"
+  if "memory" not in one:
+    return
+  limit = report["hbm_bytes"]
+  room = f" of {limit / 1e9:.2f}" if limit else ", no limit known"
+  for name, value in one["memory"].items():
+    more = room if name == "peak" else ""
+    yield f"{name}, GB a device", f"{value / 1e9:.3f}{more}"
+  yield "GB moved a device", f"{one['bytes'] / 1e9:.4g}"
+  xla = [f"{name} {value:.4g}" for name, value in one["xla"].items()]
+  yield "XLA, each loop once", ", ".join(xla) or "says nothing"
+  for row in one["collectives"]:
+    sent = f"{row['count']} times, {row['bytes'] / 1e9:.3f} GB sent"
+    yield f"{row['kind']} {row['dtype']}", sent
+  if one["loops_of_unknown_length"]:
+    yield "taken once", f"{one['loops_of_unknown_length']}, length unknown"
+  if "cache_copies" in one:
+    yield "copies of the cache", f"{one['cache_copies']} in the loops"
+  if "mfu" in one:
+    busy = [f"{k} {v:.4g}" for k, v in one["busy_seconds"].items()]
+    yield "roofline, seconds", f"{one['seconds']:.4g} ({', '.join(busy)})"
+    yield "images/s", f"{one['images'] / one['seconds']:.4g}"
+    yield "MFU", f"{one['mfu']:.1%}"
+  yield "compiled in", f"{one['compile_seconds']:.0f} s"
+
+
+def report(
+  stages: Mapping,
+  name: str | None,
+  target: targets.Target,
+  batch_size: int | None = None,
+  output: str | None = None,
+) -> dict:
+  """Compiles a stage's programs for a target, prints and returns the report.
+
+  Args:
+    stages: of `build.stages`.
+    name: the stage; None is the last one that makes images.
+    target: of `targets.find`.
+    batch_size: images sampled at once; by default as --mode=sample does.
+    output: a JSON file for the report, which must not be there.
+
+  Raises:
+    ValueError: a program does not fit; the report is out before.
+  """
+  path = pathlib.Path(output) if output else None
+  if path and path.exists():
+    raise ValueError(f"--output={path} is there already: name a new file.")
+  known = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  name = build.choose("--stage", name or known[-1], known)
+  stage, devices = stages[name], len(target.devices)
+  mesh = sharding.make_mesh(build.mesh_config(stage), target.devices)
+  batch_size = batch_size or IMAGES_PER_DEVICE * devices
+  programs = (
+    train_program(stage, mesh),
+    sampler_program(stage, mesh, batch_size),
+  )
+  found = {
+    "stage": name,
+    "target": target.name,
+    "devices": devices,
+    "device_kind": target.devices[0].device_kind,
+    "mesh": dict(mesh.shape),
+    "hbm_bytes": target.chip and target.chip.hbm_bytes,
+    "jax": jax.__version__,
+    "programs": [measure(program, target) for program in programs],
+    "assumptions": ASSUMPTIONS,
+  }
+  print(table(found))
+  if path:
+    path.write_text(json.dumps(found, indent=2))
+  names = [one["program"] for one in found["programs"] if not one["fits"]]
+  if names:
+    raise ValueError(
+      f"{target.name}: {' and '.join(names)} of stage {name} do not fit into a"
+      " device; see above. Split more by config.mesh.fsdp or .tensor, set"
+      " config.train.remat and .accumulate, or take a smaller batch."
+    )
+  return found

@@ -1,0 +1,301 @@
+"""The peer of a benchmark: what a user of PyTorch would run instead.
+
+Hugging Face's `LlamaForCausalLM` of the backbone's sizes on random weights, as
+it comes (`eager`) and behind `torch.compile`. It decodes one token a step with
+a static KV cache, guided as [cond | null] rows of one batch, and draws with the
+same settings; it trains by AdamW on the cross-entropy. Weights and cache are in
+the config's dtype; training in bfloat16 is autocast over float32 weights, as
+here.
+
+The peer lives in a process of its own, `python -m tensorar_jax.peer_torch`,
+that runs what it is told on one line of JSON and answers on another. So neither
+framework's threads, allocator or crashes reach the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from tensorar_jax.method import drawing
+from tensorar_jax.nn import layers
+from tensorar_jax.performance import machine, workloads
+from tensorar_jax.performance.workloads import Case, Work
+
+MODES = ("eager", "compile")
+PACKAGES = ("torch", "transformers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """A LLaMA over image tokens, `prefix` rows of condition before them."""
+
+  width: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  mlp_width: int
+  vocab_size: int
+  num_tokens: int
+  prefix: int
+  dtype: str
+
+
+def sizes_of(backbone: Any, cond: Mapping) -> Sizes:
+  """The sizes of a backbone, if it is a LLaMA with one token a step."""
+  block = getattr(backbone.config, "block", None)
+  if not isinstance(block, layers.BlockConfig) or len(backbone.vocab_sizes) > 1:
+    raise ValueError(
+      f"--peer=torch: the blocks of {type(backbone).__module__} with"
+      f" vocabularies {backbone.vocab_sizes} are not those of a LLaMA with one"
+      " token a step, so there is no peer of its sizes. Leave --peer out."
+    )
+  _, cache = jax.eval_shape(backbone.prefill, cond)
+  return Sizes(
+    width=block.width,
+    num_layers=backbone.config.num_layers,
+    num_heads=block.num_heads,
+    num_kv_heads=block.num_kv_heads,
+    mlp_width=block.mlp_width,
+    vocab_size=backbone.vocab_sizes[0],
+    num_tokens=backbone.num_tokens,
+    prefix=layers.cache_rows(cache) - backbone.num_tokens,
+    dtype=block.dtype,
+  )
+
+
+def check_installed() -> None:
+  """ValueError unless the peer's packages are there."""
+  missing = [p for p in PACKAGES if importlib.util.find_spec(p) is None]
+  if missing:
+    raise ValueError(
+      f"--peer=torch needs {missing}: pip install -r requirements-peer.txt."
+    )
+
+
+# --- this side ---------------------------------------------------------------
+
+
+class Peer:
+  """The process of the peer; close it."""
+
+  def __init__(self, sizes: Sizes, config: drawing.SamplingConfig):
+    check_installed()
+    options = dataclasses.asdict(config.sub_token(0))
+    if not config.guided:
+      options["guidance"] = workloads.GUIDANCE
+    self._process = subprocess.Popen(
+      [sys.executable, "-m", __spec__.name],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    try:
+      self.about = self._ask(
+        sizes=dataclasses.asdict(sizes),
+        sampling=options,
+        threads=machine.cores(),
+        device="cpu" if jax.default_backend() == "cpu" else "cuda",
+      )
+    except RuntimeError as error:
+      self.close()
+      raise ValueError(f"--peer=torch: {error}") from error
+
+  def _ask(self, **request) -> dict[str, Any]:
+    try:
+      self._process.stdin.write(json.dumps(request) + "\n")
+      self._process.stdin.flush()
+      line = self._process.stdout.readline()
+    except BrokenPipeError:
+      line = ""
+    if not line:
+      raise RuntimeError(f"the peer has ended: {self._process.wait()}")
+    answer = json.loads(line)
+    if "error" in answer:
+      raise RuntimeError(answer["error"])
+    return answer
+
+  def case(self, work: Work, mode: str) -> Case:
+    """The same work in one of MODES; RuntimeError when it cannot be run."""
+    size = dict(kind=work.kind, batch=work.batch, mode=mode)
+    return Case(
+      work,
+      f"torch {mode}",
+      warm_up=lambda: self._ask(prepare=size),
+      time=lambda count: self._ask(run=size, count=count),
+    )
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    try:
+      self._process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      self._process.wait()
+
+
+# --- the peer's side ---------------------------------------------------------
+
+
+class Llama:
+  """The models that one process of the peer runs."""
+
+  def __init__(self, sizes: Sizes, options: Mapping, device: str):
+    import torch
+    import transformers
+
+    self.sizes, self.options, self.device = sizes, options, device
+    self.dtype = getattr(torch, sizes.dtype)
+    config = transformers.LlamaConfig(
+      vocab_size=sizes.vocab_size,
+      hidden_size=sizes.width,
+      intermediate_size=sizes.mlp_width,
+      num_hidden_layers=sizes.num_layers,
+      num_attention_heads=sizes.num_heads,
+      num_key_value_heads=sizes.num_kv_heads,
+      max_position_embeddings=sizes.prefix + sizes.num_tokens,
+      tie_word_embeddings=False,
+      use_cache=False,
+    )
+    torch.zeros((), device=device)  # an error where there is no such device
+    torch.manual_seed(0)
+    self.make = lambda: transformers.LlamaForCausalLM(config).to(device)
+    self._decoder = None
+
+  def decoder(self, batch: int, mode: str):
+    """A function that generates `batch` guided images."""
+    import torch
+    import transformers
+
+    if self._decoder is None:
+      self._decoder = self.make().to(self.dtype).eval()
+    model, sizes, options = self._decoder, self.sizes, self.options
+    forward = (
+      torch.compile(model, dynamic=False) if mode == "compile" else model
+    )
+    rows = 2 * batch  # [cond | null]
+    length = sizes.prefix + sizes.num_tokens
+    prefix = torch.randn(
+      (rows, sizes.prefix, sizes.width), dtype=self.dtype, device=self.device
+    )
+
+    @torch.inference_mode()
+    def generate():
+      cache = transformers.StaticCache(model.config, max_cache_len=length)
+      state = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+      out = model(inputs_embeds=prefix, **state)
+      tokens = [draw(out.logits[:, -1], options)]
+      for _ in range(sizes.num_tokens - 1):
+        both = torch.cat([tokens[-1], tokens[-1]])
+        out = forward(input_ids=both, **state)
+        tokens.append(draw(out.logits[:, -1], options))
+      return torch.cat(tokens, dim=1).cpu()
+
+    return generate
+
+  def trainer(self, batch: int, mode: str):
+    """A function that makes one training step, and waits for it."""
+    import torch
+
+    sizes, model = self.sizes, self.make().train()
+    forward = (
+      torch.compile(model, dynamic=False) if mode == "compile" else model
+    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    shape = (batch, sizes.num_tokens)
+    tokens = torch.randint(sizes.vocab_size, shape, device=self.device)
+    prefix = torch.randn((batch, sizes.prefix, sizes.width), device=self.device)
+    autocast = torch.autocast(
+      self.device, self.dtype, enabled=self.dtype != torch.float32
+    )
+
+    def step():
+      with autocast:
+        x = model.get_input_embeddings()(tokens[:, :-1])
+        out = forward(
+          inputs_embeds=torch.cat([prefix, x], dim=1),
+          logits_to_keep=sizes.num_tokens,
+        )
+      logits = out.logits.float().flatten(0, 1)
+      loss = torch.nn.functional.cross_entropy(logits, tokens.flatten())
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+      optimiser.step()
+      optimiser.zero_grad()
+      return loss.item()
+
+    return step
+
+
+def draw(logits, options: Mapping):
+  """Tokens [B, 1] from [cond | null] logits [2B, V]."""
+  import torch
+
+  cond, null = logits.float().chunk(2)
+  logits = null + options["guidance"] * (cond - null)
+  if options["temperature"] == 0:
+    return logits.argmax(dim=-1, keepdim=True)
+  logits = logits / options["temperature"]
+  if 0 < options["top_k"] < logits.shape[-1]:
+    least = torch.topk(logits, options["top_k"]).values[:, -1:]
+    logits = logits.masked_fill(logits < least, -torch.inf)
+  if options["top_p"] < 1:
+    ranked, order = torch.sort(logits, descending=True)
+    before = ranked.softmax(-1).cumsum(-1).roll(1, -1)
+    before[:, 0] = 0
+    ranked = ranked.masked_fill(before > options["top_p"], -torch.inf)
+    logits = torch.empty_like(logits).scatter(-1, order, ranked)
+  return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+
+
+def serve(requests, answers) -> None:
+  """Answers each line of `requests` until there are no more."""
+  import torch
+  import transformers
+
+  llama: Llama | None = None
+  runs: dict[str, Any] = {}
+
+  def answer(request):
+    nonlocal llama
+    if "sizes" in request:
+      torch.set_num_threads(request["threads"])
+      sizes = Sizes(**request["sizes"])
+      llama = Llama(sizes, request["sampling"], request["device"])
+      return {m.__name__: m.__version__ for m in (torch, transformers)}
+    if "run" in request:
+      run = runs[json.dumps(request["run"])]
+      return machine.watched(run, request["count"])
+    size = request["prepare"]
+    make = llama.decoder if size["kind"] == "decode" else llama.trainer
+    run = make(size["batch"], size["mode"])
+    runs[json.dumps(size)] = run
+    return {"seconds": machine.seconds(run)}
+
+  for line in requests:
+    try:
+      result = answer(json.loads(line))
+    # Whatever the compiler of a machine stumbles over belongs into the table.
+    except Exception as error:
+      result = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    print(json.dumps(result), file=answers, flush=True)
+
+
+def main() -> None:
+  # Libraries and compilers print to standard output; the answers go elsewhere.
+  answers = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)
+  serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+  main()

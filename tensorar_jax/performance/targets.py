@@ -1,0 +1,128 @@
+"""Devices to compile for, by name: those that are here, or a data sheet's.
+
+XLA's compilers know TPU slices by name, and GPUs by a description. They come
+with packages of their own: requirements-compile.txt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from tensorar_jax.parallel import chips
+
+GPUS_OF_A_HOST = 8
+# What the compiler asks of a GPU: NVIDIA's tuning guides and data sheets.
+GPUS = {
+  "a100": dict(major=8, cores=108, shared=164, l2=40, clock=1.41),
+  "h100": dict(major=9, cores=132, shared=228, l2=50, clock=1.98),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Devices, there or not, and their chip; None has no limits known."""
+
+  name: str
+  devices: Sequence
+  chip: chips.Chip | None
+
+
+def stay_off_devices(target: str) -> None:
+  """Keeps JAX from looking for accelerators; before anything asks for one."""
+  if target != "here":
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no host to ask about
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # and no device to share
+
+
+def find(name: str) -> Target:
+  """The target of v5e:4x4, h100:8, or `here`; ValueError if there is none."""
+  if name == "here":
+    return Target(name, jax.devices(), chips.of(jax.devices()[0]))
+  kind, _, size = name.partition(":")
+  form = r"\d+" if kind in GPUS else r"\d+(x\d+)+"
+  if kind not in chips.CHIPS or not re.fullmatch(form, size):
+    raise ValueError(
+      f"--target={name}: expected `here`, or a chip of"
+      f" {sorted(chips.CHIPS)} and how many, as v5e:4x4, v5p:2x2x2 or"
+      " h100:8."
+    )
+  topology = _gpus if kind in GPUS else _tpus
+  try:
+    devices = topology(name, kind, size).devices
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    reason = str(error).splitlines()[0]
+    raise ValueError(f"--target={name} cannot be had: {reason}") from error
+  return Target(name, devices, chips.CHIPS[kind])
+
+
+def _need(module: str, target: str) -> None:
+  try:
+    found = importlib.util.find_spec(module)
+  except ModuleNotFoundError:  # of the package around it
+    found = None
+  if not found:
+    raise ValueError(
+      f"{target} needs the compiler of that hardware, {module}: pip install"
+      " -r requirements-compile.txt"
+    )
+
+
+def _tpus(name, kind, size):
+  _need("libtpu", name)
+  # Both cores of a v4 chip are one device, as its runtime has them.
+  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+  return topologies.get_topology_desc(
+    platform="tpu", topology_name=name, **options
+  )
+
+
+def _gpus(name, kind, size):
+  _need("jax_cuda12_plugin", name)
+  if not shutil.which("ptxas"):
+    _need("nvidia.cuda_nvcc", name)
+  count = int(size)
+  hosts = max(1, count // GPUS_OF_A_HOST)
+  return topologies.get_topology_desc(
+    platform="cuda",
+    target_config=_gpu_description(kind),
+    topology=f"1x{hosts}x{count // hosts}",
+  )
+
+
+def _gpu_description(kind: str) -> str:
+  """A GpuTargetConfigProto in text."""
+  chip, gpu = chips.CHIPS[kind], GPUS[kind]
+  fields = dict(
+    threads_per_block_limit=1024,
+    threads_per_warp=32,
+    shared_memory_per_block=48 * 1024,
+    shared_memory_per_block_optin=(gpu["shared"] - 1) * 1024,
+    shared_memory_per_core=gpu["shared"] * 1024,
+    threads_per_core_limit=2048,
+    core_count=gpu["cores"],
+    fpus_per_core=64 if gpu["major"] == 8 else 128,
+    block_dim_limit_x=2**31 - 1,
+    block_dim_limit_y=2**16 - 1,
+    block_dim_limit_z=2**16 - 1,
+    memory_bandwidth=int(chip.hbm_bandwidth),
+    l2_cache_size=gpu["l2"] * 2**20,
+    clock_rate_ghz=gpu["clock"],
+    device_memory_size=int(chip.hbm_bytes),
+    registers_per_core_limit=2**16,
+    registers_per_block_limit=2**16,
+  )
+  lines = "\n".join(f"{name}: {value}" for name, value in fields.items())
+  capability = f"cuda_compute_capability {{ major: {gpu['major']} }}"
+  return (
+    f"gpu_device_info {{\n{lines}\n{capability}\n}}\n"
+    f'platform_name: "CUDA"\ndevice_description_str: "{kind}"\n'
+  )

@@ -1,0 +1,353 @@
+"""The results of ablations as a page: a picture and tables per data set.
+
+Reads nothing but the files of results, so that the page can always be drawn
+again from what is kept of a run.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tensorar_jax.reports import plots
+
+PAGE = "README.md"
+CONTROL = "k = 1, the base trained on"
+# By metric: what its column is called. The first that is there is drawn.
+COLUMNS = {
+  "frechet": "distance \u2193",
+  "fid": "FID \u2193",
+  "overall": "overall \u2191",
+  "accuracy": "class accuracy \u2191",
+  "precision": "precision \u2191",
+  "recall": "recall \u2191",
+  "entropy": "entropy",
+}
+COMMAND = "python -m tensorar_jax.main --config=configs/ablations/{}.py{}"
+INTRODUCTION = """# Ablations
+
+One choice at a time is changed against the centre: TensorAR by the published
+recipe (k = 4, depth 1, residual at the first output, categorical noise by the
+exponential schedule, rdm weights). Within a data set every variant starts from
+the same base model, trains for equally many steps, and is measured at the same
+guidance; what differs between seeds is the order of the data, the noise, and
+how the new modules start. *k = 1* is the base model itself, trained on for as
+many steps. A variant that stands in several tables was run once.
+
+* *Distance* is Fréchet's, of samples to the training images, in the features of
+  a small classifier; *class accuracy* the share of samples that it takes for
+  what they were asked to be.
+* *Entropy* is that of what a committed token is drawn from, in nats.
+* *Distance − base's* is against k = 1 of the same training seed.
+* *Loss* is the cross-entropy of the committed slot on held-out images: behind
+  windows noised as in training / behind the model's own drafts.
+* *Papers' FID* is on ImageNet at 256 px. Their base model has {base}.
+
+Neither the data nor the sizes are the papers', nor is the distance: only
+directions can be compared. The base models are those of the refinement study,
+seed 0. Seven runs on digits with half as many steps came first, at which the
+centre could not be told from the base (4.85 and 4.87); these are not counted.
+
+The commands continue where they were stopped and skip what the files beside
+this page hold; `--output=FOLDER` starts anew. The page is drawn from these
+files alone by
+
+```bash
+python -m tensorar_jax.main --config=configs/ablations/all.py --mode=visualize
+```"""
+ONE_SEED = "a training seed"
+STYLES = {
+  "ours, mean of the training seeds": dict(ls="", marker="o", color="C0", ms=7),
+  ONE_SEED: dict(ls="", marker=".", color="C0", alpha=0.45, ms=7),
+  "papers, over their base": dict(
+    ls="", marker="D", color="C1", mfc="white", ms=6
+  ),
+}
+TICKS = (  # the first of these that is not too much for a panel
+  [n / 20 for n in range(10, 60)],
+  [n / 10 for n in range(5, 60)],
+  (0.5, 0.7, 0.8, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10),
+  (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200),
+  [10.0**n for n in range(-3, 4)],
+)
+Results = Mapping[str, Any]  # a file of results
+
+
+def read(folder: pathlib.Path) -> list[dict]:
+  """Every file of results; ValueError if there is none."""
+  found = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+  found = [results for results in found if results.get("records")]
+  if not found:
+    raise ValueError(f"{folder} holds no results yet: run an ablation first.")
+  return found
+
+
+def records_of(results: Results, variant: str) -> dict[str, dict]:
+  """{seed: record} of what is measured of a variant."""
+  split = [name.rsplit("/", 1) for name in results["records"]]
+  return {
+    seed: results["records"][f"{name}/{seed}"]
+    for name, seed in split
+    if name == variant
+  }
+
+
+def values(results: Results, variant: str, metric: str) -> list[float]:
+  """A metric of a variant, of each seed that has it."""
+  found = [r["metrics"] for r in records_of(results, variant).values()]
+  return [row[metric] for row in found if metric in row]
+
+
+def against_base(results: Results, variant: str, metric: str) -> np.ndarray:
+  """[seeds, 2]: a variant's value and the base's, where both are measured."""
+  own = records_of(results, variant)
+  base = records_of(results, results["base"])
+  both = [seed for seed in own if seed in base]
+  pairs = [[r[s]["metrics"][metric] for r in (own, base)] for s in both]
+  return np.array(pairs, float).reshape(-1, 2)
+
+
+def shown(results: Results) -> dict[str, str]:
+  """The columns of metrics that there are."""
+  one = next(iter(results["records"].values()))["metrics"]
+  return {name: head for name, head in COLUMNS.items() if name in one}
+
+
+def time_of(results: Results, variant: str) -> Mapping | None:
+  """How a variant was timed, if it was."""
+  shape = results["shapes"].get(variant)
+  rows = results["times"]
+  return next((r for r in rows if [r["window"], r["depth"]] == shape), None)
+
+
+def rows_of(results: Results, axis: Mapping) -> list[Mapping]:
+  """The rows of a table; the base, trained on, is in every one."""
+  rows = list(axis["rows"])
+  if results["base"] not in [row["variant"] for row in rows]:
+    paper = {"paper": None, "paper_seconds": None}
+    rows.append({"name": CONTROL, "variant": results["base"], **paper})
+  return rows
+
+
+# --- tables ------------------------------------------------------------------
+
+
+def spread(
+  found: Sequence[float] | np.ndarray, places: int, sign: str = ""
+) -> str:
+  """Mean, and the standard deviation if there is more than one value."""
+  if not len(found):
+    return ""
+  text = f"{np.mean(found):{sign}.{places}f}"
+  if len(found) > 1:
+    text += f" \u00b1 {np.std(found, ddof=1):.{places}f}"
+  return text
+
+
+def losses(results: Results, variant: str) -> str:
+  """Behind training noise / behind own drafts, means over the seeds."""
+  found = [
+    record["diagnostics"]["cross_entropy"]
+    for record in records_of(results, variant).values()
+    if "diagnostics" in record
+  ]
+  kinds = ("training_noise", "own_drafts")
+  means = [np.mean([f[k][0] for f in found if k in f] or np.nan) for k in kinds]
+  return " / ".join(f"{mean:.3f}" for mean in means if not np.isnan(mean))
+
+
+def cells(results: Results, axis: Mapping) -> list[list[str]]:
+  """The table of one axis, with its heading."""
+  columns, rows = shown(results), rows_of(results, axis)
+  first = next(iter(columns))
+  papers = any(row["paper"] is not None for row in rows)
+  head = [axis["title"], *["papers' FID \u2193"] * papers, *columns.values()]
+  head += [f"{columns[first].split()[0]} \u2212 base's", "loss"]
+  clocked = any(row["paper_seconds"] for row in rows)
+  timed = bool(axis["timed"] and results["times"])
+  head += ["time over k = 1's"] * timed
+  lines = [head + ["papers'"] * clocked]
+  for row in rows:
+    variant, paper = row["variant"], row["paper"]
+    line = [row["name"] + ", the centre" * (variant == "centre")]
+    line += ["" if paper is None else f"{paper:.2f}"] * papers
+    for metric in columns:
+      places = 2 if metric in ("frechet", "fid") else 3
+      line.append(spread(values(results, variant, metric), places))
+    pairs = against_base(results, variant, first)
+    gaps = pairs[:, 0] - pairs[:, 1] if variant != results["base"] else []
+    line += [spread(gaps, 2, "+"), losses(results, variant)]
+    if timed:
+      time = time_of(results, variant)
+      text = "{median:.2f} [{min:.2f}, {max:.2f}]"
+      text = "1" if variant == results["base"] else text
+      line.append(text.format(**time["ratio"]) if time else "")
+    if clocked:
+      took = row["paper_seconds"]
+      base = axis["paper_base_seconds"]
+      line.append("" if took is None else f"{took / base:.2f}")
+    lines.append(line)
+  return lines
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+  """Markdown of a heading and lines."""
+  head, *rest = lines
+  rows = [head, ["---"] * len(head), *rest]
+  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def describe(results: Results) -> str:
+  """How it was measured, in a sentence or two."""
+  settings, records = results["settings"], results["records"]
+  counts = collections.Counter(name.rsplit("/", 1)[0] for name in records)
+  few, seeds = min(counts.values()), max(counts.values())
+  numbers = f"{few} to {seeds}" if few < seeds else f"{seeds}"
+  steps, images = settings["centre"]["train"], settings["evaluation"]
+  scales = {f"{r['metrics'].get('guidance', 1.0):g}" for r in records.values()}
+  text = (
+    f"{numbers} training seed{'s, mean ± standard deviation' * (seeds > 1)};"
+    f" {steps['num_steps']:,} steps of {steps['batch_size']} images;"
+    f" {images['num_images']:,} samples of each at guidance"
+    f" {' or '.join(sorted(scales))}."
+  )
+  base = [row for row in results["times"] if row["window"] == 1]
+  for row in base[:1]:
+    text += (
+      f" Time: guided sampling of {row['batch']} images on random weights, all"
+      " windows and depths in turn in one process; ratios within a round,"
+      f" median [least, largest]. k = 1: {row['ms_per_step']['median']:.2f} ms"
+      " a step."
+    )
+  return text
+
+
+def section(results: Results) -> str:
+  """One data set: how, the picture, and a table per axis."""
+  data = results["data"]
+  suffix = "" if data == "digits" else f":{data}"
+  parts = [f"## {data}", describe(results), f"![distances]({data}.png)"]
+  for name, axis in results["axes"].items():
+    command = COMMAND.format(name, suffix)
+    parts += [f"### {axis['title']}", f"```bash\n{command}\n```"]
+    parts.append(table(cells(results, axis)))
+    if axis["source"]:
+      parts.append(f"Papers: {axis['source']}.")
+  return "\n\n".join(parts)
+
+
+def page(files: Sequence[Results]) -> str:
+  """The whole page as Markdown."""
+  axes = [axis for results in files for axis in results["axes"].values()]
+  text = INTRODUCTION.format(base=axes[0]["paper_base"])
+  return "\n\n".join([text, *map(section, files)]) + "\n"
+
+
+# --- the picture -------------------------------------------------------------
+
+
+def save_picture(path: pathlib.Path, results: Results) -> None:
+  """A panel per axis: the first metric over the base's, beside the papers'.
+
+  And one of the time, if that was measured.
+  """
+  from matplotlib.figure import Figure
+
+  axes, timed = list(results["axes"].values()), bool(results["times"])
+  count = len(axes) + timed
+  columns = min(4, count)
+  lines = math.ceil(count / columns)
+  size = (3.3 * columns, 3.0 * lines + 0.4)
+  figure = Figure(figsize=size, dpi=80, layout="constrained")
+  panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+  metric, head = next(iter(shown(results).items()))
+  for panel, axis in zip(panels, axes):
+    _draw(panel, results, axis, metric)
+  for panel in panels[: len(axes) : columns]:
+    panel.set_ylabel(f"{head.split()[0]} over that of k = 1", fontsize=9)
+  if timed:
+    _draw_times(panels[len(axes)], results)
+  for panel in panels[count:]:
+    panel.axis("off")
+  several = len({name.rsplit("/", 1)[1] for name in results["records"]}) > 1
+  for name, style in STYLES.items():
+    if several or name != ONE_SEED:
+      panels[0].plot([], [], label=name, **style)
+  style = {"frameon": False, "fontsize": 9, "ncols": len(STYLES)}
+  marks = panels[0].get_legend_handles_labels()
+  figure.legend(*marks, loc="outside lower center", **style)
+  figure.savefig(path, format="png")
+
+
+def _draw(panel, results: Results, axis: Mapping, metric: str) -> None:
+  """Each variant's seeds and their mean, over the base's of the same seed."""
+  rows = [r for r in axis["rows"] if r["variant"] != results["base"]]
+  mean, seeds, paper = STYLES.values()
+  for at, row in enumerate(rows):
+    pairs = against_base(results, row["variant"], metric)
+    ratios = pairs[:, 0] / pairs[:, 1]
+    if len(ratios) > 1:
+      panel.plot([at] * len(ratios), ratios, **seeds)
+    if len(ratios):
+      panel.plot(at, ratios.mean(), **mean)
+    if row["paper"] is not None:
+      panel.plot(at, row["paper"] / axis["paper_base"], **paper)
+  _finish(panel, [row["name"] for row in rows], axis["title"])
+  _ticks(panel)
+
+
+def _draw_times(panel, results: Results) -> None:
+  """The time of a step over that of k = 1, median and range of the rounds."""
+  rows = [
+    (row, axis)
+    for axis in results["axes"].values()
+    for row in axis["rows"]
+    if axis["timed"] and row["variant"] != results["base"]
+  ]
+  mean, _, paper = STYLES.values()
+  for at, (row, axis) in enumerate(rows):
+    if time := time_of(results, row["variant"]):
+      low, middle, high = (time["ratio"][k] for k in ("min", "median", "max"))
+      panel.vlines(at, low, high, color=mean["color"], lw=1)
+      panel.plot(at, middle, **mean)
+    if took := row["paper_seconds"]:
+      panel.plot(at, took / axis["paper_base_seconds"], **paper)
+  _finish(panel, [row["name"] for row, _ in rows], "time over that of k = 1")
+
+
+def _finish(panel, names: Sequence[str], title: str) -> None:
+  panel.axhline(1, color="#1f2328", lw=1.2, zorder=1.6)
+  panel.set_xticks(range(len(names)), names, rotation=30, ha="right")
+  panel.set_xlim(-0.5, len(names) - 0.5)
+  plots.tidy(panel, title)
+
+
+def _ticks(panel) -> None:
+  """A logarithmic scale that says plain numbers, not too many."""
+  from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+  panel.set_yscale("log")
+  low, high = panel.get_ylim()
+  places = next(
+    found
+    for ticks in TICKS
+    if len(found := [n for n in ticks if low <= n <= high]) < 7
+  )
+  panel.yaxis.set_major_locator(FixedLocator(places))
+  panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+  panel.yaxis.set_minor_locator(NullLocator())
+
+
+def render(folder: pathlib.Path) -> None:
+  """Writes the page and <data>.png into the folder of results."""
+  files = read(folder)
+  for results in files:
+    save_picture(folder / f"{results['data']}.png", results)
+  (folder / PAGE).write_text(page(files), encoding="utf-8")
+  print(f"{folder / PAGE}")

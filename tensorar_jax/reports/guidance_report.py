@@ -1,0 +1,38 @@
+"""The picture of a guidance scan: every metric over the scales."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from tensorar_jax.evaluation import scores
+from tensorar_jax.evaluation.protocol import NAMES
+from tensorar_jax.reports import plots
+
+
+def draw(overview: pathlib.Path) -> pathlib.Path | None:
+  """Draws the records of `protocol.sweep` beside their JSON file.
+
+  Nothing is drawn, and None returned, if there are less than two scales.
+  """
+  records = json.loads(overview.read_text())
+  if len(records) < 2:
+    return None
+  picture = overview.with_suffix(".png")
+  scales = [name.removeprefix("guidance ") for name in records]
+  title = f"{overview.parent.name} {overview.stem.replace('-', ' ', 1)}"
+  plots.save_scan(picture, scales, _curves([*records.values()]), title)
+  return picture
+
+
+def _curves(records: Sequence[dict]) -> dict[str, tuple]:
+  """What `save_scan` draws, for every metric that all records have."""
+  curves = {}
+  for name, label, higher in NAMES.values():
+    entries = [record["metrics"].get(name) for record in records]
+    if None not in entries:
+      values = [entry["value"] for entry in entries]
+      halves = [scores.Z95 * entry.get("std", 0.0) for entry in entries]
+      curves[label] = values, halves, higher
+  return curves

@@ -1,0 +1,191 @@
+"""One step of training, as a pure function, and the state that it takes.
+
+The state has a place for each of its arrays on a mesh before it exists: it is
+made there, or read from a checkpoint, part by part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jax.sharding import Mesh
+
+from tensorar_jax.interfaces import Key
+from tensorar_jax.nn import flops
+from tensorar_jax.parallel import sharding, weights
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a checkpoint holds.
+
+  The leaves are arrays; JAX also puts shapes and shardings in their place.
+
+  Attributes:
+    step: int32 [], completed steps.
+    params: trained weights by path, float32.
+    frozen: saved but untrained weights by path.
+    opt_state: of `optim.make`.
+    ema: average of params, or None.
+    rng: the run's key; step n uses fold_in(rng, n).
+  """
+
+  step: Any
+  params: Any
+  frozen: Any
+  opt_state: Any
+  ema: Any
+  rng: Any
+
+
+def _first_state(params, frozen, tx, seed, ema) -> TrainState:
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    frozen=frozen,
+    opt_state=tx.init(params),
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    rng=jax.random.key(seed),
+  )
+
+
+def state_layout(
+  model: nnx.Module, tx: optax.GradientTransformation, ema: bool, mesh: Mesh
+) -> TrainState:
+  """Shapes and shardings of the state; the model may be abstract."""
+  _, params, frozen = weights.split(model)
+  state = jax.eval_shape(
+    lambda *arrays: _first_state(*arrays, tx, 0, ema), params, frozen
+  )
+  return sharding.layout(state, model, mesh)
+
+
+def init_state(
+  model: nnx.Module,
+  tx: optax.GradientTransformation,
+  seed: int,
+  ema: bool,
+  mesh: Mesh | None = None,
+) -> tuple[weights.Skeleton, TrainState]:
+  """(skeleton, state before the first step) on a mesh, by default of one."""
+  mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+  skeleton, params, frozen = weights.split(model)
+  # An initialiser may leave a weak type, which the first update makes strong.
+  params = {path: jnp.asarray(p, p.dtype) for path, p in params.items()}
+  place = sharding.shardings(state_layout(model, tx, ema, mesh))
+  # Weights that are in their place already stay there, uncopied.
+  params = jax.device_put(params, place.params)
+  frozen = jax.device_put(frozen, place.frozen)
+
+  def others(params):
+    state = _first_state(params, {}, tx, seed, ema)
+    return state.replace(params=None, frozen=None)
+
+  place = place.replace(params=None, frozen=None)
+  state = jax.jit(others, out_shardings=place)(params)
+  return skeleton, state.replace(params=params, frozen=frozen)
+
+
+def make_train_step(
+  skeleton: weights.Skeleton,
+  loss: Callable,
+  tx: optax.GradientTransformation,
+  ema_decay: float,
+  like: TrainState | None = None,
+  accumulate: int = 1,
+) -> Callable:
+  """The jitted (state, context, batch) -> (state, metrics); donates state.
+
+  `like`, of `state_layout`, keeps the new state where the old one is; metrics
+  are on all devices. Without it the compiler chooses. `accumulate` is the
+  number of parts of a batch that are computed one after another, each with the
+  memory of its part; loss and gradients are the means over them.
+  """
+  place = like and (sharding.shardings(like), like.step.sharding)
+
+  def gradients(state, context, batch, rng):
+    def compute(params):
+      model = sharding.gather(skeleton.merge(params, state.frozen))
+      return loss(model, context, batch, rng, state.step)
+
+    (value, scalars), grads = jax.value_and_grad(compute, has_aux=True)(
+      state.params
+    )
+    if place:  # summed over the devices into the parts that they have
+      grads = jax.lax.with_sharding_constraint(grads, place[0].params)
+    return {"loss": value, **scalars}, grads
+
+  def train_step(state: TrainState, context, batch):
+    rng = jax.random.fold_in(state.rng, state.step)
+    of = functools.partial(gradients, state, context)
+    if accumulate == 1:
+      scalars, grads = of(batch, rng)
+    else:
+      scalars, grads = _mean_over_parts(of, batch, rng, accumulate)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    scalars = {**scalars, "grad_norm": optax.tree.norm(grads)}
+    state = state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+    )
+    return state, scalars
+
+  # Batches have one shape: a second trace would be a bug, and a slow one. chex
+  # counts by source line, so every stage's step counts afresh.
+  chex.clear_trace_counter()
+  once = chex.assert_max_traces(train_step, n=1)
+  return jax.jit(once, donate_argnums=0, out_shardings=place)
+
+
+def _mean_over_parts(of: Callable, batch: Any, rng: Key, parts: int) -> Any:
+  """The mean of `of(part, rng)` over `parts` equal parts of a batch."""
+
+  def split(array):
+    # Part i is every parts-th row: all devices have rows of every part.
+    rows = array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+    return sharding.constrain(rows, None, sharding.ROWS)
+
+  def add(total, numbered):
+    i, part = numbered
+    found = of(part, jax.random.fold_in(rng, i))
+    return jax.tree.map(lambda t, f: t + f / parts, total, found), None
+
+  batch = jax.tree.map(split, batch)
+  one = jax.tree.map(lambda a: a[0], batch)
+  zeros = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, one, rng)
+  )
+  return jax.lax.scan(add, zeros, (jnp.arange(parts), batch))[0]
+
+
+def model_flops(
+  skeleton: weights.Skeleton,
+  loss: Callable,
+  state: TrainState,
+  context: Any,
+  batch: Any,
+) -> int:
+  """Model FLOPs of one step on these arrays, or their shapes; see `flops`.
+
+  They are those of the plain program, on any hardware: what kernels compute
+  cannot be looked into.
+  """
+
+  def compute(params, frozen, context, batch, rng, step):
+    return loss(skeleton.merge(params, frozen), context, batch, rng, step)[0]
+
+  args = (state.params, state.frozen, context, batch, state.rng, state.step)
+  args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+  with sharding.as_if_plain():
+    return flops.training_flops(compute, *args)

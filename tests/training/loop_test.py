@@ -1,0 +1,346 @@
+import json
+import logging as py_logging
+import os
+import re
+import shutil
+import signal
+import time
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from absl import logging
+
+import tensorar_jax as tj
+from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.data import pipeline
+from tensorar_jax.experiment import build
+from tensorar_jax.parallel import preemption, sharding, weights
+from tensorar_jax.training import logs, loop, optimizer, train_step
+
+
+def stage(num_steps=6, **sections):
+  """A stage on the digits that trains in seconds."""
+  fields = dict(width=16, num_layers=2, num_heads=2, num_classes=10)
+  base = {
+    "seed": 0,
+    "objective": "tensorar",
+    "init": None,
+    "source": None,
+    "source_dtype": None,
+    "data": dict(name="digits", train_split="train", test_split="test"),
+    "tokenizer": dict(name="pixels", image_size=(8, 8), levels=17),
+    "conditioning": dict(name="class", num_classes=10),
+    "backbone": dict(
+      name="llamagen", vocab_size=17, grid=(8, 8), mlp_multiple=8, **fields
+    ),
+    "tensorar": dict(window=3),
+    "noise": dict(kind="categorical"),
+    "loss": dict(weights="rdm"),
+    "optim": dict(learning_rate=3e-3, ema_decay=0.9),
+    "train": dict(
+      batch_size=8, num_steps=num_steps, log_every=2, checkpoint_every=2
+    ),
+  }
+  base = json.loads(json.dumps(base))
+  for name, value in sections.items():
+    base[name] = {**base[name], **value} if isinstance(value, dict) else value
+  return base
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("train") / "stage"
+  loop.fit(stage(), folder)
+  return folder
+
+
+def layout(config):
+  """Shapes and places of the state of a stage's training, on one device."""
+  model = weights.abstract(lambda rngs: build.model(config, rngs))
+  optimiser = build.call(optimizer.OptimConfig, config["optim"], "optim")
+  tx, mesh = optimizer.make(optimiser, 6), sharding.make_mesh()
+  return train_step.state_layout(model, tx, True, mesh)
+
+
+def assert_same(folder, trained):
+  """Parameters, EMA, optimiser, key and data position; and the log."""
+  texts = [(path / "log.jsonl").read_text() for path in (folder, trained)]
+  assert texts[0] == texts[1]
+  (a, *rest), (b, *_) = [
+    orbax_io.Checkpoints(path / "checkpoints").restore(layout(stage()))
+    for path in (folder, trained)
+  ]
+  keys = [jax.random.key_data(state.rng) for state in (a, b)]
+  chex.assert_trees_all_equal(*keys)
+  chex.assert_trees_all_equal(a.replace(rng=0), b.replace(rng=0))
+  assert a.ema and rest[0] == {"next_index": 6}
+
+
+def saved(folder):
+  return {path.name for path in (folder / "checkpoints").iterdir()}
+
+
+def test_sigterm_saves_behind_any_step_and_the_rest_is_the_same(
+  trained, tmp_path, monkeypatch
+):
+  """The checkpoint of step 3 cuts a row of the log in two."""
+  folder, steps, place = tmp_path / "stage", [], sharding.global_batch
+  partial = folder / "checkpoints" / "1.orbax-checkpoint-tmp"
+  partial.mkdir(parents=True)
+
+  def signalled(*args):
+    steps.append(len(steps) + 1)
+    if steps[-1] == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), signal.SIGTERM)
+    return place(*args)
+
+  before = signal.getsignal(signal.SIGTERM)
+  often = stage(train=dict(checkpoint_every=1, keep=1, keep_every=2))
+  with monkeypatch.context() as patch:
+    patch.setattr(sharding, "global_batch", signalled)
+    with pytest.raises(SystemExit) as stopped:
+      loop.fit(often, folder)
+  assert stopped.value.code == preemption.EXIT_CODE == 75
+  assert steps == [1, 2, 3]
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert saved(folder) == {"2", "3"}
+  loop.fit(often, folder)
+  assert saved(folder) == {"2", "4", "6"}
+  assert_same(folder, trained)
+
+
+def test_the_step_compiles_once_from_fresh_and_from_given_weights(
+  trained, tmp_path, monkeypatch
+):
+  steps, make = [], train_step.make_train_step
+
+  def spy(*args):
+    steps.append(make(*args))
+    return steps[-1]
+
+  monkeypatch.setattr(train_step, "make_train_step", spy)
+  loop.fit(stage(2, optim=dict(ema_decay=0.0)), tmp_path / "fresh")
+  loop.fit(stage(2, init=str(trained)), tmp_path / "given")
+  assert [step._cache_size() for step in steps] == [1, 1]
+
+
+def test_a_slow_input_is_seen_and_steps_are_traced(tmp_path, monkeypatch):
+  make, lines = pipeline.train_iterator, []
+
+  class Slow:
+    def __init__(self, *args, **options):
+      self.data = make(*args, **options)
+      self.get_state = self.data.get_state
+
+    def __next__(self):
+      time.sleep(0.55)
+      return next(self.data)
+
+  monkeypatch.setattr(pipeline, "train_iterator", Slow)
+  write = lambda text, *args: lines.append(text % args if args else text)
+  for level in ("info", "warning"):
+    monkeypatch.setattr(loop.logging, level, write)
+  loop.fit(stage(4), tmp_path / "stage", profile=(2, 3))
+  assert list((tmp_path / "stage" / "profile").rglob("*.trace.json.gz"))
+  slow = [line for line in lines if "input is too slow" in line]
+  assert slow and "had no batch for" in slow[0]
+  (row,) = [line for line in lines if " 2/4 " in line]
+  speeds = r"ms/step, .* tokens/s, .* images/s, .* TFLOP/s, waiting .*%, ETA"
+  assert re.search(speeds, row)
+  # The trace of an interrupted run has nothing that a clock decides.
+  assert "speed" not in (tmp_path / "stage" / "log.jsonl").read_text()
+
+
+def test_load_gives_the_trained_model_and_its_average(trained):
+  model, average = tj.load(trained), tj.load(trained, ema=True)
+  assert model.window == 3
+  a, b = (weights.split(m)[1] for m in (model, average))
+  path = "backbone/head/kernel"
+  assert (np.asarray(a[path]) != np.asarray(b[path])).any()
+
+
+def test_training_lowers_the_loss(tmp_path):
+  longer = stage(
+    60, train=dict(batch_size=32, log_every=10, checkpoint_every=60)
+  )
+  loop.fit(longer, tmp_path / "stage")
+  rows = (tmp_path / "stage" / "log.jsonl").read_text().splitlines()
+  rows = [json.loads(row) for row in rows]
+  assert rows[-1]["ce/0"] < 0.8 * rows[0]["ce/0"]
+  assert rows[-1]["ce/2"] < 0.9 * rows[0]["ce/2"]
+
+
+def truncate(folder):
+  """Half of every file of arrays is lost (of some, nothing is read)."""
+  for file in folder.glob("state/**/d/*"):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def fill(folder):
+  for file in (folder / "state").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"junk")
+
+
+DAMAGE = {
+  "truncated": truncate,
+  "junk": fill,
+  "no state": lambda folder: shutil.rmtree(folder / "state"),
+  "no data": lambda folder: shutil.rmtree(folder / "data"),
+  "no file of arrays": lambda folder: shutil.rmtree(folder / "state" / "d"),
+  "no names": lambda folder: (folder / "state" / "_METADATA").unlink(),
+  "an empty file": lambda folder: os.truncate(folder / "data" / "metadata", 0),
+  "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_the_checkpoint_before_a_damaged_one_is_taken(
+  trained, tmp_path, caplog, damage
+):
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(trained / "checkpoints", folder)
+  (folder / "6.damaged").mkdir()
+  damage(folder / "6")
+  state, position, meta = orbax_io.Checkpoints(folder).restore(layout(stage()))
+  assert state.step == 4 and position == {"next_index": 4}
+  assert meta["id"].endswith("-4")
+  assert saved(tmp_path) == {"4", "6.damaged", "6.damaged1"}
+  assert "DAMAGED" in caplog.text
+  for words in ("6 cannot be read", "continues from the one before", "/4"):
+    assert words in caplog.text
+
+
+def test_the_console_shows_what_this_project_says_of_checkpoints():
+  logs.log_to_console()
+  handler = logging.get_absl_handler()
+  shown = {
+    module.__name__: handler.filter(
+      py_logging.LogRecord("", 30, module.__file__, 1, "DAMAGED", (), None)
+    )
+    for module in (orbax_io, ocp.checkpoint_manager)
+  }
+  handler.removeFilter(handler.filters[-1])
+  assert list(map(bool, shown.values())) == [True, False]
+
+
+def test_a_run_behind_a_damaged_checkpoint_ends_as_a_sound_one(
+  trained, tmp_path
+):
+  """It was complete; what refers to its last checkpoint still finds it."""
+  folder = tmp_path / "stage"
+  shutil.copytree(trained, folder)
+  shutil.rmtree(folder / "checkpoints" / "6" / "meta")
+  loop.fit(stage(), folder)
+  assert saved(folder) == {"4", "6", "6.damaged"}
+  assert_same(folder, trained)
+  metas = [orbax_io.run_meta(path) for path in (folder, trained)]
+  assert metas[0]["id"] == metas[1]["id"]
+
+
+def test_without_a_sound_checkpoint_nothing_is_renamed(trained, tmp_path):
+  folder = tmp_path / "stage"
+  shutil.copytree(trained, folder)
+  for step in ("4", "6"):
+    fill(folder / "checkpoints" / step)
+  with pytest.raises(ValueError, match="/6: .* cannot be read.*damaged"):
+    loop.fit(stage(), folder)
+  with pytest.raises(ValueError, match="/6: .* cannot be read"):
+    tj.load(folder)
+  assert saved(folder) == {"4", "6"}
+
+
+def test_another_model_is_not_damage(trained, tmp_path):
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(trained / "checkpoints", folder)
+  wider = layout(stage(backbone=dict(width=32)))
+  with pytest.raises(ValueError, match="not damaged.*\n.*was .*is "):
+    orbax_io.Checkpoints(folder).restore(wider)
+  fewer = layout(stage(tensorar=dict(window=1)))
+  with pytest.raises(ValueError, match="was .*, is None"):
+    orbax_io.Checkpoints(folder).restore(fewer)
+  assert saved(tmp_path) == {"4", "6"}
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+  with pytest.raises(ValueError, match="no such checkpoint"):
+    tj.load(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="found no checkpoint"):
+    tj.load(tmp_path)
+  with pytest.raises(ValueError, match="train that stage first"):
+    loop.fit(stage(init="nowhere"), tmp_path / "stage")
+
+
+def test_a_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path):
+  bad = stage(8, optim=dict(learning_rate=1e30, clip_norm=0.0))
+  with pytest.raises(
+    ValueError, match="loss of step .* expected finite numbers"
+  ):
+    loop.fit(bad, tmp_path / "stage")
+  assert not saved(tmp_path / "stage") & {"4", "6", "8"}
+
+
+def test_a_gradient_that_is_not_finite_stops_under_a_finite_loss(tmp_path):
+  rows = [{"loss": 1.0, "grad_norm": 2.0}, {"loss": 1.0, "grad_norm": np.nan}]
+  with pytest.raises(
+    ValueError, match="step 7 is 1.0, its gradient's norm nan"
+  ):
+    logs.floats(rows, 7, tmp_path)
+
+
+def test_another_config_in_the_folder_is_refused(trained):
+  other = stage(noise=dict(kind="gaussian"))
+  with pytest.raises(ValueError, match="noise.kind: was 'categorical'"):
+    loop.fit(other, trained)
+  # What is written how often may change.
+  loop.fit(stage(train=dict(log_every=1)), trained)
+
+
+def test_weights_of_another_model_are_refused(trained, tmp_path):
+  wider = stage(init=str(trained), backbone=dict(width=32))
+  with pytest.raises(ValueError, match="does not fit"):
+    loop.fit(wider, tmp_path / "a")
+  base = stage(init=str(trained), tensorar=dict(window=1))
+  with pytest.raises(ValueError, match="encoder/gain|is not in this model"):
+    loop.fit(base, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+  "section, value, words",
+  [
+    ("train", dict(keep_every=3), "keep_every=3 is no multiple"),
+    ("train", dict(keep=0), "keep=0: expected at least 1"),
+    ("train", dict(nmu_steps=3), "Did you mean 'num_steps'"),
+    ("optim", dict(schedule="steep"), "steep"),
+    ("optim", dict(learning_rate="high"), "learning_rate='high'"),
+    ("backbone", dict(name="lamagen"), "Did you mean 'llamagen'"),
+    ("backbone", dict(variant="XS"), "XXL"),
+    ("backbone", dict(num_heads=3), "num_heads=3"),
+    ("tokenizer", dict(name="vqq"), "Did you mean 'vq'"),
+    ("conditioning", dict(name="sound"), "class"),
+    ("loss", dict(condition_dropout=2.0), "condition_dropout=2.0"),
+    ("noise", dict(schedule=[0.0, 0.5]), "3 slots"),
+    ("tensorar", dict(windows=3), "Did you mean 'window'"),
+    ("loss", dict(random_order=(5, 5)), "random_order=\\(5, 5\\)"),
+    ("loss", dict(random_order=(0, 5)), "neighbours in raster order"),
+  ],
+)
+def test_bad_settings_say_what_was_expected(section, value, words):
+  with pytest.raises(ValueError, match=words):
+    loop.check(stage(**{section: value}))
+
+
+def test_stages_overlay_the_shared_sections():
+  from configs import digits
+
+  stages = build.stages(digits.get_config())
+  assert stages["tensorar"]["init"] == "base"
+  assert stages["drafts"]["noise"]["kind"] == "drafts"
+  assert stages["drafts"]["noise"]["schedule"] == "exponential"
+  assert stages["base"]["tensorar"]["window"] == 1
+  for one in stages.values():
+    loop.check(one)
