@@ -67,7 +67,6 @@ import sys
 import traceback
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from tensorar_jax.training import logs
 
@@ -77,8 +76,11 @@ MODES = (
   *("import", "tokenize", "export", "compile", "benchmark"),
 )
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "The experiment: a file of configs/.", lock_config=True
+_CONFIG = flags.DEFINE_string(
+  "config",
+  None,
+  "The experiment: a file of configs/. --config.SECTION.KEY=VALUE sets a value"
+  " for all stages, --config.stages.NAME.SECTION.KEY=VALUE for one of them.",
 )
 _MODE = flags.DEFINE_enum("mode", "run", MODES, "What to do; see above.")
 _WORKDIR = flags.DEFINE_string(
@@ -226,24 +228,22 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def workdir() -> pathlib.Path:
+def workdir(experiment) -> pathlib.Path:
   """--workdir, or runs/<name of the config file>."""
   if _WORKDIR.value:
     return pathlib.Path(_WORKDIR.value).absolute()
-  if "ablation" in _CONFIG.value:  # every axis of a data set shares its base
-    data = _CONFIG.value.ablation.data
+  if experiment.ablation:  # every axis of a data set shares its base
+    data = experiment.ablation.data
     return pathlib.Path("runs", "ablations", data).absolute()
-  path = config_flags.get_config_filename(flags.FLAGS["config"])
-  return pathlib.Path("runs", pathlib.Path(path).stem).absolute()
+  return pathlib.Path("runs", experiment.name).absolute()
 
 
-def run(config, folder: pathlib.Path) -> None:
+def run(experiment, folder: pathlib.Path) -> None:
   """Carries out --mode. The heavy imports wait until the flags are right."""
   import jax
 
   from tensorar_jax.cli import commands
-  from tensorar_jax.evaluation import evaluate
-  from tensorar_jax.experiment import build
+  from tensorar_jax.evaluation import evaluate, yardsticks
   from tensorar_jax.reports import run_report
   from tensorar_jax.training import loop, throughput
 
@@ -257,17 +257,15 @@ def run(config, folder: pathlib.Path) -> None:
     )
   profile = throughput.parse_profile(_PROFILE.value)
   mode, given = _MODE.value, flags.FLAGS
-  ablation, stages = commands.checked_stages(given, config)
+  ablation, stages = commands.checked_stages(given, experiment)
   if ablation and mode in ("run", "visualize"):
     return commands.ablate(given, ablation, folder)
-  settings = None
-  if "evaluation" in config and not ablation:
-    section = config.evaluation.to_dict()
-    settings = build.call(evaluate.EvaluationConfig, section, "evaluation")
-    settings.check(stages)
+  settings = None if ablation else experiment.evaluation
+  if settings:
+    yardsticks.check(settings, stages)
   if mode in ("run", "train", "import"):
     for name, stage in stages.items():
-      wanted = stage["source"] or mode != "import"
+      wanted = stage.source or mode != "import"
       if _STAGE.value in (None, name) and wanted:
         loop.fit(stage, folder / name, profile)
   if mode == "sample":
@@ -301,6 +299,7 @@ def run(config, folder: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  from tensorar_jax.experiment import config_file
   from tensorar_jax.parallel import processes
   from tensorar_jax.performance import targets
 
@@ -324,7 +323,8 @@ def main(argv: list[str]) -> None:
       else:
         commands.measure_file(flags.FLAGS)
     else:
-      run(_CONFIG.value, workdir())
+      experiment = config_file.load(_CONFIG.value, _OVERRIDES)
+      run(experiment, workdir(experiment))
   except (ValueError, OSError) as error:
     # These are messages to the user: a traceback would bury them.
     if logging.vlog_is_on(1):
@@ -336,17 +336,16 @@ def main(argv: list[str]) -> None:
     processes.fail(traceback.format_exc())
 
 
+_OVERRIDES: dict[str, str] = {}  # what --config.NAME=VALUE set, by name
+
+
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; a bad config or key ends in one line."""
-  try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-    words = str(error).strip("'\"").splitlines()
-    sys.exit(
-      f"error: {words[0] if words else error!r}. The config has no such file,"
-      " key or type of value: keys that a command line may set are those that"
-      " the config file spells out."
-    )
+  """Parses the command line; what --config.NAME=VALUE set is in _OVERRIDES."""
+  from tensorar_jax.experiment import config_file
+
+  rest, overrides = config_file.split_overrides(argv)
+  _OVERRIDES.update(overrides)
+  return app.parse_flags_with_usage(rest)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import jax
 from absl.flags import FlagValues as Flags
-from ml_collections import ConfigDict
 
 from tensorar_jax.ablations import runs, variants
 from tensorar_jax.data import codes, sources, tokenize
 from tensorar_jax.demo import page, service
 from tensorar_jax.evaluation import progress, protocol, summary
-from tensorar_jax.evaluation.yardsticks import EvaluationConfig
 from tensorar_jax.experiment import build, published
+from tensorar_jax.experiment.schema import EvaluationConfig, Experiment, Stage
 from tensorar_jax.generation import requests, sample_files
 from tensorar_jax.method import drawing
 from tensorar_jax.parallel import sharding
@@ -31,15 +31,16 @@ from tensorar_jax.training import loop
 
 
 def checked_stages(
-  given: Flags, config: ConfigDict
-) -> tuple[variants.Ablation | None, dict[str, dict]]:
+  given: Flags, experiment: Experiment
+) -> tuple[variants.Ablation | None, Mapping[str, Stage]]:
   """The stages of a config, with what --init names, if all can be built."""
-  ablation = variants.Ablation(config) if "ablation" in config else None
-  stages = ablation.stages if ablation else build.stages(config)
+  if given.init:
+    stages = published.start_from(experiment.stages, given.init, given.stage)
+    experiment = dataclasses.replace(experiment, stages=stages)
+  ablation = variants.Ablation(experiment) if experiment.ablation else None
+  stages = ablation.stages if ablation else experiment.stages
   if given.stage:
     build.choose("--stage", given.stage, stages)
-  if given.init:
-    published.start_from(stages, given.init, given.stage)
   for name, stage in stages.items():
     try:
       loop.check(stage)
@@ -68,7 +69,9 @@ def asked(given: Flags, num_images: int) -> requests.Request:
   )
 
 
-def sample(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+def sample(
+  given: Flags, stages: Mapping[str, Stage], folder: pathlib.Path
+) -> None:
   """--mode=sample."""
   if given.layout and given.pngs is False:
     raise ValueError("--layout and --nopngs: a layout is of PNGs.")
@@ -119,14 +122,15 @@ def summarise_scores(given: Flags) -> None:
   print(folder / "metrics.json")
 
 
-def measure_stage(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+def measure_stage(
+  given: Flags, stages: Mapping[str, Stage], folder: pathlib.Path
+) -> None:
   """--mode=evaluate --reference: samples a stage for it first."""
   if given.output:
     raise ValueError("--output: samples and metrics go to the stage's folder.")
   name = sample_files.drawable(stages, given.stage)
   requests.check_classes(name, stages[name])
-  default = stages[name].get("sampling", {}).get("guidance", 1.0)
-  scales = [default]
+  scales = [stages[name].sampling.guidance]
   if given.guidance is not None:
     scales = list(map(drawing.parse_guidance, given.guidance))
   judge = make_judge(given)
@@ -145,7 +149,7 @@ def measure_stage(given: Flags, stages: dict, folder: pathlib.Path) -> None:
 
 def measure_checkpoints(
   given: Flags,
-  stages: dict,
+  stages: Mapping[str, Stage],
   settings: EvaluationConfig | None,
   folder: pathlib.Path,
 ) -> None:
@@ -175,11 +179,13 @@ def measure_checkpoints(
   progress_report.draw(found, stages, folder, title)
 
 
-def tokenize_images(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+def tokenize_images(
+  given: Flags, stages: Mapping[str, Stage], folder: pathlib.Path
+) -> None:
   """--mode=tokenize, with the tokenizer of --stage or of the last stage."""
   if not (given.images and given.output):
     raise ValueError("--mode=tokenize needs --images and --output.")
-  readers = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  readers = [n for n, s in stages.items() if s.objective == "tensorar"]
   stage = stages[given.stage or readers[-1]]
   tokenizer = build.frozen_tokenizer(stage, folder)
   rows, cols = tokenizer.config.image_size
@@ -188,9 +194,9 @@ def tokenize_images(given: Flags, stages: dict, folder: pathlib.Path) -> None:
   source = sources.load(given.images, "train")
   if isinstance(source, codes.TokenSource):
     raise ValueError(f"--images={given.images}: these are tokens already.")
-  text, section = None, stage["conditioning"]
+  text, section = None, stage.conditioning
   if source.num_classes is None and build.conditioning(section).is_text:
-    mesh = sharding.local_mesh(build.mesh_config(stage))
+    mesh = sharding.local_mesh(stage.mesh)
     text = build.text_encoder(section, mesh)
   tokenize.tokenize(
     source,
@@ -205,7 +211,9 @@ def tokenize_images(given: Flags, stages: dict, folder: pathlib.Path) -> None:
   )
 
 
-def run_benchmark(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+def run_benchmark(
+  given: Flags, stages: Mapping[str, Stage], folder: pathlib.Path
+) -> None:
   """--mode=benchmark."""
   names = [field.name for field in dataclasses.fields(benchmark.Settings)]
   values = {name: getattr(given, name) for name in names}
@@ -217,7 +225,9 @@ def run_benchmark(given: Flags, stages: dict, folder: pathlib.Path) -> None:
   )
 
 
-def serve_demo(given: Flags, stages: dict, folder: pathlib.Path) -> None:
+def serve_demo(
+  given: Flags, stages: Mapping[str, Stage], folder: pathlib.Path
+) -> None:
   """--mode=demo, until it is stopped."""
   most = given.num_images or 4
   studio = service.Studio(stages, folder, given.stage, most)
@@ -231,7 +241,7 @@ def export(given: Flags, folder: pathlib.Path) -> None:
   published.export_stage(folder / given.stage, pathlib.Path(given.output))
 
 
-def compile_stage(given: Flags, stages: dict) -> None:
+def compile_stage(given: Flags, stages: Mapping[str, Stage]) -> None:
   """--mode=compile."""
   compile.report(
     *(stages, given.stage, targets.find(given.target)),

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tensorar_jax import main
 from tensorar_jax.backbones import janus
 from tensorar_jax.checkpoints import torch_export
+from tensorar_jax.experiment import parse
 from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
 from tests import tiny
@@ -95,7 +96,7 @@ def project(tmp_path_factory):
 
   def run(**given):
     with flagsaver.flagsaver(**given):
-      main.run(config(source, root / "tokens"), root / "run")
+      main.run(parse.parse(config(source, root / "tokens")), root / "run")
 
   run(mode="import")
   run(

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tensorar_jax import main
+from tensorar_jax.experiment import parse
 from tensorar_jax.generation import pictures
 from tests.conditioning import tiny_text
 from tests.data.captioned_test import png, write_tar
@@ -70,7 +71,7 @@ def project(parity, tmp_path_factory):
     flags.FLAGS.mark_as_parsed()
 
   def run(**given):
-    made = config(text, root / "tokens")
+    made = parse.parse(config(text, root / "tokens"))
     with flagsaver.flagsaver(**given):
       main.run(made, root / "run")
 
