@@ -188,12 +188,13 @@ def changed(stage: Stage, path: str, value: Any) -> Stage:
 def value_at(stage: Stage, path: str) -> Any:
   """The value at "section.key" of a stage."""
   section, _, key = path.partition(".")
-  found = _plain_section(getattr(stage, choose("section", section, STAGE)))
+  choose("section", section, STAGE)
+  found = _plain_section(getattr(stage, section))
   if not isinstance(found, dict) or not key:
     raise ValueError(
       f"{path!r}: expected 'section.key', such as 'tensorar.window'."
     )
-  return found[choose(f"{section}: key", key, found)]
+  return choose(f"{section}: key", key, found)
 
 
 def _override(tree: dict, path: str, text: str) -> None:
