@@ -54,9 +54,10 @@ launch/ has a script for each of these. What an array is split over:
 
 SIGTERM makes training save and exit with 75: the same command continues.
 
-Any value of the config can be set from here:
-  python -m tensorar_jax.main --config=configs/digits.py \\
-    --workdir=runs/k8 --config.stages.tensorar.tensorar.window=8
+Any value of the config can be set from here, for one stage or for all those
+that have no value of their own in the file:
+  python -m tensorar_jax.main --config=configs/digits.py --workdir=runs/k8 \\
+    --config.stages.tensorar.tensorar.window=8 --config.noise.schedule_start=1
 """
 
 from __future__ import annotations
@@ -343,7 +344,10 @@ def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; what --config.NAME=VALUE set is in _OVERRIDES."""
   from tensorar_jax.experiment import config_file
 
-  rest, overrides = config_file.split_overrides(argv)
+  try:
+    rest, overrides = config_file.split_overrides(argv)
+  except ValueError as error:
+    sys.exit(f"error: {error}")
   _OVERRIDES.update(overrides)
   return app.parse_flags_with_usage(rest)
 
