@@ -41,7 +41,7 @@ class Reference:
     least=1,
   )
 
-  def judge(self) -> "Judge":
+  def judge(self) -> Judge:
     """The network and the reference; each of several processes has a share."""
     import jax
 

@@ -33,7 +33,7 @@ class Images:
     least=1,
   )
 
-  def request(self, num_images: int) -> "Request":
+  def request(self, num_images: int) -> Request:
     """The images that are asked for; `num_images` if it was not given."""
     from tensorar_jax.generation import requests
 
@@ -100,7 +100,7 @@ class Sample(Images, Shared):
   def shares_work(self) -> bool:
     return True
 
-  def request(self, num_images: int = 100) -> "Request":
+  def request(self, num_images: int = 100) -> Request:
     """The images, or prompts, that are asked for."""
     from tensorar_jax.generation import requests
 
