@@ -1,0 +1,86 @@
+"""--config and --config.SECTION.KEY: from the command line to an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tensorar_jax.cli.options import Shared
+
+if TYPE_CHECKING:  # help does not wait for JAX
+  from tensorar_jax.ablations.variants import Ablation
+  from tensorar_jax.experiment import schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """An experiment whose models can all be built.
+
+  Attributes:
+    stages: by name, in the order of training; of an ablation all variants.
+    evaluation: how models are compared; None without a section `evaluation`.
+    ablation: the variants; None without a section `ablation`.
+  """
+
+  stages: Mapping[str, schema.Stage]
+  evaluation: schema.EvaluationConfig | None = None
+  ablation: Ablation | None = None
+
+
+def read(config: str, overrides: Mapping[str, str]) -> schema.Experiment:
+  """The experiment of a config file, with some of its values changed.
+
+  Args:
+    config: FILE, or FILE:ARGUMENT for a `get_config` that takes one.
+    overrides: {"SECTION.KEY": value} as written on the command line.
+
+  Raises:
+    ValueError: there is no such file, key or type of value.
+  """
+  from tensorar_jax.experiment import config_file
+
+  return config_file.load(config, overrides)
+
+
+def check(experiment: schema.Experiment, options: Shared) -> Experiment:
+  """The experiment with --init; ValueError if a model cannot be built.
+
+  Args:
+    experiment: of `read`.
+    options: of any mode; --init fills the stage --stage.
+  """
+  from tensorar_jax.ablations import variants
+  from tensorar_jax.evaluation import yardsticks
+  from tensorar_jax.experiment import published
+  from tensorar_jax.experiment.schema import choose
+  from tensorar_jax.training import loop
+
+  stage = getattr(options, "stage", None)
+  if options.init:
+    stages = published.start_from(experiment.stages, options.init, stage)
+    experiment = dataclasses.replace(experiment, stages=stages)
+  ablation = variants.Ablation(experiment) if experiment.ablation else None
+  stages = ablation.stages if ablation else experiment.stages
+  if stage:
+    choose("--stage", stage, stages)
+  for name, one in stages.items():
+    try:
+      loop.check(one)
+    except ValueError as error:
+      raise ValueError(f"stage {name}: {error}") from error
+  evaluation = None if ablation else experiment.evaluation
+  if evaluation:
+    yardsticks.check(evaluation, stages)
+  return Experiment(stages=stages, evaluation=evaluation, ablation=ablation)
+
+
+def workdir(options: Shared, experiment: schema.Experiment) -> pathlib.Path:
+  """--workdir, or runs/<name of the config file>."""
+  if options.workdir:
+    return pathlib.Path(options.workdir).absolute()
+  if experiment.ablation:  # every axis of a data set shares its base
+    data = experiment.ablation.data
+    return pathlib.Path("runs", "ablations", data).absolute()
+  return pathlib.Path("runs", experiment.name).absolute()
