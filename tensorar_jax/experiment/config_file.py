@@ -67,16 +67,18 @@ def find(name: str) -> pathlib.Path:
   for path in (pathlib.Path(name), FOLDER / name, FOLDER / f"{name}.py"):
     if path.is_file():
       return path
-  known = sorted(
-    path.relative_to(FOLDER).with_suffix("").as_posix()
-    for path in FOLDER.rglob("*.py")
+  parent = pathlib.Path(name).parent
+  alone = parent == pathlib.Path() or not parent.is_dir()
+  folder = FOLDER if alone else parent
+  known = {
+    path.stem: str(path)
+    for path in sorted(folder.rglob("*.py"))
     if "--config=" in path.read_text()  # a config says how to run it
-  )
-  stem = pathlib.Path(name).stem
-  close = difflib.get_close_matches(stem, known, n=1)
-  hint = f" Did you mean configs/{close[0]}.py?" if close else ""
-  there = f"configs/ has {', '.join(known)}" if known else "no configs/ is here"
-  raise ValueError(f"--config={name}: no such file.{hint} {there}.")
+  }
+  close = difflib.get_close_matches(pathlib.Path(name).stem, known, n=1)
+  hint = f" Did you mean {known[close[0]]}?" if close else ""
+  there = ", ".join(known.values()) or f"none; {folder}/ has no configs"
+  raise ValueError(f"--config={name}: no such file.{hint} There are: {there}.")
 
 
 def read(path: pathlib.Path, argument: str | None = None) -> ConfigDict:

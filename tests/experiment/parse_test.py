@@ -184,7 +184,7 @@ def test_one_value_stands_for_a_tuple_of_it():
 
 
 def test_a_wrong_config_lists_those_there_are(tmp_path):
-  with pytest.raises(ValueError, match="mean configs/digits.py.*rar_xxl"):
+  with pytest.raises(ValueError, match="mean configs/digits.py.*rar_xxl.py"):
     config_file.load("configs/digit.py")
   with pytest.raises(ValueError, match="'384' after a colon: expected nothing"):
     config_file.load("configs/digits.py:384")
