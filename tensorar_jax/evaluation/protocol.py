@@ -16,6 +16,7 @@ kept beside it. Memory holds the features, 20 KB for an image.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
