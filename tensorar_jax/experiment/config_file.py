@@ -10,9 +10,8 @@ import difflib
 import importlib.util
 import inspect
 import pathlib
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -40,26 +39,6 @@ def load(
   path = find(name)
   config = read(path, argument if colon else None)
   return parse(config, overrides, path.stem)
-
-
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-  """(the other arguments, {NAME: VALUE}) of `--config.NAME=VALUE` in `argv`.
-
-  `--config.NAME VALUE` is the same. ValueError for a name without a value.
-  """
-  rest, overrides = [], {}
-  words = iter(argv)
-  for word in words:
-    match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", word, re.DOTALL)
-    if not match:
-      rest.append(word)
-      continue
-    name, value = match.groups()
-    value = next(words, None) if value is None else value
-    if value is None:
-      raise ValueError(f"--config.{name}: expected --config.{name}=VALUE.")
-    overrides[name] = value
-  return rest, overrides
 
 
 def find(name: str) -> pathlib.Path:

@@ -193,15 +193,6 @@ def test_a_wrong_config_lists_those_there_are(tmp_path):
     config_file.load(str(tmp_path / "empty.py"))
 
 
-def test_flags_of_the_config_are_taken_out_of_a_command_line():
-  words = ["main", "--config=a.py:1", "--config.a.b=c=d", "--mode=train"]
-  rest, found = config_file.split_overrides([*words, "--config.e", "f"])
-  assert rest == ["main", "--config=a.py:1", "--mode=train"]
-  assert found == {"a.b": "c=d", "e": "f"}
-  with pytest.raises(ValueError, match="expected --config.e=VALUE"):
-    config_file.split_overrides(["--config.e"])
-
-
 def test_stages_overlay_the_shared_sections_in_the_order_of_training():
   stages = config_file.load("configs/digits.py").stages
   assert list(stages)[-1] == "drafts" and stages["tensorar"].init == "base"
