@@ -108,7 +108,7 @@ def test_a_missing_compiler_says_what_to_install(name, monkeypatch):
 
 
 def test_the_command_ends_in_one_line(monkeypatch):
-  monkeypatch.setattr(main.metrics, "log_to_console", lambda: None)
+  monkeypatch.setattr(main.logs, "log_to_console", lambda: None)
   saved = flagsaver.save_flag_values()
   try:
     flags.FLAGS(
