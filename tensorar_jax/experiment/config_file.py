@@ -51,8 +51,9 @@ def find(name: str) -> pathlib.Path:
   folder = FOLDER if alone else parent
   known = {
     path.stem: str(path)
-    for path in sorted(folder.rglob("*.py"))
-    if "--config=" in path.read_text()  # a config says how to run it
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*/*.py")])
+    # A config says how to run it; what configs share does not.
+    if "--config=" in path.read_text(errors="ignore")
   }
   close = difflib.get_close_matches(pathlib.Path(name).stem, known, n=1)
   hint = f" Did you mean {known[close[0]]}?" if close else ""

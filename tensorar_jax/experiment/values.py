@@ -74,7 +74,7 @@ def words(kind: Any, many: bool = False) -> str:
     return f"({', '.join(map(words, args))})"
   if origin is not None:
     return f"{'tuples' if many else 'a tuple'} of {words(args[0], many=True)}"
-  return str(kind)
+  return getattr(kind, "__name__", str(kind))
 
 
 def _is_union(kind) -> bool:
