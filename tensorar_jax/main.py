@@ -4,7 +4,8 @@ Modes:
   run        (default) train every stage of the config, evaluate, and draw the
              report. What is done is skipped, what was interrupted continues.
              With a config of configs/ablations: every variant, then tables and
-             plots, there or in --output; --reference measures as papers do.
+             plots, in studies/ablations or in --output; --reference measures as
+             papers do.
   train      train the stages only; --stage picks one. --profile=10:12 traces
              these steps of this start into the stage's folder `profile`.
   sample     draw images from a trained stage: samples.npz as the ADM suite has
@@ -139,7 +140,7 @@ _OUTPUT = flags.DEFINE_string(
   "Of --mode=export: a .pt or .safetensors file. Of --mode=tokenize: a folder."
   " Of --mode=sample: a folder or a .npz file; default: a numbered folder. Of"
   " --samples and --scores: a folder; default: beside them. Of --mode=compile:"
-  " a .json file. Of ablations: a folder; default: configs/ablations.",
+  " a .json file. Of ablations: a folder; default: studies/ablations.",
 )
 _TARGET = flags.DEFINE_string(
   "target",

@@ -242,7 +242,7 @@ def compile_stage(given: Flags, stages: dict) -> None:
 
 def ablate(given: Flags, ablation: variants.Ablation, folder: pathlib.Path):
   """--mode=run of a config with a section `ablation`; visualize draws only."""
-  output = pathlib.Path(given.output or "configs/ablations").absolute()
+  output = pathlib.Path(given.output or "studies/ablations").absolute()
   if given.mode == "visualize":
     ablation_report.render(output)
     return

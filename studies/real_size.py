@@ -1,6 +1,6 @@
 """A published model's whole path at its real size, with time and memory.
 
-  python -m launch.real_size --config=configs/llamagen_b.py --folder=/tmp/real
+  python -m studies.real_size --config=configs/llamagen_b.py --folder=/tmp/real
 
 Writes random weights in the published layout in place of the published files,
 and some noise as JPEG images; for a model that reads prompts by itself also a
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
   tokens = f"--config.data.name=tokens:{folder / 'tokens'}"
   small = ("batch_size=2", "num_steps=2", "log_every=1", "checkpoint_every=2")
   small = [f"--config.train.{setting}" for setting in small]
-  fake = [sys.executable, "-m", "launch.real_size", config, "--fake"]
+  fake = [sys.executable, "-m", "studies.real_size", config, "--fake"]
   rows = [
     measure("write random weights", [*fake, f"--folder={folder}"]),
     measure("import", [*run, "--mode=import"]),

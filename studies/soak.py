@@ -1,6 +1,6 @@
 """Kills a run over and over: what it has learned in the end must not change.
 
-  python -m launch.soak --config=configs/digits.py --kills=20   # or: make soak
+  python -m studies.soak --config=configs/digits.py --kills=20   # or: make soak
 
 Trains all stages of a config twice. One run is left alone. The other gets kill
 -9 at random moments, half of them into a save (soon after its temporary folder

@@ -1,8 +1,8 @@
 """Does it refine? TensorAR against its own base model, over training seeds.
 
-  python -m launch.refinement_study                          # everything
-  python -m launch.refinement_study --only=digits/k2/seed0   # a part of it
-  python -m launch.refinement_study --render=runs/study      # table and picture
+  python -m studies.refinement_study                         # everything
+  python -m studies.refinement_study --only=digits/k2/seed0  # a part of it
+  python -m studies.refinement_study --render=runs/study     # table, picture
 
 From one base model of each seed, for equally many steps, train on: the base
 itself (`continued`); TensorAR by the published recipe (`categorical`); the same
@@ -39,7 +39,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from launch import refinement_report
+from studies import refinement_report
 from tensorar_jax.checkpoints import resumable
 from tensorar_jax.evaluation import diagnostics, evaluate, yardsticks
 from tensorar_jax.experiment import build
@@ -49,7 +49,7 @@ _FOLDER = flags.DEFINE_string(
   "folder", "runs/refinement_study", "Where models are trained."
 )
 _RESULTS = flags.DEFINE_string(
-  "results", "launch/refinement_study.json", "The records of finished runs."
+  "results", "studies/refinement_study.json", "The records of finished runs."
 )
 _ONLY = flags.DEFINE_list(
   "only",

@@ -1,4 +1,4 @@
-"""Every notebook of launch/colab runs from its top to its end, in small.
+"""Every notebook of notebooks/ runs from its top to its end, in small.
 
 Each has a kernel of its own, in a copy of the project, with the settings of the
 cell tagged `parameters` overridden behind it.
@@ -19,8 +19,8 @@ from tensorar_jax.tokenizers import vq
 from tests import tiny
 from tests.checkpoints import fake_hub
 
-ROOT = pathlib.Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "launch" / "colab").glob("*.ipynb"))
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # What configs/llamagen_b.py would be for the tiny files that the tests have.
@@ -78,7 +78,7 @@ SMALL = {
 
 def execute(name: str, folder: pathlib.Path) -> list[list[dict]]:
   """The outputs of every code cell, with settings of SMALL, in `folder`."""
-  notebook = nbformat.read(ROOT / "launch" / "colab" / f"{name}.ipynb", 4)
+  notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
   tagged = [
     number
     for number, cell in enumerate(notebook.cells)
@@ -163,7 +163,7 @@ def test_notebooks_name_one_repository_and_no_machine():
   colab = f"https://colab.research.google.com/github/{url.split('.com/')[1]}"
   for path in NOTEBOOKS:
     cells = nbformat.read(path, 4).cells
-    badge = f"({colab}/blob/main/launch/colab/{path.name})"
+    badge = f"({colab}/blob/main/notebooks/{path.name})"
     assert cells[0].source.splitlines()[0].endswith(badge)
     install = [c.source for c in cells if "pip install" in c.source]
     assert len(install) == 1 and f"git clone -q {url}\n" in install[0]

@@ -1,6 +1,6 @@
 """Does sampling slow down with longer images, or with many of them?
 
-  python -m launch.sampling_growth --batches=200
+  python -m studies.sampling_growth --batches=200
 
 Times generation of one guided image of 256, 576 and 1,024 tokens by a model of
 --width and --layers. Then draws many batches of one size, and compares the

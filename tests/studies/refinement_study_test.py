@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from launch import refinement_report, refinement_study
-from launch.refinement_study import PLANS, Run
+from studies import refinement_report, refinement_study
+from studies.refinement_study import PLANS, Run
 from tensorar_jax.experiment import build
 from tensorar_jax.training import loop
 
