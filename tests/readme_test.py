@@ -2,10 +2,12 @@
 
 import pathlib
 import re
+import shlex
 
 import pytest
 
 from tensorar_jax import interfaces
+from tensorar_jax.cli import modes, parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -28,11 +30,39 @@ def test_the_page_on_backbones_names_every_member_and_is_short():
 
 
 def test_every_mode_is_explained():
-  from tensorar_jax import main
-
   page = section("README.md", "One command, several modes")
-  assert not [mode for mode in main.MODES if f"`{mode}`" not in page]
-  assert not [mode for mode in main.MODES if f"  {mode} " not in main.__doc__]
+  overview = parser.overview()
+  assert not [mode for mode in modes.MODES if f"`{mode}`" not in page]
+  assert not [mode for mode in modes.MODES if f"\n  {mode} " not in overview]
+
+
+def test_every_command_on_a_page_is_understood():
+  """Flags and modes fit together; nothing is run."""
+  count = 0
+  for page in PAGES:
+    text = page.read_text().replace("\\\n", " ")
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+      for words in commands(block):
+        assert parser.parse(words).mode in modes.MODES
+        count += 1
+  assert count > 30
+
+
+def commands(block: str):
+  """The words after the program of every command line of `main` in a block."""
+  variables = {}
+  for line in block.splitlines():
+    for name, value in variables.items():
+      line = line.replace(f"${name}", value)
+    if set_here := re.fullmatch(r"(\w+)=\"(.*)\"", line):
+      variables[set_here[1]] = set_here[2]
+      line = set_here[2]
+    for part in line.split("&&"):
+      if "-m tensorar_jax.main " in part:
+        words = shlex.split(
+          part.split("-m tensorar_jax.main ")[1], comments=True
+        )
+        yield [w for w in words if not w.startswith("[")]
 
 
 def test_every_config_file_is_named():

@@ -176,13 +176,14 @@ def test_a_bad_value_ends_in_one_clear_line(tmp_path, flag, words):
   assert not (tmp_path / "run" / "base").exists()
 
 
-def test_help_teaches():
+@pytest.mark.parametrize("words", [[], ["--mode=sample"]])
+def test_help_teaches(words):
   done = subprocess.run(
-    [sys.executable, "-m", "tensorar_jax.main", "--help"],
+    [sys.executable, "-m", "tensorar_jax.main", *words, "--help"],
     cwd=ROOT,
     capture_output=True,
     text=True,
   )
-  text = done.stdout + done.stderr
-  assert "--mode=sample" in text or "sample" in text
-  assert "configs/digits.py" in text
+  assert done.returncode == 0 and not done.stderr
+  assert "--config=configs/digits.py --mode=sample" in done.stdout
+  assert "--num_images" in done.stdout
