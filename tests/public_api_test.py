@@ -1,4 +1,4 @@
-"""What `import tensorar_jax` offers: made on first use, and known to editors."""
+"""What `import tensorar_jax` offers: made on first use, seen by editors."""
 
 import ast
 import pathlib

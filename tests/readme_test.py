@@ -10,7 +10,10 @@ from tensorar_jax import interfaces
 from tensorar_jax.cli import modes, parser
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *ROOT.glob("[a-z]*/**/README.md")]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
+PAGES += sorted(ROOT.glob("[a-z]*/**/README.md"), key=str)
+PAGES = list(dict.fromkeys(PAGES))
 
 
 def section(page: str, title: str) -> str:
@@ -19,7 +22,7 @@ def section(page: str, title: str) -> str:
 
 
 def test_the_page_on_backbones_names_every_member_and_is_short():
-  page = section("tensorar_jax/backbones/README.md", "Add your own backbone")
+  page = section("docs/extending.md", "Add a backbone")
   assert len(page.strip().splitlines()) < 40  # with its title
   members = {*interfaces.Backbone.__annotations__, *vars(interfaces.Backbone)}
   members = {m for m in members if not m.startswith("_")} | {"__call__"}
@@ -97,7 +100,37 @@ def test_every_command_of_the_first_page_is_run_by_a_test():
   assert all(pin in tested for pin in re.findall(r"^\S+==\S+", demo, re.M))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.parent.name)
+def test_every_page_is_found_from_the_index():
+  index = (ROOT / "docs" / "README.md").read_text()
+  names = {path.name for path in DOCS} - {"README.md"}
+  assert not [name for name in names if f"]({name})" not in index]
+
+
+def test_sections_that_the_code_cites_are_there():
+  heads = re.findall(
+    r"^## (\d+)\. ", (ROOT / "docs/method.md").read_text(), re.M
+  )
+  assert heads == [str(n) for n in range(1, 11)]
+  for path in sorted(ROOT.glob("[a-z]*/**/*.py")):
+    text = " ".join(path.read_text().split())
+    for page, number in re.findall(r"(docs/\w+\.md),? sections? (\d+)", text):
+      assert page == "docs/method.md" and number in heads, path
+
+
+def test_nothing_leads_out_of_the_clone():
+  """To a folder beside it, or to a machine's own paths."""
+  out = re.compile(r"\.\./shared|/work/|/root/|file://")
+  for path in ROOT.rglob("*"):
+    place = path.relative_to(ROOT)
+    if {".git", ".venv", "runs"} & set(place.parts) or "docs/api" in str(place):
+      continue
+    if path.suffix in (".md", ".py", ".sh", ".toml", ".yml", ".yaml"):
+      assert path == ROOT / "tests/readme_test.py" or not out.search(
+        path.read_text()
+      ), place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
   """Files, pictures and sections; other sites are not asked."""
   links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())

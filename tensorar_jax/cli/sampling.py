@@ -18,7 +18,9 @@ class Images:
   """Which images are drawn."""
 
   num_images: int | None = option(
-    None, "How many images to draw. Default: 50,000.", least=1
+    None,
+    "With --reference: how many images to draw. Default: 50,000.",
+    least=1,
   )
   classes: tuple[int, ...] | None = option(
     None, "Ids of the classes to draw in turn. Default: all classes."

@@ -18,7 +18,7 @@ PROFILE = (
 )
 TABLES = (
   "With a config of configs/ablations: the folder of results, tables and plots."
-  " Default: configs/ablations."
+  " Default: studies/ablations."
 )
 
 
@@ -164,4 +164,4 @@ def run_ablation(
 
 def tables(output: str | None) -> pathlib.Path:
   """The folder of the results of ablations."""
-  return pathlib.Path(output or "configs/ablations").absolute()
+  return pathlib.Path(output or "studies/ablations").absolute()

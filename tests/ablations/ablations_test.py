@@ -272,7 +272,7 @@ def test_a_row_compares_within_a_seed_and_stands_beside_the_papers():
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
-  committed = ROOT / "configs" / "ablations"
+  committed = ROOT / "studies" / "ablations"
   files = sorted(committed.glob("*.json"))
   assert [path.stem for path in files] == ["digits", "fashion_mnist"]
   text = ablation_report.page(ablation_report.read(committed))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from launch import soak
+from studies import soak
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.tokenizers import pixels
 
