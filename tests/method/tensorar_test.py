@@ -85,7 +85,7 @@ def _gradient_reaches(model, beta, kind):
   @jax.jit
   def logits(tokens):
     inputs, valid = windows.unfold(tokens, model.window)
-    noised, _ = objective.corrupt(
+    noised, _ = noising.corrupt(
       model, cond, inputs[:, :-1], valid[:-1], jax.random.key(5), noise
     )
     hidden = model(cond, noised, valid[:-1])
