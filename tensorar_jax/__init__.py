@@ -9,8 +9,8 @@ from tensorar_jax.conditioning.conditions import (
 from tensorar_jax.conditioning.encoders import import_t5, import_text_encoder
 from tensorar_jax.experiment.build import load
 from tensorar_jax.experiment.published import import_backbone, import_tokenizer
-from tensorar_jax.method.drawing import SamplingConfig
 from tensorar_jax.method.sampling import generate
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 
 __all__ = [

@@ -72,7 +72,7 @@ class Loaded:
   tokenizer: Tokenizer
   conditions: Conditioning
   encode: TextEncoder | None
-  config: drawing.SamplingConfig
+  config: sampling.SamplingConfig
   mesh: Mesh
 
 
@@ -149,7 +149,7 @@ class Studio:
       sharding.replicate(tokenizer, mesh),
       self.conditioning(name),
       build.text_encoder(section, mesh) if is_text else None,
-      build.call(drawing.SamplingConfig, settings, "sampling"),
+      build.call(sampling.SamplingConfig, settings, "sampling"),
       mesh,
     )
 

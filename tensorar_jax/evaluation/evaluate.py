@@ -30,8 +30,9 @@ from tensorar_jax.evaluation.yardsticks import (
 from tensorar_jax.experiment import build
 from tensorar_jax.generation import batches
 from tensorar_jax.interfaces import Conditioning
-from tensorar_jax.method.drawing import Guidance, SamplingConfig
+from tensorar_jax.method.drawing import Guidance
 from tensorar_jax.method.noising import NoiseConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.training import logs
 
 SCAN_SEED = 2**20  # of the guidance scan, apart from every measured seed

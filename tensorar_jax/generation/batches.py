@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from tensorar_jax.data.images import normalise
 from tensorar_jax.generation.resize import resize_bicubic
 from tensorar_jax.interfaces import Conditioning, Tokenizer
-from tensorar_jax.method import drawing, sampling, windows
+from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import sharding
 
@@ -112,7 +112,7 @@ class Sampler:
 
   model: TensorAR
   conditioning: Conditioning
-  config: drawing.SamplingConfig
+  config: sampling.SamplingConfig
   seed: int
   mesh: Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
@@ -173,7 +173,7 @@ def generate(
   conditioning: Conditioning,
   labels: Int[np.ndarray, "n"],
   seed: int,
-  config: drawing.SamplingConfig,
+  config: sampling.SamplingConfig,
   batch_size: int,
 ) -> Iterator[sampling.Samples]:
   """Samples for each label, a batch at a time, the last one cut to size.

@@ -44,7 +44,7 @@ from tensorar_jax.experiment import build
 from tensorar_jax.generation import batches, npz, pictures
 from tensorar_jax.generation.requests import Request, condition
 from tensorar_jax.interfaces import Samples, Tokenizer
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.parallel import sharding
 
 MANIFEST = "manifest.json"

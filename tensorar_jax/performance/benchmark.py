@@ -20,7 +20,7 @@ from absl import logging
 from tensorar_jax.checkpoints import resumable
 from tensorar_jax.experiment import build
 from tensorar_jax.generation import sample_files
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.performance import benchmark_report as report
 from tensorar_jax.performance import machine, peer_torch, workloads
 from tensorar_jax.performance.workloads import Case, Work

@@ -25,7 +25,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tensorar_jax.experiment import build
-from tensorar_jax.method import drawing, sampling
+from tensorar_jax.method import sampling
 from tensorar_jax.nn import flops
 from tensorar_jax.parallel import sharding, weights
 from tensorar_jax.performance import hlo, targets
@@ -111,7 +111,7 @@ def sampler_program(stage: Mapping, mesh: Mesh, batch_size: int) -> Program:
   )
   rng = jax.eval_shape(lambda: jax.random.key(0))
   config = build.call(
-    drawing.SamplingConfig, stage.get("sampling", {}), "sampling"
+    sampling.SamplingConfig, stage.get("sampling", {}), "sampling"
   )
   traced = sampling.trace(model, cond, null, rng, config, index)
   both = 2 if config.guided else 1

@@ -25,7 +25,7 @@ from flax import nnx
 
 from tensorar_jax.experiment import build
 from tensorar_jax.generation import batches
-from tensorar_jax.method import drawing, sampling, windows
+from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import flops
 from tensorar_jax.parallel import sharding
@@ -142,7 +142,7 @@ class Workloads:
     model = self.model(window, depth)
     prepared = sampling.prepare(model, self.mesh)
     config = build.call(
-      *(drawing.SamplingConfig, self.stage.get("sampling", {}), "sampling")
+      *(sampling.SamplingConfig, self.stage.get("sampling", {}), "sampling")
     )
     if guided != config.guided:
       scale = GUIDANCE if guided else 1.0

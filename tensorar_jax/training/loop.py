@@ -31,8 +31,8 @@ from tensorar_jax.data import codes, pipeline, sources
 from tensorar_jax.experiment import build, published
 from tensorar_jax.interfaces import Batch
 from tensorar_jax.method import objective
-from tensorar_jax.method.drawing import SamplingConfig
 from tensorar_jax.method.noising import NoiseConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.nn import layers
 from tensorar_jax.parallel import preemption, processes, sharding, weights
 from tensorar_jax.training import logs, optimizer, throughput, train_step

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from tensorar_jax.generation import batches
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.tokenizers import pixels, vq
 from tests import tiny
 

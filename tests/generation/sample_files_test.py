@@ -15,7 +15,7 @@ from PIL import Image
 
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.generation import batches, npz, sample_files
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.tokenizers import pixels
 from tensorar_jax.training import loop
 from tests import tiny
