@@ -51,7 +51,7 @@ def parse_guidance(text: str) -> Guidance:
 
 def guidance_text(scale: Guidance) -> str:
   """Writes a scale as `parse_guidance` reads it."""
-  return ":".join(f"{one:g}" for one in np.atleast_1d(scale))
+  return ":".join(f"{number:g}" for number in np.atleast_1d(scale))
 
 
 def guide(
@@ -188,9 +188,11 @@ class DrawingRule(Protocol):
   """How tokens are drawn from guided logits, one sub-token at a time.
 
   A rule is hashable (a frozen dataclass with its options), and `draw` a pure
-  function. Whatever it uses of earlier steps comes through `earlier`: for each
-  image one entry a position, which the committed tokens before it decide. So a
-  decoder may try rows, discard them and come back.
+  function. All that it reads of earlier steps comes through `earlier`. The
+  sampler keeps one entry of it for each image and position, which depends on
+  the image's random numbers and its committed tokens before that position
+  alone: a decoder may try positions, discard them, and write their entries
+  again.
 
   Attributes:
     looks: how many steps back it asks `earlier` for, at the most. With 0 the

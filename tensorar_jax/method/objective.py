@@ -23,8 +23,9 @@ class LossConfig:
     weights: of the slots, "rdm", "paper" or "uniform".
     condition_dropout: the share of conditions that turn to null.
     random_order: (first, last) step of an annealing for base models (Yu et al.,
-      arXiv:2411.00776): before `first` every image's tokens come in an order of
-      their own, after `last` none's. None: always raster.
+      arXiv:2411.00776): before `first` the tokens of every image come in a
+      random order of its own, after `last` all come in raster order. None:
+      always raster.
   """
 
   weights: str = "rdm"
@@ -52,7 +53,7 @@ class LossConfig:
 def random_rate(
   config: LossConfig, step: Int[Array, ""] | Int[np.ndarray, "n"]
 ) -> Float[Array, "..."]:
-  """The share of images whose tokens come in a random order at a step."""
+  """Returns the share of images in random order at a step."""
   first, last = config.random_order
   return jnp.clip(1 - (step - first) / (last - first), 0, 1)
 
@@ -60,7 +61,7 @@ def random_rate(
 def draw_order(
   rng: Key, shape: tuple[int, int], rate: Float[Array, ""]
 ) -> Int[Array, "B T"]:
-  """A random order of T tokens for a share `rate` of B images, else raster."""
+  """Draws a random order of T tokens for a share `rate` of B images."""
   rng_rate, rng_order = jax.random.split(rng)
   raster = jnp.broadcast_to(jnp.arange(shape[1]), shape)
   order = jax.random.permutation(rng_order, raster, axis=1, independent=True)
@@ -112,7 +113,7 @@ def slot_weights(
   window: int, noise: NoiseConfig, loss: LossConfig
 ) -> Float[np.ndarray, "k"]:
   """The loss weight of each slot under this noise schedule."""
-  if window == 1:  # nothing is noised, whatever the schedule
+  if window == 1:  # nothing is noised, so the schedule does not matter
     return np.ones(1)
   beta = noising.beta(noise.schedule, window, noise.schedule_start)
   return losses.slot_weights(loss.weights, beta)

@@ -102,7 +102,7 @@ def _uniforms(
 
 @dataclasses.dataclass(frozen=True)
 class WindowDrawer:
-  """Draws the windows of a batch of images, whatever decodes its vectors.
+  """Draws windows from the vectors of `TensorAR.decode_window`.
 
   Attributes:
     model: its head makes logits of vectors.
@@ -196,19 +196,19 @@ class WindowDrawer:
 
 
 def _platform_and_mesh(cond) -> tuple[str, Mesh | None]:
-  """Where a condition is: its platform, and its mesh or None for one device."""
-  place = getattr(jax.tree.leaves(cond)[0], "sharding", None)
-  if place is None:
+  """Returns where a condition is: (platform, mesh or None for one device)."""
+  layout = getattr(jax.tree.leaves(cond)[0], "sharding", None)
+  if layout is None:
     return jax.default_backend(), None
-  platform = next(iter(place.device_set)).platform
-  if not isinstance(place, NamedSharding) or place.num_devices == 1:
+  platform = next(iter(layout.device_set)).platform
+  if not isinstance(layout, NamedSharding) or layout.num_devices == 1:
     return platform, None
-  if place.mesh.axis_names != sharding.AXES:
+  if layout.mesh.axis_names != sharding.AXES:
     raise ValueError(
-      f"the condition is on a mesh of {place.mesh.axis_names}: expected one of"
+      f"the condition is on a mesh of {layout.mesh.axis_names}: expected one of"
       f" {sharding.AXES}. Make it by sharding.make_mesh."
     )
-  return platform, place.mesh
+  return platform, layout.mesh
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "program"))
@@ -286,10 +286,10 @@ def _generate_rows(graphdef, program, state, inputs: SamplingInputs):
 
 
 def in_compute_dtype(model: nnx.Module) -> nnx.Module:
-  """A copy with weights in the dtype that their module computes in.
+  """Returns a copy with weights in the dtype that their module computes in.
 
-  It computes the same; but every step reads the weights, and some compilers
-  leave a conversion in the loop.
+  The results are the same. But every step reads the weights, and some compilers
+  leave the conversion inside the loop.
   """
   model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
@@ -302,16 +302,18 @@ def in_compute_dtype(model: nnx.Module) -> nnx.Module:
 
 
 def prepare(model: TensorAR, mesh: Mesh) -> TensorAR:
-  """The model on the mesh, in the form in which its devices decode fastest.
+  """Puts a model on the mesh, in the form in which its devices decode fastest.
 
-  `generate` takes any model; it gives one that is not prepared this form first,
-  at every call: on a CPU some 0.5 s for 100 M weights.
+  `generate` takes any model; one that is not prepared it converts at every
+  call, which takes a CPU some 0.5 s for 100 M weights.
   """
-  linear = (
-    m for _, m in nnx.iter_modules(model) if isinstance(m, layers.Linear)
+  projections = (
+    module
+    for _, module in nnx.iter_modules(model)
+    if isinstance(module, layers.Linear)
   )
-  if any(module.kernel is None for module in linear):
-    return model  # it is prepared
+  if any(projection.kernel is None for projection in projections):
+    return model  # prepared already
   model = sharding.shard(model, mesh)
   model = in_compute_dtype(model)
   on_cpu = mesh.devices.flat[0].platform == "cpu"

@@ -1,8 +1,8 @@
 """A small convolutional classifier: the feature space for tiny images.
 
-Inception means nothing on 8 x 8 digits. Trained on the real images by the same
-run, this network's features serve the Frechet distance, precision and recall,
-and its predictions the class consistency of samples.
+Inception's features mean nothing on 8 x 8 digits. This network is trained on
+the real images in the same run; its features serve the Frechet distance,
+precision and recall, its predictions the class consistency of samples.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Model(nnx.Module):
   def features(
     self, images: UInt8[Array, "B h w C"]
   ) -> Float[Array, "B num_features"]:
-    """The hidden layer after ReLU; what distances are measured in."""
+    """The hidden layer after ReLU, in which distances are measured."""
     x = images.astype(jnp.float32) / 127.5 - 1.0
     x = jax.nn.relu(self.stem(x))
     for conv in self.convs:

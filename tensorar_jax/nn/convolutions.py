@@ -1,7 +1,7 @@
-"""What the convolutional tokenizers are made of, and their common checks.
+"""Parts of the convolutional tokenizers, and the checks that they share.
 
 Convolution and group norm as PyTorch trains them, the nearest rows of a
-codebook, and the errors for images and tokens that do not fit.
+codebook, and errors for images and tokens of the wrong shape.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ Grid = tuple[int, int]  # rows, columns
 
 
 class Conv(nnx.Conv):
-  """`size` x `size`, with PyTorch's initialisation, U(-b, b), b = fan_in^-1/2.
+  """A `size` x `size` convolution, initialised as by PyTorch.
 
-  `upsample` doubles the image first, to the nearest neighbour. `options` are
-  those of `nnx.Conv`; unless they say otherwise the image keeps its size.
+  That is U(-b, b) with b = fan_in^-1/2. `upsample` doubles the image first, to
+  the nearest neighbour. `options` are those of `nnx.Conv`; by default the image
+  keeps its size.
   """
 
   def __init__(self, inputs, outputs, size, *, rngs, upsample=False, **options):
@@ -45,7 +46,7 @@ class Conv(nnx.Conv):
 def nearest_rows(
   latents: Float[Array, "B r c d"], table: Float[Array, "V d"]
 ) -> Int[Array, "B r c"]:
-  """For each latent the row of `table` at the least Euclidean distance."""
+  """Returns for each latent the row of `table` at the least distance."""
   lengths = jnp.sum(table**2, axis=-1)
 
   def nearest(row):
@@ -58,7 +59,7 @@ def nearest_rows(
 
 
 def token_grid(height: int, width: int, side: int) -> Grid:
-  """Rows and columns of tokens, each of which stands for side x side pixels."""
+  """Returns rows and columns of tokens of side x side pixels each."""
   if min(height, width) < side or height % side or width % side:
     raise ValueError(
       f"image size {height}x{width}: expected multiples of {side}; crop or"
@@ -68,7 +69,7 @@ def token_grid(height: int, width: int, side: int) -> Grid:
 
 
 def check_norm_groups(norm_groups: int, widths: tuple[int, ...]) -> None:
-  """ValueError unless `norm_groups` divides every width."""
+  """Raises ValueError unless `norm_groups` divides every width."""
   if bad := [width for width in widths if width % norm_groups]:
     raise ValueError(
       f"norm_groups={norm_groups} does not divide the level widths {bad}"
@@ -77,7 +78,7 @@ def check_norm_groups(norm_groups: int, widths: tuple[int, ...]) -> None:
 
 
 def check_channels(images: Array, channels: int) -> None:
-  """ValueError unless the images have `channels` channels."""
+  """Raises ValueError unless the images have `channels` channels."""
   if images.shape[-1] != channels:
     raise ValueError(
       f"images {images.shape}: expected {channels} channels in the last axis;"
@@ -86,7 +87,7 @@ def check_channels(images: Array, channels: int) -> None:
 
 
 def check_length(tokens: Array, grid: Grid) -> None:
-  """ValueError unless the tokens [B, T, F] fill the grid."""
+  """Raises ValueError unless the tokens [B, T, F] fill the grid."""
   if tokens.shape[1] != math.prod(grid):
     raise ValueError(
       f"tokens {tokens.shape}: expected {math.prod(grid)} per image for the"

@@ -43,8 +43,10 @@ def sizes(folder):
       "vocab_size": vq["num_embeddings"],
     }
     network = [
-      *(vq["base_channels"], vq["channel_multiplier"]),
-      *(vq["num_res_blocks"], vq["latent_channels"]),
+      vq["base_channels"],
+      vq["channel_multiplier"],
+      vq["num_res_blocks"],
+      vq["latent_channels"],
     ]
   else:
     part = lambda name: content[f"gen_{name}_config"]["params"]

@@ -165,9 +165,14 @@ ARRAYS = {  # name -> (ours, largest difference allowed)
   "grad_total_norm": (lambda c: np.linalg.norm(c.grad_norms()), GRADS),
 }
 for _name in (
-  *("cls_token", "pos_embed", "target_aware_pos_embed"),
-  *("timesteps_embeddings", "embeddings.weight", "lm_head.weight"),
-  *("blocks.0.attn.qkv.weight", "blocks.0.attn.q_norm.weight"),
+  "cls_token",
+  "pos_embed",
+  "target_aware_pos_embed",
+  "timesteps_embeddings",
+  "embeddings.weight",
+  "lm_head.weight",
+  "blocks.0.attn.qkv.weight",
+  "blocks.0.attn.q_norm.weight",
   "blocks.0.adaLN_modulation.1.weight",
   "adaln_before_head.adaLN_modulation.1.weight",
 ):

@@ -55,7 +55,7 @@ def test_captions_become_the_condition_of_a_backbone(encode):
   np.testing.assert_array_equal(cond["text"][0, 3:], features[0, :4])
   backbone = tiny.backbone(text_width=encode.width, text_length=encode.length)
   backbone.check(cond)
-  assert backbone.start(cond).shape == (2, 7, 16)
+  assert backbone.embed_condition(cond).shape == (2, 7, 16)
 
 
 def test_many_captions_come_in_batches(encode, monkeypatch):

@@ -94,10 +94,10 @@ def test_training_lowers_the_loss_of_every_slot(name):
   # Eight images to learn by heart.
   tokens = families.tokens(base.vocab_sizes, batch=8, length=base.num_tokens)
   cond = families.cond(name, range(8))
-  configs = noising.NoiseConfig(), objective.LossConfig()
 
   def loss(model, context, batch, rng, step):
-    return objective.tensorar_loss(model, cond, tokens, rng, *configs)
+    noise, config = noising.NoiseConfig(), objective.LossConfig()
+    return objective.tensorar_loss(model, cond, tokens, rng, noise, config)
 
   tx = optax.adam(1e-2)
   skeleton, state = train_step.init_state(model, tx, 0, ema=False)

@@ -118,10 +118,10 @@ def test_window_of_all_tokens_trains_and_pads_at_the_end():
   """Property 3: predictions n > T - k see PAD and give it no loss."""
   model = tiny.wrapped(9)
   tokens, cond = tiny.tokens(), tiny.cond()
-  configs = noising.NoiseConfig(), objective.LossConfig("uniform")
+  noise, config = noising.NoiseConfig(), objective.LossConfig("uniform")
   loss, metrics = jax.jit(
     lambda model, rng: objective.tensorar_loss(
-      model, cond, tokens, rng, *configs
+      model, cond, tokens, rng, noise, config
     )
   )(model, jax.random.key(0))
   assert np.isfinite(loss)
