@@ -193,13 +193,15 @@ class DrawingRule(Protocol):
   the image's random numbers and its committed tokens before that position
   alone: a decoder may try positions, discard them, and write their entries
   again.
-
-  Attributes:
-    looks: how many steps back it asks `earlier` for, at the most. With 0 the
-      sampler keeps nothing.
   """
 
-  looks: int
+  @property
+  def looks(self) -> int:
+    """How many steps back it asks `earlier` for, at the most.
+
+    For a rule with 0 the sampler keeps nothing.
+    """
+    ...
 
   def draw(
     self,
@@ -210,7 +212,7 @@ class DrawingRule(Protocol):
     earlier: Earlier,
     config: TokenConfig,
   ) -> Int[Array, "B k"]:
-    """Sub-token f of every slot.
+    """Draws sub-token f of every slot.
 
     Args:
       f: which sub-token.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,21 +55,23 @@ class SamplingState:
 class SamplingInputs:
   """The arrays of one call of the sampler, beside the weights.
 
+  Shapes or partition specs may stand for them.
+
   Attributes:
     cond: the condition of each image.
     null: their null conditions; None samples without guidance.
     rng: the key of the whole run.
-    image_index: the index of each image in the run.
-    scales: the guidance scale of each token and sub-token.
-    committed: tokens to commit in place of those drawn, or None.
+    image_index: int32 [B], the index of each image in the run.
+    scales: float32 [T, F], the guidance scale of each token and sub-token.
+    committed: int32 [B, T, F], None, or tokens to commit as they are.
   """
 
-  cond: Cond
-  null: Cond | None
-  rng: Key
-  image_index: Int[Array | np.ndarray, "B"]
-  scales: Float[Array | np.ndarray, "T F"]
-  committed: Int[Array | np.ndarray, "B T F"] | None = None
+  cond: Any
+  null: Any
+  rng: Any
+  image_index: Any
+  scales: Any
+  committed: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
