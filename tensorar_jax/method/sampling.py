@@ -350,17 +350,11 @@ def generate(
 
 
 def trace(
-  model: TensorAR,
-  cond: Cond,
-  null: Cond | None,
-  rng: Key,
-  config: SamplingConfig = SamplingConfig(),
-  image_index: Int[Array | np.ndarray, "B"] | None = None,
+  model, cond, null, rng, config=SamplingConfig(), image_index=None
 ) -> jax.stages.Traced:
-  """Traces `generate` without running it.
+  """Traces `generate` without running it; it takes the same arguments.
 
-  Of the arguments' arrays their shapes will do, on a mesh that need not be
-  here.
+  Shapes will do in place of arrays, on a mesh that need not be here.
   """
   state, inputs, program = _prepare_call(
     model, cond, null, rng, config, image_index
