@@ -44,10 +44,10 @@ from tensorar_jax.nn.image_tokenizer import (
 
 ENTROPY_TEMPERATURE = 0.01
 MAX_BITS = 30  # of one sub-token: it is an int32
-# Whose weights of a published file are read -> the prefix of their names, and
-# the names to leave: the moving average that the published results are for
-# ("ema"), what the optimiser left ("raw"), and the tokenizer inside the
-# checkpoint of an autoregressive model ("first_stage").
+# Which weights of a published file to read -> (the prefix of their names, the
+# names to skip). "ema" is the moving average, which the published results are
+# for, "raw" the weights that the optimiser trained, and "first_stage" the
+# tokenizer inside the checkpoint of an autoregressive model.
 WEIGHTS = {
   "ema": (
     r"model_ema\.",
@@ -269,9 +269,9 @@ class Stack(nnx.Module):
     self.norm_out = GroupNorm(width, config.norm_groups, rngs=rngs)
 
   def steps(self, codes: Latents | None = None) -> Steps:
-    """Every layer in order, named by its path; one by one they give taps.
+    """Every layer in order, named by its path, for `__call__` and for taps.
 
-    `codes` are what the adaptive norms of a decoder look at.
+    `codes` are those that the adaptive norms of a decoder read.
     """
     mid = [(f"mid/{i}", block) for i, block in enumerate(self.mid)]
     levels = list(enumerate(self.levels))
@@ -303,7 +303,7 @@ class Model(ImageTokenizer):
     self.decoder = Stack(config, decoder=True, rngs=rngs)
 
   def latents(self, images: Images) -> Latents:
-    """What the quantiser takes the signs of: float32."""
+    """The latents of images, whose signs are the code: float32."""
     self.check_images(images)
     return self.encoder(images).astype(jnp.float32)
 
@@ -363,8 +363,8 @@ def import_rules(config: Config) -> list[Rule]:
   prefix, unused = WEIGHTS[config.weights]
   rules = [Rule(source, None) for source in unused]
   for source, target, leaf, axes in table:
-    # The names of the average have lost their dots. Its patterns are as sure
-    # without, since in none of them a number follows upon a number.
+    # The names of the average have no dots. The patterns stay unique without
+    # them, since in none of them one number follows another.
     dot = "" if config.weights == "ema" else r"\."
     source = prefix + source.replace(r"\.", dot) + dot
     rules.append(Rule(source + "weight", f"{target}/{leaf}", axes))

@@ -135,7 +135,7 @@ class Stack(nnx.Module):
     self.conv_out = conv(last, outputs, size)
 
   def steps(self) -> Iterator[tuple[str, Callable[[Array], Array]]]:
-    """Every part in order, named by its path; one by one they give taps."""
+    """Every part in order, named by its path, for `__call__` and for taps."""
     levels = [(f"levels/{i}", level) for i, level in enumerate(self.levels)]
     mid = [(f"mid/{i}", block) for i, block in enumerate(self.mid)]
     yield "conv_in", self.conv_in
@@ -154,7 +154,7 @@ class Model(CodebookTokenizer):
   The network itself works on [0, 1]; images come and go in [-1, 1].
   """
 
-  uint8_offset = 127.5  # Bytes are cut off, not rounded, as published.
+  uint8_offset = 127.5  # Bytes are truncated, not rounded, as published.
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
@@ -171,7 +171,7 @@ class Model(CodebookTokenizer):
     self.decoder = Stack(config, decoder=True, rngs=rngs)
 
   def latents(self, images: Images) -> Latents:
-    """What the quantiser sees: float32."""
+    """The latents of images: float32."""
     self.check_images(images)
     return self.encoder((images + 1) / 2).astype(jnp.float32)
 
@@ -190,7 +190,7 @@ def import_rules(config: Config) -> list[Rule]:
     rf"{side}\.(?P<end>conv_in|conv_out)": "{side}/{end}",
     rf"decoder\.up\.{level}\.upsample_conv": "decoder/levels/{level}/upsample",
   }
-  bare = {}  # convolutions without
+  bare = {}  # convolutions without a bias
   for source, target in (
     (rf"{side}\.mid\.{n}", "{side}/mid/{n}"),
     (

@@ -44,7 +44,7 @@ ENTROPY_TEMPERATURE = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """What a layout of published files calls the parts of the network."""
+  """The names of the parts of the network in a layout of published files."""
 
   prefix: str = ""
   down: str = "conv_blocks"
@@ -76,7 +76,7 @@ class Config(Levels):
 
   `image_size` (height, width) only sets `grid`; the weights fit other sizes.
   About 0.01 of `entropy_weight` keeps a small codebook in use. `weights` is a
-  key of WEIGHTS, what the file is of; `uint8_offset` is that of `Tokenizer`.
+  key of WEIGHTS, the kind of file; `uint8_offset` is that of `Tokenizer`.
   """
 
   channels: int = 128
@@ -97,8 +97,8 @@ class Config(Levels):
   def __post_init__(self):
     if self.weights not in WEIGHTS:
       raise ValueError(
-        f"weights={self.weights!r}: expected one of {tuple(WEIGHTS)}, what"
-        " the file is of."
+        f"weights={self.weights!r}: expected one of {tuple(WEIGHTS)}, the"
+        " kinds of published files."
       )
     check_norm_groups(self.norm_groups, self.widths)
     self.grid_of(*self.image_size)
@@ -152,7 +152,7 @@ class Stack(nnx.Module):
       residual_blocks, norm_groups=config.norm_groups, **made
     )
     conv = functools.partial(Conv, **made)
-    # As published, the halving ones pad at the bottom and the right only.
+    # As published, halving convolutions pad at the bottom and the right only.
     halve = {"strides": 2, "padding": ((0, 1), (0, 1))}
     resample = {"upsample": True} if decoder else halve
     inputs, outputs = config.image_channels, config.latent_channels
@@ -174,7 +174,7 @@ class Stack(nnx.Module):
     self.conv_out = conv(width, outputs, 3)
 
   def steps(self) -> Iterator[tuple[str, Callable[[Array], Array]]]:
-    """Every layer in order, named by its path; one by one they give taps."""
+    """Every layer in order, named by its path, for `__call__` and for taps."""
     mid = [(f"mid/{i}", block) for i, block in enumerate(self.mid)]
     lowest = 0 if self.decoder else len(self.levels) - 1
     yield "conv_in", self.conv_in
@@ -243,7 +243,7 @@ class Model(CodebookTokenizer):
     self.decoder = Stack(config, decoder=True, rngs=rngs)
 
   def latents(self, images: Images) -> Latents:
-    """What the quantiser sees: float32, not yet normalised."""
+    """The latents of images: float32, not yet normalised."""
     self.check_images(images)
     return self.to_code(self.encoder(images)).astype(jnp.float32)
 

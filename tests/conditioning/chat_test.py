@@ -34,8 +34,15 @@ def test_a_prompt_stands_in_its_template(encode):
   assert ids.dtype == np.int32 and ids.shape == (2, 15, 2)
   words = names(encode, ids[0, mask[0], 0])
   assert words == [
-    *(chat.BEGIN, "<|User|>", ":", "a", "cat", "\n\n"),
-    *("<|Assistant|>", ":", chat.IMAGE),
+    chat.BEGIN,
+    "<|User|>",
+    ":",
+    "a",
+    "cat",
+    "\n\n",
+    "<|Assistant|>",
+    ":",
+    chat.IMAGE,
   ]
   null = names(encode, ids[0, mask[0], 1])
   assert null == [chat.BEGIN, *[chat.PAD] * 7, chat.IMAGE]
