@@ -24,23 +24,22 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-PARITY = pathlib.Path(
-  os.environ.get(
-    "TENSORAR_PARITY",
-    pathlib.Path(__file__).parents[1].parent / "shared" / "parity",
-  )
-)
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(scope="session")
 def parity() -> pathlib.Path:
-  """The folder of fixtures; absent, tests skip, but never under CI."""
-  if not PARITY.is_dir():
-    message = f"no parity fixtures at {PARITY}; set TENSORAR_PARITY"
-    if os.environ.get("CI"):
-      pytest.fail(message)
-    pytest.skip(message)
-  return PARITY
+  """Outputs of the published models; TENSORAR_PARITY names another folder."""
+  folder = pathlib.Path(os.environ.get("TENSORAR_PARITY", FIXTURES / "parity"))
+  if not folder.is_dir():
+    pytest.fail(f"no parity fixtures at {folder}: is the clone complete?")
+  return folder
+
+
+@pytest.fixture(scope="session")
+def field() -> pathlib.Path:
+  """Small files as users' tools write them, taken from bug reports."""
+  return FIXTURES / "field"
 
 
 @pytest.fixture

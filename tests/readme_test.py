@@ -2,13 +2,18 @@
 
 import pathlib
 import re
+import shlex
 
 import pytest
 
 from tensorar_jax import interfaces
+from tensorar_jax.cli import modes, parser
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *ROOT.glob("[a-z]*/**/README.md")]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
+PAGES += sorted(ROOT.glob("[a-z]*/**/README.md"), key=str)
+PAGES = list(dict.fromkeys(PAGES))
 
 
 def section(page: str, title: str) -> str:
@@ -17,7 +22,7 @@ def section(page: str, title: str) -> str:
 
 
 def test_the_page_on_backbones_names_every_member_and_is_short():
-  page = section("tensorar_jax/backbones/README.md", "Add your own backbone")
+  page = section("docs/extending.md", "Add a backbone")
   assert len(page.strip().splitlines()) < 40  # with its title
   members = {*interfaces.Backbone.__annotations__, *vars(interfaces.Backbone)}
   members = {m for m in members if not m.startswith("_")} | {"__call__"}
@@ -25,11 +30,39 @@ def test_the_page_on_backbones_names_every_member_and_is_short():
 
 
 def test_every_mode_is_explained():
-  from tensorar_jax import main
-
   page = section("README.md", "One command, several modes")
-  assert not [mode for mode in main.MODES if f"`{mode}`" not in page]
-  assert not [mode for mode in main.MODES if f"  {mode} " not in main.__doc__]
+  overview = parser.overview()
+  assert not [mode for mode in modes.MODES if f"`{mode}`" not in page]
+  assert not [mode for mode in modes.MODES if f"\n  {mode} " not in overview]
+
+
+def test_every_command_on_a_page_is_understood():
+  """Flags and modes fit together; nothing is run."""
+  count = 0
+  for page in PAGES:
+    text = page.read_text().replace("\\\n", " ")
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+      for words in commands(block):
+        assert parser.parse(words).mode in modes.MODES
+        count += 1
+  assert count > 30
+
+
+def commands(block: str):
+  """The words after the program of every command line of `main` in a block."""
+  variables = {}
+  for line in block.splitlines():
+    for name, value in variables.items():
+      line = line.replace(f"${name}", value)
+    if set_here := re.fullmatch(r"(\w+)=\"(.*)\"", line):
+      variables[set_here[1]] = set_here[2]
+      line = set_here[2]
+    for part in line.split("&&"):
+      if "-m tensorar_jax.main " in part:
+        words = shlex.split(
+          part.split("-m tensorar_jax.main ")[1], comments=True
+        )
+        yield [w for w in words if not w.startswith("[")]
 
 
 def test_every_config_file_is_named():
@@ -67,7 +100,37 @@ def test_every_command_of_the_first_page_is_run_by_a_test():
   assert all(pin in tested for pin in re.findall(r"^\S+==\S+", demo, re.M))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.parent.name)
+def test_every_page_is_found_from_the_index():
+  index = (ROOT / "docs" / "README.md").read_text()
+  names = {path.name for path in DOCS} - {"README.md"}
+  assert not [name for name in names if f"]({name})" not in index]
+
+
+def test_sections_that_the_code_cites_are_there():
+  heads = re.findall(
+    r"^## (\d+)\. ", (ROOT / "docs/method.md").read_text(), re.M
+  )
+  assert heads == [str(n) for n in range(1, 11)]
+  for path in sorted(ROOT.glob("[a-z]*/**/*.py")):
+    text = " ".join(path.read_text().split())
+    for page, number in re.findall(r"(docs/\w+\.md),? sections? (\d+)", text):
+      assert page == "docs/method.md" and number in heads, path
+
+
+def test_nothing_leads_out_of_the_clone():
+  """To a folder beside it, or to a machine's own paths."""
+  out = re.compile(r"\.\./shared|/work/|/root/|file://")
+  for path in ROOT.rglob("*"):
+    place = path.relative_to(ROOT)
+    if {".git", ".venv", "runs"} & set(place.parts) or "docs/api" in str(place):
+      continue
+    if path.suffix in (".md", ".py", ".sh", ".toml", ".yml", ".yaml"):
+      assert path == ROOT / "tests/readme_test.py" or not out.search(
+        path.read_text()
+      ), place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
   """Files, pictures and sections; other sites are not asked."""
   links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())

@@ -16,8 +16,8 @@ loss says little about samples. Measured here, with j a slot:
 The first three are measured twice: behind windows with the noise of training,
 and behind the windows that the sampler reads if what it commits are the tokens
 of the held-out image (`sampling.draft_along`). A model with window 1 has
-neither drafts nor noise, so it gets the entropy and one cross-entropy. Spec:
-section 9.
+neither drafts nor noise, so it gets the entropy and one cross-entropy. See
+docs/method.md, section 9.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """AdamW with two learning rates: the wrapped backbone's and everything else's.
 
-Spec: section 7.
+See docs/method.md, section 7.
 """
 
 from __future__ import annotations

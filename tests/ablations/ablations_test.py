@@ -6,11 +6,11 @@ import pathlib
 import shutil
 
 import pytest
-from absl import flags
 
 from tensorar_jax.ablations import runs, variants
 from tensorar_jax.checkpoints import resumable
-from tensorar_jax.cli import commands
+from tensorar_jax.cli import training
+from tensorar_jax.cli.config import Experiment
 from tensorar_jax.evaluation import protocol
 from tensorar_jax.generation import requests
 from tensorar_jax.reports import ablation_report
@@ -163,11 +163,12 @@ def test_the_page_and_the_picture_come_from_the_results_alone(
 ):
   _, _, output, _ = finished
   shutil.copy(output / "digits.json", tmp_path)
-  given = flags.FlagValues()
-  for name, value in (("mode", "visualize"), ("output", str(tmp_path))):
-    flags.DEFINE_string(name, value, "", flag_values=given)
-  given.mark_as_parsed()
-  commands.ablate(given, finished[0], tmp_path / "nowhere")
+  ablation = finished[0]
+  training.visualize(
+    training.Visualize(config="unread", output=str(tmp_path)),
+    Experiment(stages=ablation.stages, ablation=ablation),
+    tmp_path / "nowhere",
+  )
   page = (tmp_path / ablation_report.PAGE).read_text()
   assert page == (output / ablation_report.PAGE).read_text()
   assert (tmp_path / "digits.png").read_bytes()[:4] == b"\x89PNG"
@@ -268,7 +269,7 @@ def test_a_row_compares_within_a_seed_and_stands_beside_the_papers():
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
-  committed = ROOT / "configs" / "ablations"
+  committed = ROOT / "studies" / "ablations"
   files = sorted(committed.glob("*.json"))
   assert [path.stem for path in files] == ["digits", "fashion_mnist"]
   text = ablation_report.page(ablation_report.read(committed))

@@ -26,8 +26,8 @@ INPUTS |= {f"{p}_{name}" for p in "ab" for name in ("prompt_ids", "tf_codes")}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
-def case(request, parity):
-  return Case(parity / "janus_pro" / "gpt", request.param)
+def case(request, janus_gpt):
+  return Case(janus_gpt, request.param)
 
 
 def rows_of(case, prompt):

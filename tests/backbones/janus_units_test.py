@@ -41,8 +41,8 @@ def odd(seed=0):
 
 
 @pytest.fixture(scope="module")
-def file(parity):
-  return parity / "janus_pro" / "gpt" / "published" / "model.safetensors"
+def file(janus_gpt):
+  return janus_gpt / "published" / "model.safetensors"
 
 
 @pytest.fixture(scope="module")

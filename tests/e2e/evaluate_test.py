@@ -21,11 +21,12 @@ def run(parity, tmp_path_factory):
   torch.save(tensors, root / "inception.pth")
 
   def run(*flags, reference="real.npz"):
-    command = [
-      *(sys.executable, "-m", "tensorar_jax.main", *flags),
-      f"--inception={root / 'inception.pth'}",
-      f"--reference={root / reference}",
-    ]
+    command = [sys.executable, "-m", "tensorar_jax.main", *flags]
+    if "--mode=evaluate" in flags:
+      command += [
+        f"--inception={root / 'inception.pth'}",
+        f"--reference={root / reference}",
+      ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
   run.root = root

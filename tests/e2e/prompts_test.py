@@ -5,11 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
-from tensorar_jax import main
 from tensorar_jax.backbones import janus
 from tensorar_jax.checkpoints import torch_export
 from tensorar_jax.parallel import weights
@@ -18,6 +15,7 @@ from tests import tiny
 from tests.backbones.janus_case import divide
 from tests.conditioning import tiny_chat
 from tests.data.captioned_test import png, write_tar
+from tests.e2e import in_process
 
 LENGTH = 12  # ids of a prompt at most
 SIZES = dict(
@@ -83,19 +81,16 @@ def config(source, tokens) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-  """(run(**flags), work directory, root), imported, tokenized and trained."""
+  """(run(mode=..., **options), work directory, root) of a trained model."""
   root = tmp_path_factory.mktemp("prompts")
   source = write_model(root / "model")
   members = {}
   for i in range(4):
     members |= {f"{i}.png": png(i), f"{i}.txt": b"A red cat on a mat"}
   write_tar(root / "tars" / "000.tar", members | {"3.txt": b"a cat"})
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
 
   def run(**given):
-    with flagsaver.flagsaver(**given):
-      main.run(config(source, root / "tokens"), root / "run")
+    in_process.run(config(source, root / "tokens"), root / "run", **given)
 
   run(mode="import")
   run(
@@ -122,12 +117,12 @@ def test_prompts_are_stored_as_ids_and_trained_on(project):
 def test_prompts_become_images(project):
   run, workdir, root = project
   asked = dict(mode="sample", num_images=1, seed=3)
-  run(**asked, prompt=["a cat", "a red cat on a mat", "a red cat on a mat"])
+  run(**asked, prompt=("a cat",) + 2 * ("a red cat on a mat",))
   folder = workdir / "tensorar" / "samples" / "000"
   images = np.load(folder / "samples.npz")["arr_0"]
   assert images.shape == (3, 6, 6, 3)
   # The image depends on its prompt, seed and number alone.
-  run(**asked, prompt=["a cat", "a red mat", "a"])
+  run(**asked, prompt=("a cat", "a red mat", "a"))
   other = np.load(folder.parent / "001" / "samples.npz")["arr_0"]
   np.testing.assert_array_equal(other[0], images[0])
   manifest = json.loads((folder / "manifest.json").read_text())
@@ -139,4 +134,4 @@ def test_what_cannot_be_drawn_is_refused(project):
   with pytest.raises(ValueError, match="from text, there are no classes"):
     run(mode="sample")
   with pytest.raises(ValueError, match="prompt 0 is empty"):
-    run(mode="sample", prompt=[" "])
+    run(mode="sample", prompt=(" ",))

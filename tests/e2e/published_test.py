@@ -116,7 +116,7 @@ def dying(rename):
   return call
 
 os.rename, os.replace = dying(os.rename), dying(os.replace)
-app.run(main.main, flags_parser=main.parse_flags)
+app.run(main.main, flags_parser=main.start)
 """
 
 

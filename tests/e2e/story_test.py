@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from launch import soak
+from studies import soak
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.tokenizers import pixels
 
@@ -176,13 +176,14 @@ def test_a_bad_value_ends_in_one_clear_line(tmp_path, flag, words):
   assert not (tmp_path / "run" / "base").exists()
 
 
-def test_help_teaches():
+@pytest.mark.parametrize("words", [[], ["--mode=sample"]])
+def test_help_teaches(words):
   done = subprocess.run(
-    [sys.executable, "-m", "tensorar_jax.main", "--help"],
+    [sys.executable, "-m", "tensorar_jax.main", *words, "--help"],
     cwd=ROOT,
     capture_output=True,
     text=True,
   )
-  text = done.stdout + done.stderr
-  assert "--mode=sample" in text or "sample" in text
-  assert "configs/digits.py" in text
+  assert done.returncode == 0 and not done.stderr
+  assert "--config=configs/digits.py --mode=sample" in done.stdout
+  assert "--num_images" in done.stdout

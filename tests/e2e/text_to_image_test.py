@@ -5,8 +5,6 @@ import logging
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -14,6 +12,7 @@ from tensorar_jax import main
 from tensorar_jax.generation import pictures
 from tests.conditioning import tiny_text
 from tests.data.captioned_test import png, write_tar
+from tests.e2e import in_process
 
 
 def config(text, tokens) -> ConfigDict:
@@ -57,7 +56,7 @@ def config(text, tokens) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def project(parity, tmp_path_factory):
-  """(run(**flags), work directory, root), tokenized and trained."""
+  """(run(mode=..., **options), work directory, root), tokenized and trained."""
   root = tmp_path_factory.mktemp("text_to_image")
   text = tiny_text.folder(parity, root / "t5")
   members = {}
@@ -66,13 +65,9 @@ def project(parity, tmp_path_factory):
   members["3.txt"] = b"A cat"
   members["4.txt"] = b"(###)"  # nothing is left of it
   write_tar(root / "tars" / "000.tar", members)
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
 
   def run(**given):
-    made = config(text, root / "tokens")
-    with flagsaver.flagsaver(**given):
-      main.run(made, root / "run")
+    in_process.run(config(text, root / "tokens"), root / "run", **given)
 
   run(
     mode="tokenize",
@@ -126,7 +121,7 @@ def test_prompts_become_images(project, caplog):
   run(**asked)  # the same again: nothing is drawn, what is missing written
   assert (folder / pngs[1]).exists() and not (folder.parent / "001").exists()
   # The image depends on its prompt, seed and number alone.
-  run(mode="sample", prompt=["A cat", "A cat", "a mat"], num_images=1, seed=3)
+  run(mode="sample", prompt=("A cat", "A cat", "a mat"), num_images=1, seed=3)
   other = np.load(folder.parent / "001" / "samples.npz")["arr_0"]
   np.testing.assert_array_equal(other[:2], stored["arr_0"][:2])
 
@@ -136,10 +131,10 @@ def test_what_cannot_be_drawn_is_refused(project, tmp_path):
   before = sorted(workdir.rglob("*"))
   for given, words in (
     (dict(), "images from text, there are no classes.*--prompts=FILE"),
-    (dict(classes=["1"]), "images from text, there are no classes"),
-    (dict(prompt=["a", "#"]), "caption 1, '#', is empty once"),
-    (dict(prompt=[""]), "prompt 0 is empty"),
-    (dict(prompt=["a"], prompts="b"), "one or the other"),
+    (dict(classes=(1,)), "images from text, there are no classes"),
+    (dict(prompt=("a", "#")), "caption 1, '#', is empty once"),
+    (dict(prompt=("",)), "prompt 0 is empty"),
+    (dict(prompt=("a",), prompts="b"), "one or the other"),
     (dict(prompts=str(root / "tars" / "000.tar")), "no text in UTF-8|control"),
     (
       dict(mode="evaluate", reference="r.npz"),
@@ -153,7 +148,7 @@ def test_what_cannot_be_drawn_is_refused(project, tmp_path):
   tokenizer.unlink()
   try:
     with pytest.raises(ValueError, match="tokenizer.json: no such file"):
-      run(mode="sample", prompt=["a"])
+      run(mode="sample", prompt=("a",))
   finally:
     tokenizer.write_bytes(content)
   assert sorted(workdir.rglob("*")) == before
@@ -238,17 +233,13 @@ def test_prompts_of_a_benchmark_become_its_folders(
 
 def test_a_scorer_s_file_becomes_a_table(parity, tmp_path, capsys):
   scores = parity / "evaluation" / "layouts" / "geneval_toy_results.jsonl"
-  given = dict(
-    mode="evaluate", scores=str(scores), output=str(tmp_path / "out")
-  )
-  with flagsaver.flagsaver(**given):
-    main.main([""])
+  words = [f"--scores={scores}", f"--output={tmp_path / 'out'}"]
+  main.main(["main", "--mode=evaluate", *words])
   assert "| geneval_toy_results (incomplete) | 18 | 72 |" in (
     capsys.readouterr().out
   )
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
     *("settings.json", "metrics.json", "metrics.md"),
   }
-  given["mode"] = "sample"
-  with flagsaver.flagsaver(**given), pytest.raises(SystemExit):
-    main.main([""])
+  with pytest.raises(SystemExit, match="it belongs to --mode=evaluate"):
+    main.main(["main", "--mode=sample", *words])

@@ -1,9 +1,6 @@
 """The ADM metrics against recorded values of the public evaluators."""
 
-import functools
 import json
-import os
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,26 +11,13 @@ from tensorar_jax.evaluation import adm
 CASES = ("full", "rank_deficient", "dead_and_duplicate", "identical")
 
 
-@functools.cache
-def _fixtures():
-  root = Path(__file__).parents[2].parent / "shared" / "parity"
-  root = Path(os.environ.get("TENSORAR_PARITY", root)) / "evaluation"
-  if not root.is_dir():
-    return root, None, None
+@pytest.fixture(scope="module")
+def fixtures(parity):
+  """(folder, recorded inputs, recorded results)."""
+  root = parity / "evaluation"
   with np.load(root / "distances.npz") as arrays:
     arrays = dict(arrays)
   return root, arrays, json.loads((root / "expected.json").read_text())
-
-
-@pytest.fixture
-def fixtures():
-  root, arrays, expected = _fixtures()
-  if arrays is None:
-    message = f"no parity fixtures in {root}; set TENSORAR_PARITY"
-    if os.environ.get("CI"):
-      pytest.fail(message)
-    pytest.skip(message)
-  return root, arrays, expected
 
 
 def _moments(features, batch=None):

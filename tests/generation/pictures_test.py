@@ -37,7 +37,7 @@ def _colored(picture):
 
 
 def test_import_is_light():
-  code = "import sys, tensorar_jax.plots; print(*sys.modules)"
+  code = "import sys, tensorar_jax.reports.plots; print(*sys.modules)"
   done = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )

@@ -336,7 +336,7 @@ def test_two_tasks_of_slurm_find_one_another():
   step = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="127.0.0.1")
   step |= dict(SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2")
   code = (
-    "import jax, time; from tensorar_jax import processes\n"
+    "import jax, time; from tensorar_jax.parallel import processes\n"
     "processes.join_processes()\n"
     "print(jax.process_index(), jax.process_count(), flush=True)\n"
     "if jax.process_index(): processes.fail('error: alone')\n"

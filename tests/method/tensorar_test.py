@@ -1,4 +1,4 @@
-"""The property tests of section 8 of the method's specification."""
+"""The property tests of docs/method.md, section 8."""
 
 import jax
 import jax.numpy as jnp

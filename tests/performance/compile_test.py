@@ -6,13 +6,12 @@ import types
 
 import jax
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from tensorar_jax import main
 from tensorar_jax.method import sampling
 from tensorar_jax.parallel import chips
 from tensorar_jax.performance import compile, targets
+from tensorar_jax.training import logs
 from tests.training import loop_test
 
 HERE = jax.devices()[:1]
@@ -108,16 +107,10 @@ def test_a_missing_compiler_says_what_to_install(name, monkeypatch):
 
 
 def test_the_command_ends_in_one_line(monkeypatch):
-  monkeypatch.setattr(main.metrics, "log_to_console", lambda: None)
-  saved = flagsaver.save_flag_values()
-  try:
-    flags.FLAGS(
-      ["main", "--config=configs/digits.py", "--mode=compile", "--target=x:1"]
-    )
-    with pytest.raises(SystemExit, match="error: --target=x:1: expected"):
-      main.main(["main"])
-  finally:
-    flagsaver.restore_flag_values(saved)
+  monkeypatch.setattr(logs, "log_to_console", lambda: None)
+  words = ["--config=configs/digits.py", "--mode=compile", "--target=x:1"]
+  with pytest.raises(SystemExit, match="error: --target=x:1: expected"):
+    main.main(["main", *words])
 
 
 def test_the_table_of_chips_knows_its_devices():

@@ -1,0 +1,352 @@
+"""Does it refine? TensorAR against its own base model, over training seeds.
+
+  python -m studies.refinement_study                         # everything
+  python -m studies.refinement_study --only=digits/k2/seed0  # a part of it
+  python -m studies.refinement_study --render=runs/study     # table, picture
+
+From one base model of each seed, for equally many steps, train on: the base
+itself (`continued`); TensorAR by the published recipe (`categorical`); the same
+with its own drafts as noise (`drafts`); and `control`, beta = 1, whose windows
+carry nothing but the last token, so that what it loses, the new modules lose.
+(Its drafts have the rdm weight 0: they are not trained, and not read.)
+
+Each model is measured at the guidance scale that suits it best on a scan, with
+more images of another seed (see PLANS). A model that draws from less entropy
+makes cleaner and less varied images, which a lower temperature does as well:
+beside every TensorAR model stands the continued base at the temperature that
+gives its tokens the same entropy, interpolated on a scan of its temperatures.
+
+One record per finished run goes to --results at once; the same command again
+does what is missing. A run needs the `continued` one of its seed, and brings
+it along. Processes with different --only can share --folder and --results at
+the same time, if no two of them work on the same data set and seed. Tiny models
+leave cores idle while they sample: two seeds at a time take less than one after
+the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import importlib
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from studies import refinement_report
+from tensorar_jax.checkpoints import files, resumable
+from tensorar_jax.evaluation import diagnostics, evaluate, yardsticks
+from tensorar_jax.experiment import build
+from tensorar_jax.training import logs, loop
+
+_FOLDER = flags.DEFINE_string(
+  "folder", "runs/refinement_study", "Where models are trained."
+)
+_RESULTS = flags.DEFINE_string(
+  "results", "studies/refinement_study.json", "The records of finished runs."
+)
+_ONLY = flags.DEFINE_list(
+  "only",
+  [],
+  "Beginnings of names; * stands for anything: digits/*/seed1. Default: all.",
+)
+_RENDER = flags.DEFINE_string(
+  "render", None, "Folder for refinement.md and .png; runs nothing."
+)
+_QUICK = flags.DEFINE_boolean(
+  "quick", False, "Tiny models, few images: whether it works, not what it says."
+)
+
+NOISE = {
+  "categorical": dict(kind="categorical", schedule="exponential"),
+  "drafts": dict(kind="drafts", schedule="exponential"),
+  "control": dict(kind="categorical", schedule=(0, 1)),
+}
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+SEED = 0  # of the images that count; scans have seeds of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is compared on one data set; `recipes` by window."""
+
+  recipes: dict[int, tuple[str, ...]]
+  seeds: int
+  guidance: tuple[float, ...]
+  scan_images: int
+  num_images: int
+
+
+PLANS = {
+  "digits": Plan(
+    {2: ("control", "categorical", "drafts"), 4: ("categorical", "drafts")},
+    seeds=3,
+    guidance=(1.0, 1.25, 1.5),
+    scan_images=2000,
+    num_images=10_000,
+  ),
+  "fashion_mnist": Plan(
+    {2: ("control", "categorical", "drafts")},
+    seeds=1,
+    guidance=(1.5, 2.0, 3.0, 4.0),
+    scan_images=2000,
+    num_images=10_000,
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One model of the study."""
+
+  data: str
+  window: int
+  seed: int
+  recipe: str
+
+  @property
+  def name(self) -> str:
+    return f"{self.data}/k{self.window}/seed{self.seed}/{self.recipe}"
+
+  @property
+  def stage(self) -> str:
+    return self.recipe if self.window == 1 else f"{self.recipe}-k{self.window}"
+
+  @property
+  def reference(self) -> Run:
+    """The base model that was trained on for as many steps."""
+    return Run(self.data, 1, self.seed, "continued")
+
+
+def all_runs() -> list[Run]:
+  """Seed by seed, so that what is there at any time is balanced."""
+  runs = []
+  for data, plan in PLANS.items():
+    for seed in range(plan.seeds):
+      runs.append(Run(data, 1, seed, "continued"))
+      for window, recipes in plan.recipes.items():
+        runs += [Run(data, window, seed, recipe) for recipe in recipes]
+  return runs
+
+
+def select(patterns: list[str]) -> list[Run]:
+  """The runs whose names begin with a pattern, and what they need.
+
+  ValueError for a pattern that nothing matches.
+  """
+  runs = all_runs()
+  if not patterns:
+    return runs
+  chosen = set()
+  for pattern in patterns:
+    whole = f"{pattern.rstrip('/')}/"
+    found = [r for r in runs if fnmatch.fnmatch(f"{r.name}/", f"{whole}*")]
+    if not found:
+      names = "\n  ".join(run.name for run in runs)
+      raise ValueError(f"--only={pattern}: no such run. There are:\n  {names}")
+    chosen |= {*found, *(run.reference for run in found)}
+  return [run for run in runs if run in chosen]
+
+
+def stages_of(data: str, seed: int, quick: bool) -> dict[str, dict]:
+  """The stages of one data set and seed, from its own config."""
+  config = importlib.import_module(f"configs.{data}").get_config()
+  config.seed = seed
+  wrapped = config.stages.tensorar.to_dict()
+  # One classifier for all seeds: they are measured with the same yardstick.
+  config.stages.classifier.seed = 0
+  for window, recipes in PLANS[data].recipes.items():
+    for recipe in recipes:
+      stage = {**wrapped, "noise": NOISE[recipe]}
+      stage["tensorar"] = {**wrapped["tensorar"], "window": window}
+      config.stages[Run(data, window, seed, recipe).stage] = stage
+  del config.stages["tensorar"], config.stages["drafts"]
+  if quick:
+    config.backbone.update(width=16, num_layers=2, num_heads=2, mlp_multiple=8)
+    config.train.update(batch_size=8, log_every=4, checkpoint_every=4)
+    for name, stage in config.stages.items():
+      steps = {"classifier": 100, "tokenizer": 20}.get(name, 8)
+      stage.train = dict(num_steps=steps, checkpoint_every=steps)
+  return build.stages(config)
+
+
+def settings_of(data: str, quick: bool) -> evaluate.EvaluationConfig:
+  plan = PLANS[data]
+  return evaluate.EvaluationConfig(
+    models=("continued",),
+    guidance=plan.guidance,
+    scan_images=40 if quick else plan.scan_images,
+    num_images=60 if quick else plan.num_images,
+    seeds=1,
+    batch_size=40 if quick else 500,
+  )
+
+
+class Study:
+  """The models of one data set and one training seed."""
+
+  def __init__(self, data: str, seed: int, folder: pathlib.Path, quick: bool):
+    self.stages = stages_of(data, seed, quick)
+    self.settings = settings_of(data, quick)
+    self.folder = folder / f"{data}-seed{seed}"
+
+  def measure(self, run: Run, results: dict[str, dict]) -> dict:
+    """Trains and measures a run; the record of its reference is in results."""
+    started = time.monotonic()
+    self._train(run.stage)
+    stage, folder = self.stages[run.stage], self.folder / run.stage
+    subject = evaluate.Subject(run.stage, stage, folder)
+    found = evaluate.measure_model(subject, self.yardstick, self.settings)
+    values = evaluate.one_set(found["metrics"])
+    record = {
+      "metrics": values,
+      "diagnostics": found["diagnostics"],
+      "guidance_scan": found["guidance_scan"],
+    }
+    if run.window == 1:
+      record["temperatures"] = [
+        (t, self._entropy(run.stage, t, values["guidance"]))
+        for t in TEMPERATURES
+      ]
+    else:
+      reference = results[run.reference.name]
+      record["matched"] = self._matched(values["entropy"], reference)
+    return record | {"seconds": round(time.monotonic() - started, 1)}
+
+  @functools.cached_property
+  def yardstick(self) -> yardsticks.ByClassifier:
+    self._train(self.settings.classifier)
+    return yardsticks.ByClassifier(self.stages, self.settings, self.folder)
+
+  def _train(self, name: str) -> None:
+    """Trains a stage, after what it starts from."""
+    for parent in build.parents(self.stages[name]).values():
+      self._train(parent)
+    loop.fit(self.stages[name], self.folder / name)
+
+  def _sampler(self, name: str, temperature: float) -> evaluate.Sampler:
+    stage = self.stages[name]
+    sampling = {**stage["sampling"], "temperature": temperature}
+    stage = {**stage, "sampling": sampling}
+    subject = evaluate.Subject(name, stage, self.folder / name)
+    return evaluate.Sampler(subject, self.settings.batch_size)
+
+  def _entropy(self, name: str, temperature: float, scale: float) -> float:
+    """Of a stage at another temperature, for the classes of the diagnostics."""
+    sampler = self._sampler(name, temperature)
+    labels = self.yardstick.held_out(self.settings.held_out_images)["label"]
+    config = dataclasses.replace(sampler.config, guidance=float(scale))
+    return diagnostics.free_running(
+      *(sampler.model, sampler.conditioning, labels, config),
+      batch_size=self.settings.batch_size,
+    )["entropy"]
+
+  def _matched(self, entropy: float, reference: dict) -> dict:
+    """The reference at the temperature that gives its tokens this entropy."""
+    scale = reference["metrics"]["guidance"]
+    scan = sorted((e, t) for t, e in reference["temperatures"])
+    # Beyond the scan this is its end; the record shows the entropy reached.
+    temperature = float(np.interp(entropy, *zip(*scan)))
+    sampler = self._sampler("continued", temperature)
+    labels = self.yardstick.labels(0, self.settings.num_images)
+    drawn = sampler.draw(scale, SEED, labels)
+    return {
+      "temperature": temperature,
+      "entropy": self._entropy("continued", temperature, scale),
+      **self.yardstick.measure_set(drawn["images"], labels),
+    }
+
+
+# --- the file of results -----------------------------------------------------
+
+
+def read(path: pathlib.Path) -> dict[str, dict]:
+  """The records by name; {} where there is no file yet."""
+  return files.read_json(path, default={})
+
+
+def check(results: dict, quick: bool) -> None:
+  """ValueError if the records were measured with other settings."""
+  for run in all_runs():
+    want = describe(run, quick)
+    have = results.get(run.name, {}).get("settings", want)
+    if have != want:
+      raise ValueError(
+        f"{run.name} was measured with other settings:\n  {have}\nthan now:\n "
+        f" {want}\nPass another --results, or remove the record."
+      )
+
+
+def describe(run: Run, quick: bool) -> dict:
+  """What a record depends on, beyond its name."""
+  settings = settings_of(run.data, quick)
+  stages = stages_of(run.data, run.seed, quick)
+  named = ("scan_images", "num_images", "guidance", "held_out_images")
+  described = {name: getattr(settings, name) for name in named}
+  steps = {name: stages[name]["train"]["num_steps"] for name in stages}
+  described["steps"] = {name: steps[name] for name in ("base", run.stage)}
+  described["noise"] = stages[run.stage]["noise"]
+  return files.as_json(described)
+
+
+def add(path: pathlib.Path, name: str, record: dict) -> None:
+  """Adds a record to the file, which other processes may write to as well."""
+  order = [run.name for run in all_runs()]
+
+  def change(results):
+    results = {**results, name: record}
+    return {n: results[n] for n in order if n in results}
+
+  resumable.update_json(path, change)
+
+
+def run_study() -> None:
+  """Does what the flags say."""
+  path = pathlib.Path(_RESULTS.value).absolute()
+  if _RENDER.value:
+    refinement_report.render(read(path), pathlib.Path(_RENDER.value))
+    return
+  folder = pathlib.Path(_FOLDER.value).absolute()
+  folder.mkdir(parents=True, exist_ok=True)
+  # Seeds share their programs: compiled once, whichever process comes first.
+  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+  check(read(path), _QUICK.value)
+  chosen = select(_ONLY.value)
+  left = [run for run in chosen if run.name not in read(path)]
+  logging.info("%d runs, %d of them to do", len(chosen), len(left))
+  study = functools.cache(
+    lambda data, seed: Study(data, seed, folder, _QUICK.value)
+  )
+  started = time.monotonic()
+  for done, run in enumerate(left, 1):
+    record = study(run.data, run.seed).measure(run, read(path))
+    record["settings"] = describe(run, _QUICK.value)
+    add(path, run.name, record)
+    spent = time.monotonic() - started
+    logging.info(
+      "%d of %d: %s done in %s, ETA %s",
+      *(done, len(left), run.name, logs.duration(record["seconds"])),
+      logs.duration(spent / done * (len(left) - done)),
+    )
+  print(f"results: {path}")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  logs.log_to_console()
+  try:
+    run_study()
+  except (ValueError, OSError) as error:
+    if logging.vlog_is_on(1):
+      raise
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,212 @@
+"""Kills a run over and over: what it has learned in the end must not change.
+
+  python -m studies.soak --config=configs/digits.py --kills=20   # or: make soak
+
+Trains all stages of a config twice. One run is left alone. The other gets kill
+-9 at random moments, half of them into a save (soon after its temporary folder
+appears), and SIGTERM a few times. Then the logs must be equal byte for byte and
+the last checkpoints bit for bit: weights, optimiser, average, key, position in
+the data. Leaves soak.json in the folder; exits with 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.parallel import preemption
+from tensorar_jax.training import logs
+
+# The most seconds after the start, after a save, and after a save is seen.
+STARTING, PAUSE, INTO_SAVE = 12.0, 1.0, 0.08
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """When a run is ended, and by what: so many seconds into its n-th save."""
+
+  number: int
+  save: int  # 0: the start of the process
+  seconds: float
+
+
+def draw_moments(
+  kills: int, terms: int, seed: int, most_saves: int = 4
+) -> list[Moment]:
+  """Moments in random order, of kills into saves, at any time, and SIGTERM."""
+  draw, moments = random.Random(seed), []
+  for i in range(kills):
+    save = draw.randint(1 if i % 2 == 0 else 0, most_saves)
+    longest = INTO_SAVE if i % 2 == 0 else PAUSE if save else STARTING
+    moments.append(Moment(signal.SIGKILL, save, draw.uniform(0, longest)))
+  for _ in range(terms):
+    save = draw.randint(1, most_saves)
+    moments.append(Moment(signal.SIGTERM, save, draw.uniform(0, PAUSE)))
+  draw.shuffle(moments)
+  return moments
+
+
+def train_command(config: str, workdir: pathlib.Path, *others) -> list[str]:
+  """The command line that trains all stages of a config file."""
+  run = [sys.executable, "-m", "tensorar_jax.main", "--mode=train"]
+  return [*run, f"--config={config}", f"--workdir={workdir}", *others]
+
+
+def start(command: list[str], log: pathlib.Path) -> subprocess.Popen:
+  """The command in a process of its own, with its words in a file."""
+  both = dict(stdout=log.open("a"), stderr=subprocess.STDOUT)
+  return subprocess.Popen(command, cwd=ROOT, **both)
+
+
+def unfinished(workdir: pathlib.Path) -> set[pathlib.Path]:
+  """The folders of what is being saved, or was when its process ended."""
+  return set(workdir.glob("*/checkpoints/*.orbax-checkpoint-tmp*"))
+
+
+def end_at(
+  moment: Moment, command: list[str], workdir: pathlib.Path, log: pathlib.Path
+) -> str:
+  """Runs the command until the moment, and says what it did to it.
+
+  RuntimeError if the command fails, or is done before.
+  """
+  before, seen = unfinished(workdir), set()
+  process = start(command, log)
+  while len(seen) < moment.save and process.poll() is None:
+    seen |= unfinished(workdir) - before
+    time.sleep(0.001)
+  time.sleep(moment.seconds)
+  process.send_signal(moment.number)
+  code = process.wait()
+  if code == preemption.EXIT_CODE and moment.number == signal.SIGTERM:
+    return "SIGTERM, saved"
+  if code != -moment.number:
+    raise RuntimeError(
+      f"exit code {code} before {moment}; see {log}. If it is 0, the run was"
+      " over: take more steps, or fewer kills and saves."
+    )
+  if moment.number == signal.SIGTERM:
+    return "SIGTERM between stages"
+  if unfinished(workdir) - before:
+    return "kill -9 in a save"
+  return "kill -9 in training" if seen else "kill -9 before a save"
+
+
+def run_to_the_end(command: list[str], log: pathlib.Path) -> None:
+  """RuntimeError if the command fails."""
+  if code := start(command, log).wait():
+    raise RuntimeError(f"exit code {code}; see {log}")
+
+
+def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
+  """What differs in the results of two work directories; empty: nothing."""
+  stages = sorted(path.parent.name for path in a.glob("*/checkpoints"))
+  found = [] if stages else [f"nothing was trained in {a}"]
+  for stage in stages:
+    texts = [(path / stage / "log.jsonl").read_bytes() for path in (a, b)]
+    found += [f"{stage}/log.jsonl"] * (texts[0] != texts[1])
+    left, right = (_bits(orbax_io.find(path / stage)) for path in (a, b))
+    found += [
+      f"{stage}: {name}"
+      for name in sorted(left.keys() | right.keys())
+      if left.get(name) != right.get(name)
+    ]
+    found += [f"{stage}: left {path}" for path in unfinished(b)]
+  return found
+
+
+def _bits(path: pathlib.Path) -> dict[str, bytes]:
+  """Every array of a checkpoint by its name, its step, the data's position."""
+  import jax
+  import numpy as np
+  import orbax.checkpoint as ocp
+
+  # On the host: this process may have other devices than the run had.
+  on_host = ocp.RestoreArgs(restore_type=np.ndarray)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    tree = reader.metadata(path / "state").item_metadata.tree
+    args = jax.tree.map(lambda _: on_host, tree)
+    state = reader.restore(
+      path / "state", args=ocp.args.PyTreeRestore(restore_args=args)
+    )
+  found = {
+    jax.tree_util.keystr(name): np.asarray(leaf).tobytes()
+    for name, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+  data = ocp.JsonCheckpointHandler().restore(path / "data")
+  return {
+    **found,
+    "name": path.name.encode(),
+    "data": json.dumps(data).encode(),
+  }
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  given = flags.FLAGS
+  logs.log_to_console()
+  folder = given.folder or tempfile.mkdtemp(prefix="soak")
+  folder = pathlib.Path(folder).absolute()
+  folder.mkdir(parents=True, exist_ok=True)
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  values = {"num_steps": given.steps, "checkpoint_every": given.save_every}
+  settings = [f"--config.train.{key}={value}" for key, value in values.items()]
+  settings += [  # those that a stage has for itself
+    f"--config.stages.{name}.train.{key}={value}"
+    for name, stage in given.config.stages.items()
+    for key, value in values.items()
+    if key in stage.get("train", {})
+  ]
+  config = config_flags.get_config_filename(given["config"])
+  straight, killed, log = (folder / n for n in ("straight", "killed", "log"))
+  started = time.monotonic()
+  run_to_the_end(train_command(config, straight, *settings), log)
+  alone = time.monotonic() - started
+  print(f"the run left alone: {logs.duration(alone)}", flush=True)
+  command, done = train_command(config, killed, *settings), {}
+  moments = draw_moments(given.kills, given.terms, given.seed)
+  started = time.monotonic()
+  for i, moment in enumerate(moments, 1):
+    what = end_at(moment, command, killed, log)
+    done[what] = done.get(what, 0) + 1
+    left = (time.monotonic() - started) / i * (len(moments) - i) + alone
+    print(f"{i}/{len(moments)} {what}, ETA {logs.duration(left)}", flush=True)
+  run_to_the_end(command, log)
+  found = differences(straight, killed)
+  record = {
+    "config": config,
+    "interruptions": dict(sorted(done.items())),
+    "different": found,
+    "seconds": {"alone": alone, "killed": time.monotonic() - started},
+  }
+  (folder / "soak.json").write_text(json.dumps(record, indent=2) + "\n")
+  print(json.dumps(record, indent=2))
+  print("DIFFERENT" if found else f"equal bit for bit; {folder}/soak.json")
+  sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file(
+    "config", "configs/digits.py", "As of main.", lock_config=True
+  )
+  flags.DEFINE_integer("kills", 20, "How many kill -9.", lower_bound=0)
+  flags.DEFINE_integer("terms", 5, "How many SIGTERM.", lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "Of the moments.")
+  flags.DEFINE_integer("steps", 120, "Steps of every stage.")
+  flags.DEFINE_integer("save_every", 5, "Steps between saves.")
+  flags.DEFINE_string("folder", None, "A new one. Default: temporary.")
+  app.run(main)

@@ -1,0 +1,288 @@
+"""The mode that measures: evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tensorar_jax.cli.config import Experiment
+from tensorar_jax.cli.options import Shared, changed, option
+from tensorar_jax.cli.sampling import Images
+
+if TYPE_CHECKING:
+  from tensorar_jax.evaluation.protocol import Judge
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """What images are compared with."""
+
+  reference: str | None = option(
+    None,
+    "A reference batch of images, such as VIRTUAL_imagenet256_labeled.npz:"
+    " measures FID, sFID, IS, precision and recall against it, as papers do."
+    " Default: the config's own measure.",
+    metavar="FILE.npz",
+  )
+  inception: str = option(
+    "weights/pt_inception-2015-12-05-6726825d.pth",
+    "The network of FID, as pytorch-fid publishes it.",
+    metavar="FILE",
+  )
+  bootstrap: int = option(
+    20, "Resamples for the intervals of the metrics; 0: no intervals.", least=0
+  )
+  batch_size: int | None = option(
+    None,
+    "Images drawn or measured at once, over the local devices. Default: 32 for"
+    " each device to draw, 64 to measure, on a CPU 16.",
+    least=1,
+  )
+
+  def judge(self) -> Judge:
+    """The network and the reference; each of several processes has a share."""
+    import jax
+
+    from tensorar_jax.evaluation import protocol
+
+    return protocol.Judge(
+      self.reference,
+      self.inception,
+      bootstrap=self.bootstrap,
+      batch_size=self.batch_size,
+      share=(jax.process_index(), jax.process_count()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(Images, Reference, Shared):
+  """Measures trained models, or images that any program made.
+
+  There are four ways:
+    --config                     The models that the section `evaluation` names,
+                                 by the measure it names: metrics.json.
+    --config --reference         A stage against a reference batch, as papers
+                                 do; draws its images first.
+    --samples --reference        The images of a file; no config.
+    --scores                     A table of what GenEval's or DPG-Bench's scorer
+                                 has written; no config.
+  The first two take --every_checkpoint, which plots what train.keep_every has
+  kept over the steps of training.
+  """
+
+  example = (
+    "--config=configs/llamagen_b.py --mode=evaluate \\\n"
+    "    --stage=base --reference=VIRTUAL_imagenet256_labeled.npz \\\n"
+    "    --num_images=50000 --guidance=1.5,1.75,2"
+  )
+
+  stage: str | None = option(
+    None,
+    "The stage to measure. Default: with --reference the last one that draws"
+    " images; else all that the config names.",
+    metavar="NAME",
+  )
+  guidance: tuple[str, ...] | None = option(
+    None,
+    "With --reference: scales to measure, with a plot over them; 4:6 is one for"
+    " each of two sub-tokens. Default: the config's.",
+    metavar="SCALE,...",
+  )
+  every_checkpoint: bool = option(
+    False, "Whether to measure all checkpoints that were kept."
+  )
+  samples: str | None = option(
+    None,
+    "Images to measure: arr_0 of the file, uint8 [n, h, w, 3].",
+    metavar="FILE.npz",
+  )
+  scores: str | None = option(
+    None,
+    "What a benchmark's scorer has written: GenEval's .jsonl, or DPG-Bench's"
+    " .txt.",
+    metavar="FILE",
+  )
+  questions: str | None = option(
+    None,
+    "With --scores of DPG-Bench: its questions, for the table's categories.",
+    metavar="FILE.csv",
+  )
+  output: str | None = option(
+    None,
+    "With --samples or --scores: the folder of the results. Default: one beside"
+    " that file.",
+    metavar="FOLDER",
+  )
+
+  def needs_config(self) -> bool:
+    return not (self.samples or self.scores)
+
+  def shares_work(self) -> bool:
+    return self.reference is not None
+
+
+def evaluate(
+  options: Evaluate,
+  experiment: Experiment | None,
+  workdir: pathlib.Path | None,
+) -> None:
+  """--mode=evaluate: one of its four ways."""
+  if options.questions and not options.scores:
+    raise ValueError("--questions goes with --scores=FILE of DPG-Bench.")
+  if options.scores:
+    summarise_scores(options)
+  elif options.samples:
+    measure_file(options)
+  elif options.every_checkpoint:
+    measure_checkpoints(options, experiment, workdir)
+  elif options.reference:
+    measure_stage(options, experiment, workdir)
+  else:
+    measure_models(options, experiment, workdir)
+
+
+def summarise_scores(options: Evaluate) -> None:
+  """--scores."""
+  from tensorar_jax.evaluation import summary
+
+  if options.samples or options.reference:
+    raise ValueError("--scores goes without --samples and --reference.")
+  scores = pathlib.Path(options.scores)
+  questions = pathlib.Path(options.questions) if options.questions else None
+  folder = pathlib.Path(options.output or scores.with_suffix(""))
+  found = summary.summarise(scores, questions, folder)
+  print(summary.table(scores.stem, found))
+  print(folder / "metrics.json")
+
+
+def measure_file(options: Evaluate) -> None:
+  """--samples --reference."""
+  from tensorar_jax.evaluation import protocol
+
+  if not options.reference:
+    raise ValueError("--samples goes with --reference=FILE.npz.")
+  if needless := changed(options, Images):
+    raise ValueError(
+      f"{needless[0]} with --samples: the images are drawn already."
+    )
+  samples = pathlib.Path(options.samples)
+  folder = options.output or protocol.place_of(samples, options.reference)
+  record = options.judge().measure(samples, folder)
+  if record:
+    print(protocol.table({samples.name: record}))
+    print(pathlib.Path(folder, "metrics.json"))
+
+
+def measure_stage(
+  options: Evaluate, experiment: Experiment, workdir: pathlib.Path
+) -> None:
+  """--reference: draws the images of a stage, and measures them."""
+  from tensorar_jax.evaluation import protocol
+  from tensorar_jax.method import drawing
+  from tensorar_jax.reports import guidance_report
+
+  if options.output:
+    raise ValueError("--output: samples and metrics go to the stage's folder.")
+  name, stage = drawn_stage(options, experiment.stages)
+  scales = [stage.get("sampling", {}).get("guidance", 1.0)]
+  if options.guidance is not None:
+    scales = list(map(drawing.parse_guidance, options.guidance))
+  judge = options.judge()
+  records = protocol.sweep(
+    judge,
+    experiment.stages,
+    workdir,
+    options.request(50_000),
+    stage=name,
+    scales=scales,
+    batch_size=options.batch_size,
+  )
+  if records:
+    print(protocol.table(records))
+    picture = guidance_report.draw(protocol.overview(judge, workdir, name))
+    if picture:
+      print(f"picture: {picture}")
+
+
+def measure_checkpoints(
+  options: Evaluate, experiment: Experiment, workdir: pathlib.Path
+) -> None:
+  """--every_checkpoint, with --reference or without."""
+  from tensorar_jax.evaluation import progress
+  from tensorar_jax.reports import progress_report
+
+  if options.output or options.guidance:
+    raise ValueError(
+      "--every_checkpoint goes without --output and --guidance: set"
+      " config.sampling.guidance, one scale for all checkpoints."
+    )
+  only_with_reference(options)
+  stages, settings = experiment.stages, experiment.evaluation
+  if options.reference:
+    name, _ = drawn_stage(options, stages)
+    judge, request = options.judge(), options.request(50_000)
+    found = progress.by_reference(
+      judge, stages, workdir, request, name=name, batch_size=options.batch_size
+    )
+    title = f"{request.num_images:,} images against {judge.file.path.stem}"
+  elif settings:
+    names = (options.stage,) if options.stage else settings.models
+    found = progress.by_yardstick(stages, settings, workdir, names)
+    title = f"{settings.num_images:,} images of each checkpoint"
+  else:
+    raise ValueError(
+      "--every_checkpoint: the config has no section `evaluation`; name a"
+      " reference batch with --reference=FILE.npz."
+    )
+  progress_report.draw(found, stages, workdir, title)
+
+
+def measure_models(
+  options: Evaluate, experiment: Experiment, workdir: pathlib.Path
+) -> None:
+  """The models and the measure of the section `evaluation`."""
+  from tensorar_jax.evaluation import evaluate
+
+  if not experiment.evaluation:
+    raise ValueError(
+      "--mode=evaluate: the config has no section `evaluation`; name a"
+      " reference batch with --reference=FILE.npz."
+    )
+  only_with_reference(options)
+  for name in ("output", "guidance"):
+    if getattr(options, name) is not None:
+      raise ValueError(
+        f"--{name} goes with --reference, --samples or --scores. The config's"
+        " section `evaluation` says what is measured, and metrics.json is in"
+        f" {workdir}."
+      )
+  evaluate.evaluate(experiment.stages, experiment.evaluation, workdir)
+
+
+def only_with_reference(options: Any) -> None:
+  """ValueError for flags of a measurement by --reference without it.
+
+  Args:
+    options: with the flags of `Images` and `Reference`.
+  """
+  if options.reference:
+    return
+  if needless := [*changed(options, Images), *changed(options, Reference)]:
+    raise ValueError(
+      f"{needless[0]} goes with --reference=FILE.npz: without it the config's"
+      " section `evaluation` says what is drawn and measured, such as"
+      " --config.evaluation.num_images=1000."
+    )
+
+
+def drawn_stage(
+  options: Evaluate, stages: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Any]]:
+  """(name, stage) to draw from; ValueError if it draws from text."""
+  from tensorar_jax.generation import requests, sample_files
+
+  name = sample_files.drawable(stages, options.stage)
+  requests.check_classes(name, stages[name])
+  return name, stages[name]

@@ -1,0 +1,15 @@
+"""Modes of the command line in the process of a test."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from tensorar_jax import main
+from tensorar_jax.cli import modes, parser
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, mode: str, **given) -> None:
+  """Carries out a mode with these of its options, as `main` does."""
+  make = modes.MODES[mode].options
+  options = make(config="unread", workdir=str(workdir), **given)
+  main.carry_out(parser.Command(mode, options, {}), config)
