@@ -30,7 +30,6 @@ import dataclasses
 import fnmatch
 import functools
 import importlib
-import json
 import pathlib
 import sys
 import time
@@ -40,7 +39,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from studies import refinement_report
-from tensorar_jax.checkpoints import resumable
+from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.evaluation import diagnostics, evaluate, yardsticks
 from tensorar_jax.experiment import build
 from tensorar_jax.training import logs, loop
@@ -268,7 +267,7 @@ class Study:
 
 def read(path: pathlib.Path) -> dict[str, dict]:
   """The records by name; {} where there is no file yet."""
-  return json.loads(path.read_text()) if path.exists() else {}
+  return files.read_json(path, default={})
 
 
 def check(results: dict, quick: bool) -> None:
@@ -292,7 +291,7 @@ def describe(run: Run, quick: bool) -> dict:
   steps = {name: stages[name]["train"]["num_steps"] for name in stages}
   described["steps"] = {name: steps[name] for name in ("base", run.stage)}
   described["noise"] = stages[run.stage]["noise"]
-  return json.loads(json.dumps(described))
+  return files.as_json(described)
 
 
 def add(path: pathlib.Path, name: str, record: dict) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ import jax
 from absl import logging
 
 from tensorar_jax.ablations.variants import Ablation
-from tensorar_jax.checkpoints import resumable
+from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.evaluation import evaluate, protocol, yardsticks
 from tensorar_jax.experiment import build
 from tensorar_jax.generation import requests
@@ -158,7 +157,7 @@ def run(
 
 def records(path: pathlib.Path) -> dict[str, dict]:
   """What is measured by now, by this process or another."""
-  return json.loads(path.read_text())["records"]
+  return files.read_json(path)["records"]
 
 
 def keep_programs(workdir: pathlib.Path) -> None:
@@ -180,7 +179,7 @@ def describe(ablation: Ablation, evaluation: dict) -> dict:
       stage["train"] = kept
   found["sampling"] = ablation.centre.get("sampling", {})
   found["evaluation"] = evaluation
-  return json.loads(json.dumps(found))
+  return files.as_json(found)
 
 
 def prepare(
@@ -235,7 +234,7 @@ def add_times(
   All in one process in turn, on random weights: a ratio to k = 1 is taken
   within a round.
   """
-  have = json.loads(path.read_text())["times"]
+  have = files.read_json(path)["times"]
   wanted = ablation.timed()
   if wanted <= {(row["window"], row["depth"]) for row in have}:
     return
@@ -248,7 +247,7 @@ def add_times(
   )
   stages = {"centre": ablation.centre}
   folder = benchmark.run(stages, workdir, settings, stage="centre")
-  found = json.loads((folder / "benchmark.json").read_text())
+  found = files.read_json(folder / "benchmark.json")
   ratios = {row["name"]: row for row in found["ratios"]}
   one = {"median": 1.0, "min": 1.0, "max": 1.0}
   rows = [

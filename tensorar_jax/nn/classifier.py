@@ -1,8 +1,8 @@
 """A small convolutional classifier: the feature space for tiny images.
 
-Inception's features mean nothing on 8 x 8 digits. This network is trained on
-the real images in the same run; its features serve the Frechet distance,
-precision and recall, its predictions the class consistency of samples.
+Inception means nothing on 8 x 8 digits. Trained on the real images by the same
+run, this network's features serve the Frechet distance, precision and recall,
+and its predictions the class consistency of samples.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from tensorar_jax.interfaces import Batch, Key
+from tensorar_jax.nn.image_bytes import from_uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Model(nnx.Module):
     self, images: UInt8[Array, "B h w C"]
   ) -> Float[Array, "B num_features"]:
     """The hidden layer after ReLU, in which distances are measured."""
-    x = images.astype(jnp.float32) / 127.5 - 1.0
+    x = from_uint8(images)
     x = jax.nn.relu(self.stem(x))
     for conv in self.convs:
       x = jax.nn.relu(conv(x))

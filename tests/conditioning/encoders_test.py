@@ -95,7 +95,7 @@ def test_incomplete_folders_are_refused(parity, tmp_path):
   with pytest.raises(ValueError, match="dtype='float16': expected one of"):
     tj.import_text_encoder(folder, dtype="float16")
   for name, words in (
-    ("config.json", "config.json: not readable"),
+    ("config.json", "config.json: no such file. Download it again"),
     ("model.safetensors", "found none of .*model.safetensors.index.json"),
     ("tokenizer.json", "The text encoder's own tokenizer.json"),
   ):
@@ -117,4 +117,4 @@ def test_a_tokenizer_of_another_model_is_refused(encode):
   with pytest.raises(
     ValueError, match="knows 129 tokens, the text encoder 128"
   ):
-    encoders.TextEncoder(encode.model, other)
+    encoders.T5Encoder(encode.model, other)

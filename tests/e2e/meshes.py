@@ -153,9 +153,9 @@ def encode_on(mesh) -> dict:
     tiny_text.tokenizer().save(str(file))
     tokenizer = captions.CaptionTokenizer(file, 7)
   texts = ["a cat", "a red cat on a mat", "red"]  # no number that divides
-  want, _ = encoders.TextEncoder(model, tokenizer)(texts)
+  want, _ = encoders.T5Encoder(model, tokenizer)(texts)
   model = sharding.shard(model, mesh)
-  got, _ = encoders.TextEncoder(model, tokenizer, mesh)(texts)
+  got, _ = encoders.T5Encoder(model, tokenizer, mesh)(texts)
   assert got.shape == want.shape
   difference = np.abs(np.array(got) - np.array(want)).max()
   here, total = sharding.bytes_of(model)

@@ -9,9 +9,10 @@ import pytest
 
 import tensorar_jax as tj
 from tensorar_jax.checkpoints import torch_export, torch_import
-from tensorar_jax.generation import batches
+from tensorar_jax.nn import image_bytes
 from tensorar_jax.tokenizers import vq
 from tests.backbones.janus_case import compare
+from tests.tokenizers.common import nchw
 
 GRIDS = ("sq", "rect")
 INPUTS = {f"{grid}_{name}" for grid in GRIDS for name in ("indices", "image")}
@@ -37,10 +38,6 @@ def model(folder):
     codebook_size=c["codebook_size"],
     image_size=(64, 64),
   )
-
-
-def nchw(x):
-  return np.asarray(x).transpose(0, 3, 1, 2)
 
 
 @jax.jit
@@ -79,7 +76,7 @@ def computed(model, io, grid):
   size = io[f"{grid}_codes"].shape[2:]
   rows, taps, images = decoded(model, io[f"{grid}_indices"].reshape(-1, *size))
   hidden, latents, codes, chosen, again = encoded(model, image)
-  uint8 = batches.to_uint8(images, model.uint8_offset)
+  uint8 = image_bytes.to_uint8(images, model.uint8_offset)
   found = {
     "codes": nchw(rows),
     "dec_mid": nchw(taps["mid/2"]),
@@ -113,7 +110,7 @@ def test_bytes_are_cut_off_and_not_rounded(model):
   assert model.uint8_offset == vq.VARIANTS["janus"].uint8_offset == 127.5
   assert vq.VARIANTS["vq16"].uint8_offset == 128.0
   half = jnp.full((1, 1, 1, 3), 0.9 / 127.5 - 1.0)
-  assert batches.to_uint8(half, model.uint8_offset).max() == 0
+  assert image_bytes.to_uint8(half, model.uint8_offset).max() == 0
 
 
 def test_a_file_of_the_tokenizer_alone_is_either_kind(model, folder):
