@@ -30,7 +30,6 @@ import dataclasses
 import fnmatch
 import functools
 import importlib
-import json
 import pathlib
 import sys
 import time
@@ -41,7 +40,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from studies import refinement_report
-from tensorar_jax.checkpoints import resumable
+from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.evaluation import diagnostics, evaluate, yardsticks
 from tensorar_jax.experiment.parse import parse
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage
@@ -271,7 +270,7 @@ class Study:
 
 def read(path: pathlib.Path) -> dict[str, dict]:
   """The records by name; {} where there is no file yet."""
-  return json.loads(path.read_text()) if path.exists() else {}
+  return files.read_json(path, default={})
 
 
 def check(results: dict, quick: bool) -> None:
@@ -296,7 +295,7 @@ def describe(run: Run, quick: bool) -> dict:
     name: trained[name].train.num_steps for name in ("base", run.stage)
   }
   described["noise"] = dataclasses.asdict(trained[run.stage].noise)
-  return json.loads(json.dumps(described))
+  return files.as_json(described)
 
 
 def add(path: pathlib.Path, name: str, record: dict) -> None:

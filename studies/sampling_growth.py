@@ -22,7 +22,7 @@ from tensorar_jax.backbones import llamagen
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.generation import batches
 from tensorar_jax.method import sampling
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import sharding
 from tensorar_jax.performance import machine

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import_backbone,
     import_tokenizer,
   )
-  from tensorar_jax.method.drawing import SamplingConfig
   from tensorar_jax.method.sampling import generate
+  from tensorar_jax.method.sampling_config import SamplingConfig
   from tensorar_jax.method.tensorar import TensorAR
 
 # Where the names above live. They are imported when they are first used, so
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
   "ClassConditioning": "conditioning.conditions",
   "PromptConditioning": "conditioning.conditions",
-  "SamplingConfig": "method.drawing",
+  "SamplingConfig": "method.sampling_config",
   "TensorAR": "method.tensorar",
   "TextConditioning": "conditioning.conditions",
   "generate": "method.sampling",

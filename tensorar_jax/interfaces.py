@@ -1,4 +1,4 @@
-"""The seams of the project: what a backbone, a tokenizer and a condition are.
+"""The interfaces of the project: backbone, tokenizer, condition, text encoder.
 
 Letters used in every shape annotation:
 
@@ -13,7 +13,7 @@ Letters used in every shape annotation:
 | `E`    | features of a text token    |        |                           |
 
 Tokens are always `int32[..., F]`, with `F = 1` where a family does not
-factorise its vocabulary, so that nothing has to ask whether it does.
+factorise its vocabulary, so that shared code has one case.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 # A condition: arrays with a leading batch axis. "is_null" (bool[B]) marks the
 # rows whose condition is replaced by the backbone's null embedding. "order"
-# (int32[B, T], where a backbone knows it) is the raster position of the token
-# at each place of the sequence; without it the order is raster. "is_padding"
-# (bool[B, P], for prefixes of unequal length) marks rows that nothing may see.
+# (int32[B, T], where a backbone supports it) is the raster index of each token
+# of the sequence; without it the order is raster. "is_padding" (bool[B, P], for
+# prefixes of unequal length) marks rows that no other row may see.
 # "is_valid" (bool[B]) marks the images that the loss counts; without it, all.
 Cond = dict[str, Array | np.ndarray]
 # What the data pipeline yields: "image" (uint8 [B, h, w, C]) or "tokens"
@@ -48,9 +48,12 @@ class Frozen(nnx.Variable):
 class Cache:
   """Keys and values of every layer; only `layers.py` knows their layout.
 
-  `k` and `v` are either one array `[L, B, N, S, H]` or a tuple of L arrays
-  `[B, N, S, H]` (N = key/value heads). `end` (int32 []) is the next row to be
-  written; `context` belongs to the backbone (a padding mask, a class, ...).
+  Attributes:
+    k: keys, one array `[L, B, N, S, H]` or a tuple of L arrays `[B, N, S, H]`
+      (N key/value heads, S rows).
+    v: values, as the keys.
+    end: int32 [], the next row to be written.
+    context: the backbone's own, for later rows: a padding mask, a class, ...
   """
 
   k: Any
@@ -61,11 +64,13 @@ class Cache:
 
 @struct.dataclass
 class Samples:
-  """What `generate` returns.
+  """The result of `generate`.
 
-  `drafts[:, n, j]` is the token drawn at step n for position n + j, and
-  `tokens[:, n] == drafts[:, n, 0]`. `logits` holds, for each sub-token, the
-  guided logits `[B, T, k, V_f]` before temperature, if they were asked for.
+  Attributes:
+    tokens: the committed ones; `tokens[:, n] == drafts[:, n, 0]`.
+    drafts: `drafts[:, n, j]` is the token drawn at step n for position n + j.
+    logits: for each sub-token the guided logits before temperature, if they
+      were asked for.
   """
 
   tokens: Int[Array, "B T F"]
@@ -75,12 +80,12 @@ class Samples:
 
 @runtime_checkable
 class Backbone(Protocol):
-  """A pretrained causal image transformer, cut so that it can be wrapped.
+  """A pretrained causal image transformer in the parts that TensorAR wraps.
 
-  Whatever depends on the position (rotary tables, absolute embeddings, adaptive
-  norms) happens inside `__call__`, `prefill` and `decode`. `embed` and `logits`
-  are position-free and apply to any leading axes. `make_norm`, `kernel_init`
-  and the compute `dtype` are the family's own, for the modules that wrap it.
+  Everything that depends on the position (rotary tables, absolute embeddings,
+  adaptive norms) happens inside `__call__`, `prefill` and `decode`. `embed` and
+  `logits` are position-free and apply to any leading axes. The modules that
+  wrap it use the family's `make_norm`, `kernel_init` and compute `dtype`.
   """
 
   num_tokens: int
@@ -91,11 +96,11 @@ class Backbone(Protocol):
   kernel_init: Callable[..., Array]
 
   def make_norm(self, rngs: nnx.Rngs) -> nnx.Module:
-    """A fresh norm over `width` features, of the family's type."""
+    """Makes a norm over `width` features, of the family's type."""
     ...
 
   def check(self, cond: Cond) -> None:
-    """Raises ValueError if `cond` asks for what this model does not know."""
+    """Raises ValueError if this model cannot serve `cond`."""
     ...
 
   def embed(self, tokens: Int[Array, "*n F"]) -> Float[Array, "*n D"]:
@@ -109,13 +114,13 @@ class Backbone(Protocol):
     ...
 
   def prefill(self, cond: Cond) -> tuple[Float[Array, "B D"], Cache]:
-    """The hidden state that predicts token 0, and the cache behind it."""
+    """The hidden state that predicts token 0, and the cache of the prefix."""
     ...
 
   def decode(
     self, x: Float[Array, "B D"], cache: Cache
   ) -> tuple[Float[Array, "B D"], Cache]:
-    """One more row; `prefill` and T - 1 decodes equal `__call__`."""
+    """Runs one more row; `prefill` and T - 1 decodes equal `__call__`."""
     ...
 
   def logits(
@@ -125,9 +130,9 @@ class Backbone(Protocol):
     *,
     rng: Key | None = None,
   ) -> tuple[Float[Array, "*n _"], ...]:
-    """F arrays; `logits[f]` reads nothing but `tokens[..., :f]`.
+    """Logits of each sub-token; `logits[f]` reads only `tokens[..., :f]`.
 
-    `rng` switches the head's own dropout on, where a family has one.
+    `rng` switches on the head's own dropout, where a family has one.
     """
     ...
 
@@ -151,7 +156,7 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class TextEncoder(Protocol):
-  """Captions -> features of at most `length` tokens, `width` of each.
+  """Turns captions into `width` features of each of at most `length` tokens.
 
   Features are numbers that a text model makes, or ids that the backbone reads.
   """
@@ -162,15 +167,19 @@ class TextEncoder(Protocol):
   def __call__(
     self, captions: Sequence[str]
   ) -> tuple[Num[Array | np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
-    """(features, mask, true at tokens); a bad caption is a ValueError."""
+    """Returns (features, mask, true at tokens).
+
+    Raises:
+      ValueError: a caption cannot be encoded.
+    """
     ...
 
 
 @runtime_checkable
 class Conditioning(Protocol):
-  """What an image is made from: class labels, text."""
+  """The condition that an image is made from: class labels or text."""
 
-  is_text: bool  # made of text features, not of labels
+  is_text: bool  # from text features, not from labels
 
   def encode(self, raw: Any) -> Cond:
     """The condition for raw labels or prompts; bad input is a ValueError."""
@@ -181,7 +190,7 @@ class Conditioning(Protocol):
     ...
 
   def example(self) -> Cond:
-    """One row that asks the most of a backbone, for checks before a run."""
+    """One row that needs all that a backbone may lack, for early checks."""
     ...
 
   def null(self, cond: Cond) -> Cond:
@@ -206,14 +215,14 @@ class Trainable(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One line of an import table: PyTorch names -> one path of our tree.
+  """One line of an import table: PyTorch names -> one path in this package.
 
   `source` is a regular expression over the whole PyTorch name; its group
   `layer`, if there is one, is the index on the stacked leading axis. `target`
   is the path with `/`, in which `{name}` stands for a named group of `source`;
   `None` names a tensor that is known and not needed. `axes` is the
-  transposition from PyTorch's layout to ours, empty for none. An alias is what
-  files of another layout call the tensor: it is read, never written.
+  transposition from PyTorch's layout to ours, empty for none. An alias is the
+  tensor's name in files of another layout: it is read, never written.
   """
 
   source: str

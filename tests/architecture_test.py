@@ -32,7 +32,8 @@ FLOORS = (
 FAMILIES_MAY_IMPORT = {"conditioning", "nn", "parallel", "interfaces"}
 HEAVY = {
   "gradio": {"demo.page"},
-  "tensorflow": {"data.sources", "training.logs"},
+  "tensorflow": {"data.sources.tfds", "training.logs"},
+  "tensorflow_datasets": {"data.sources.tfds"},
   "torch": {
     "checkpoints.torch_files",
     "checkpoints.torch_export",
@@ -132,9 +133,9 @@ def test_heavy_packages_are_imported_lazily_and_in_one_place(path):
 TABLES = ("checkpoints.locations",)
 # Modules that read what a family's authors have written, in words only.
 FORMATS = (
-  "data.codes",
   "data.images",
-  "data.jsonl",
+  "data.sources.codes",
+  "data.sources.jsonl",
   "experiment.published",
 )
 PAPERS = "evaluation.papers"  # prints the rows of tables, names and all

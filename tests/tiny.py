@@ -85,4 +85,4 @@ def prompts(numbers=(0, 1)) -> dict:
   draw = lambda number: np.random.RandomState(number).randint(3, 13, 3).tolist()
   # Of 3, 4, 5, 3, ... in their order.
   ids = [[0, *draw(n)[: 1 + i % 3], 1] for i, n in enumerate(numbers)]
-  return PROMPTS.encode_ids(ids, pad=2)
+  return PROMPTS.encode(conditions.prompt_rows(ids, 2, PROMPTS.length))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import time
 from typing import Protocol, runtime_checkable
@@ -21,12 +20,12 @@ import jax
 from absl import logging
 
 from tensorar_jax.ablations.variants import Ablation
-from tensorar_jax.checkpoints import resumable
+from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.evaluation import evaluate, protocol, yardsticks
 from tensorar_jax.experiment import parse, saved, values
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage
 from tensorar_jax.generation import requests
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.performance import benchmark
 from tensorar_jax.reports import ablation_report
 from tensorar_jax.training import logs, loop
@@ -162,7 +161,7 @@ def run(
 
 def records(path: pathlib.Path) -> dict[str, dict]:
   """What is measured by now, by this process or another."""
-  return json.loads(path.read_text())["records"]
+  return files.read_json(path)["records"]
 
 
 def keep_programs(workdir: pathlib.Path) -> None:
@@ -179,7 +178,7 @@ def describe(ablation: Ablation, evaluation: dict) -> dict:
   found = {name: _described(stage) for name, stage in stages.items()}
   found["sampling"] = dataclasses.asdict(ablation.centre.sampling)
   found["evaluation"] = evaluation
-  return json.loads(json.dumps(found))
+  return files.as_json(found)
 
 
 def _described(stage: Stage) -> dict:
@@ -207,7 +206,7 @@ def complete(settings: dict) -> dict:
     elif "reference" not in section:
       made = values.make(EvaluationConfig, section, name)
       found[name] = dataclasses.asdict(made)
-  return json.loads(json.dumps(found))
+  return files.as_json(found)
 
 
 def prepare(
@@ -262,7 +261,7 @@ def add_times(
   All in one process in turn, on random weights: a ratio to k = 1 is taken
   within a round.
   """
-  have = json.loads(path.read_text())["times"]
+  have = files.read_json(path)["times"]
   wanted = ablation.timed()
   if wanted <= {(row["window"], row["depth"]) for row in have}:
     return
@@ -275,7 +274,7 @@ def add_times(
   )
   stages = {"centre": ablation.centre}
   folder = benchmark.run(stages, workdir, settings, stage="centre")
-  found = json.loads((folder / "benchmark.json").read_text())
+  found = files.read_json(folder / "benchmark.json")
   ratios = {row["name"]: row for row in found["ratios"]}
   one = {"median": 1.0, "min": 1.0, "max": 1.0}
   rows = [

@@ -9,10 +9,10 @@ to every axis.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tensorar_jax.checkpoints import files
 from tensorar_jax.experiment import parse
 from tensorar_jax.experiment.schema import Experiment, Stage, choose
 
@@ -63,7 +63,7 @@ class Ablation:
     self.centre = self.shared.pop(settings.centre)
     self.variants: dict[str, Changes] = {}
     self.base = self._add(BASE)
-    axes = json.loads(json.dumps(settings.axes))  # tuples as lists, as in files
+    axes = files.as_json(settings.axes)
     self.axes = {name: self._axis(name, axis) for name, axis in axes.items()}
     self.stages = dict(self.shared)
     for _, variant, seed in self.runs():

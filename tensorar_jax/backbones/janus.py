@@ -1,15 +1,15 @@
 """Janus-Pro's image generation (Chen et al., 2025, arXiv:2501.17811).
 
 A LLaMA that is a language model: the prefix is a prompt's token ids, embedded
-by the model's own text table. Image tokens follow in raster order through
-other ends,
+by the model's own text table. Image tokens follow in raster order, with an
+embedding and a head of their own,
 
     embed(i)  = aligner(table[i])      Linear, then d - 1 times (GELU, Linear)
     logits(z) = head(GELU(head_hidden(z)))
 
 and positions are one-dimensional over both, rotary on half-split pairs. The
-vision encoder, its aligner and the text head, which read and write text, are
-left in the file. Facts and numbers: the parity README of this family.
+vision encoder with its aligner and the text head, which serve to read images
+and to write text, are not imported.
 """
 
 from __future__ import annotations
@@ -57,9 +57,16 @@ class Config:
   dtype: str = "float32"
 
   def __post_init__(self):
-    sizes = ("text_vocab_size", "vocab_size", "width", "num_layers")
-    sizes += ("num_heads", "mlp_width", "code_dim", "aligner_depth")
-    for name in sizes:
+    for name in (
+      "text_vocab_size",
+      "vocab_size",
+      "width",
+      "num_layers",
+      "num_heads",
+      "mlp_width",
+      "code_dim",
+      "aligner_depth",
+    ):
       if getattr(self, name) < 1:
         raise ValueError(
           f"{name}={getattr(self, name)}: expected at least 1, as in VARIANTS."
@@ -82,6 +89,7 @@ class Config:
 
   @property
   def block(self) -> layers.BlockConfig:
+    """Sizes and rates of one block."""
     return layers.BlockConfig(
       width=self.width,
       num_heads=self.num_heads,
@@ -100,9 +108,9 @@ VARIANTS: dict[str, Config] = {
   "7B": Config(width=4096, num_layers=30, num_heads=32, mlp_width=11008),
 }
 
-# Published file -> variant. Files of one name are told apart by their folder,
-# which is called as the repository: the authors' has PyTorch files, in the
-# conversion for transformers, of the same name, are safetensors.
+# Published file -> variant. Two repositories of one name have files of each
+# size: the authors' has PyTorch files, the conversion for transformers has
+# safetensors. The folder is named after the repository.
 SOURCES: dict[str, str] = {
   "Janus-Pro-1B/pytorch_model.bin": "1B",
   "Janus-Pro-7B/pytorch_model.bin.index.json": "7B",
@@ -115,7 +123,7 @@ SOURCES: dict[str, str] = {
 
 
 class Attention(layers.SelfAttention):
-  """With a projection each for queries, keys and values, as published."""
+  """Attention with separate projections of queries, keys and values."""
 
   def make_inputs(self, rngs: nnx.Rngs) -> None:
     c = self.config
@@ -129,6 +137,8 @@ class Attention(layers.SelfAttention):
 
 
 class Block(layers.Block):
+  """A LLaMA block with these projections."""
+
   attention_type = Attention
 
 
@@ -193,12 +203,12 @@ class Model(transformer.CausalTransformer):
     x = jax.nn.gelu(self.head_hidden(hidden), approximate=False)
     return (self.head(x).astype(jnp.float32),)
 
-  def start(self, cond: Cond) -> Float[Array, "B P D"]:
+  def embed_condition(self, cond: Cond) -> Float[Array, "B P D"]:
     prompt, null = cond["text"][..., 0], cond["text"][..., 1]
     return self.text_embed(jnp.where(cond["is_null"][:, None], null, prompt))
 
-  def place(self, cond, x, rows):
-    """Positions count from a prompt's first token, whatever pads it."""
+  def position_inputs(self, cond, x, rows):
+    """Counts positions from a prompt's first token, not from its padding."""
     table = self._rotary_table(cond.get("is_padding"), rows)
     return x, lambda q: layers.rotate_halves(q, table)
 
@@ -212,12 +222,12 @@ class Model(transformer.CausalTransformer):
     angles = positions[:, None, :, None] * rates
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
-  def finish(self, x, at):
+  def apply_final_norm(self, x, position):
     return self.norm(x)
 
 
 def import_rules(config: Config) -> list[Rule]:
-  """Names of the authors' layout, and as aliases those of transformers'."""
+  """Maps the authors' names; those of transformers' layout are aliases."""
   block = r"layers\.(?P<layer>\d+)\."
   attention, mlp = block + r"self_attn\.", block + r"mlp\."
   stacked = "blocks/stacked/"

@@ -1,8 +1,8 @@
 """LlamaGen's GPT (Sun et al., 2024, "Autoregressive Model Beats Diffusion").
 
 A LLaMA over image tokens in raster order: one class token or the features of a
-text, then the image; 2-D rotary positions on interleaved pairs, zero rows for
-all before the image. Facts and numbers: the parity README of this family.
+text, then the image; 2-D rotary positions on interleaved pairs, with zero rows
+for the prefix.
 """
 
 from __future__ import annotations
@@ -148,21 +148,21 @@ class Model(transformer.CausalTransformer):
     del tokens, rng  # one sub-token, and a head without dropout
     return (self.head(hidden).astype(jnp.float32),)
 
-  def start(self, cond: Cond) -> Float[Array, "B P D"]:
+  def embed_condition(self, cond: Cond) -> Float[Array, "B P D"]:
     if self.config.text_width is not None:
       return self.text_embed(cond)
     label = conditions.class_ids(cond, self.config.num_classes)
     return self.class_embed(label)[:, None]
 
-  def place(self, cond, x, rows):
+  def position_inputs(self, cond, x, rows):
     return x, self.config.rotation(rows, self.config.prefix)
 
-  def finish(self, x, at):
+  def apply_final_norm(self, x, position):
     return self.norm(x)
 
 
 def import_rules(config: Config) -> list[Rule]:
-  """The published state dict's names; caches and tables are recomputed."""
+  """Maps the published names; caches and tables are recomputed."""
   del config  # the same names for every size
   layer = r"layers\.(?P<layer>\d+)\."
   stacked = "blocks/stacked/"

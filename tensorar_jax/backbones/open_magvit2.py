@@ -7,8 +7,8 @@ spatial one's output h and the embedding of the first sub-token, and predicts
     logits[0] = head_0(norm(inner(h)))
     logits[1] = head_1(norm(inner(h, e_0[first])))
 
-It knows no position, so that it is part of `logits`, and the final norm with
-it: hidden states are the raw stream. Facts: the parity README of this family.
+The inner transformer knows no position, so it is part of `logits`, and so is
+the final norm: hidden states are the raw stream.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class InnerBlock(layers.Block):
   def attend_first(
     self, x: Float[Array, "n D"]
   ) -> tuple[Float[Array, "n D"], Float[Array, "n G 1 H"]]:
-    """Attention of step 0: (what it adds, its values for step 1)."""
+    """Attends at step 0: (what it adds, its values for step 1)."""
     c = self.config
     # The fused projection without its queries and keys.
     kernel = self.attention.qkv.weight[:, -c.num_kv_heads * c.head_dim :]
@@ -81,7 +81,7 @@ class InnerBlock(layers.Block):
   def attend_second(
     self, x: Float[Array, "n D"], values: Float[Array, "n G 1 H"]
   ) -> Float[Array, "n D"]:
-    """Attention of step 1, given the `values` of step 0."""
+    """Attends at step 1, given the `values` of step 0."""
     c = self.config
     qkv = self.attention.qkv(self.attention_norm(x))
     qkv = qkv.reshape(x.shape[0], -1, c.head_dim)
@@ -89,8 +89,8 @@ class InnerBlock(layers.Block):
       qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1
     )
     q = q.reshape(x.shape[0], c.num_kv_heads, -1, c.head_dim)  # [n, G, N/G, H]
-    # A product and a sum, which XLA fuses: n matrix products of one row and
-    # one column would be slower.
+    # XLA fuses a product and a sum; n matrix products of one row and one column
+    # would be slower.
     scores = q.astype(jnp.float32) * k[:, :, None].astype(jnp.float32)
     scores = jnp.sum(scores, axis=-1, keepdims=True) * c.head_dim**-0.5
     weight = jax.nn.sigmoid(scores).astype(v.dtype)
@@ -100,7 +100,7 @@ class InnerBlock(layers.Block):
   def add(
     self, x: Float[Array, "n D"], y: Float[Array, "n D"], rng: Key | None
   ) -> Float[Array, "n D"]:
-    """x plus its attention y, then plus its MLP."""
+    """Adds the attention y to x, then the MLP."""
     c, rngs = self.config, (None, None)
     if rng is not None:
       rngs = tuple(jax.random.split(rng))
@@ -111,7 +111,7 @@ class InnerBlock(layers.Block):
 
 
 class Model(transformer.CausalTransformer):
-  """The class-conditional model as a `Backbone`; the final norm is behind z."""
+  """The class-conditional model as a `Backbone`; `logits` applies the norm."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     super().__init__(config, config.num_kv_heads)
@@ -165,17 +165,20 @@ class Model(transformer.CausalTransformer):
       for head, x in zip(self.heads, steps, strict=True)
     )
 
-  def start(self, cond: Cond) -> Float[Array, "B 1 D"]:
+  def embed_condition(self, cond: Cond) -> Float[Array, "B 1 D"]:
     label = conditions.class_ids(cond, self.config.num_classes)
     return self.class_embed(label)[:, None]
 
-  def place(self, cond, x, rows):
+  def position_inputs(self, cond, x, rows):
     return x, self.config.rotation(rows, prefix=1)
 
   def inner_states(
     self, hidden: Float[Array, "*n D"], tokens: Int[Array, "*n 2"]
   ) -> tuple[Float[Array, "I *n 2 D"], Float[Array, "*n 2 D"]]:
-    """Both steps after every inner layer, and after the norm; for tests."""
+    """Both steps after every inner layer, and after the norm.
+
+    As `hidden_states`, to compare with the published model layer by layer.
+    """
     states = self._run_inner(
       hidden.reshape(-1, self.width), tokens[..., 0].reshape(-1), None
     )
@@ -184,10 +187,10 @@ class Model(transformer.CausalTransformer):
     return states, self.norm(states[-1])
 
   def _run_inner(self, hidden, first, rng):
-    """Both steps [n, D] after each inner layer, from h [n, D] and tokens [n].
+    """Runs both steps [n, D] through the inner layers; returns each layer's.
 
-    No scan, for the layers are few: this way the compiler drops step 1 where
-    only logits[0] is used, and shares step 0 among the sampler's calls.
+    Without a scan, as layers are few, the compiler drops step 1 where only
+    logits[0] is used and shares step 0 among the sampler's calls.
     """
     keys = [(None, None)] * self.config.num_inner_layers
     if rng is not None:
@@ -204,7 +207,7 @@ class Model(transformer.CausalTransformer):
 
 
 def import_rules(config: Config) -> list[Rule]:
-  """The published state dict's names; tables and caches are not stored."""
+  """Maps the published names; tables and caches are not stored."""
   del config  # the same names for every size
   groups = {"spatial_blocks": "blocks", "factorized_blocks": "inner_blocks"}
   parts = {
@@ -232,6 +235,6 @@ def import_rules(config: Config) -> list[Rule]:
     ),
     Rule(gpt + r"norm\.weight", "norm/scale"),
     Rule(gpt + r"head\.(?P<head>\d+)\.weight", "heads/{head}/kernel", LINEAR),
-    # The tokenizer that the file carries is imported as one, see there.
+    # The file's tokenizer has an import table of its own.
     Rule(r"first_stage_model\..*", None),
   ]

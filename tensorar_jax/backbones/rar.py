@@ -1,16 +1,15 @@
 """RAR's GPT (Yu et al., 2024, "Randomized Autoregressive Visual Generation").
 
-A transformer over [cls, class, image tokens in any order]. A row learns from
-two tables where its own token sits and where the one it must predict sits; the
-class and the row's number steer every norm:
+A transformer over [cls, class, image tokens in any order]. Two tables tell a
+row the position of its token and that of the token it must predict; the class
+and the row's number set the scale and shift of every norm:
 
-    x[p] = token + position[p's] + target[next one's]       row 0 has no target
+    x[p] = token + position[p] + target[p + 1]              row 0 has no target
     c[p] = SiLU(class + step[p])
     x += gate attention(norm(x) (1 + scale) + shift)        and so for the MLP
-    z    = norm(x) (1 + scale') + shift'                    in front of the head
+    z    = norm(x) (1 + scale') + shift'                    before the head
 
-with shift, scale and gate linear in c. Facts and numbers: the parity README of
-this family.
+with shift, scale and gate linear in c.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
 from tensorar_jax.nn import layers, transformer
 from tensorar_jax.parallel import sharding
 
-# Rows that the published tables have beyond the image's, never used.
+# Rows of the published tables beyond the image's; they are never used.
 SPARE_POSITIONS = 1024
 SPARE_STEPS = 100
 
@@ -88,7 +87,7 @@ SOURCES: dict[str, str] = {f"rar_{name.lower()}.bin": name for name in VARIANTS}
 
 
 def _linear(width_in, width_out, config, rngs, kernel_init=layers.normal_init):
-  """A projection with a bias, which starts at zero."""
+  """Makes a projection with a bias, which starts at zero."""
   return layers.Linear(
     width_in,
     width_out,
@@ -99,7 +98,7 @@ def _linear(width_in, width_out, config, rngs, kernel_init=layers.normal_init):
 
 
 def _norm(width, config, rngs, affine=True):
-  """A LayerNorm with float32 statistics, by default with scale and bias."""
+  """Makes a LayerNorm with float32 statistics; `affine`: scale and bias."""
   return nnx.LayerNorm(
     width,
     epsilon=config.norm_eps,
@@ -186,7 +185,7 @@ class Model(transformer.CausalTransformer):
   """
 
   prefix = 2
-  remembers = ("label", "is_null", "order")
+  cached_condition = ("label", "is_null", "order")
   sharding_rules = (
     (r"final_modulation/kernel", ("fsdp", "tensor")),
     (r"cls|(position|target|step)_table", (sharding.SPLIT,)),
@@ -252,16 +251,16 @@ class Model(transformer.CausalTransformer):
     return (self.head(hidden).astype(jnp.float32),)
 
   def condition_ids(self, cond: Cond) -> Int[Array, "B"]:
-    """The row of the embedding table that stands for each condition."""
+    """Returns the row of the embedding table for each condition."""
     label = conditions.class_ids(cond, self.config.num_classes)
     return self.config.vocab_size + 1 + label
 
-  def start(self, cond: Cond) -> Float[Array, "B P D"]:
+  def embed_condition(self, cond: Cond) -> Float[Array, "B P D"]:
     label = self.token_embed(self.condition_ids(cond))[:, None]
     cls = self.cls[...].astype(label.dtype)
     return jnp.concatenate([jnp.broadcast_to(cls, label.shape), label], axis=1)
 
-  def place(self, cond, x, rows):
+  def position_inputs(self, cond, x, rows):
     """Adds both position tables; blocks read the signal of their norms.
 
     `rows` are numbers in the sequence [cls, class, tokens]; the entry of a
@@ -273,30 +272,30 @@ class Model(transformer.CausalTransformer):
     prefix = jnp.broadcast_to(prefix, (len(order), self.prefix))
     entries = jnp.concatenate([prefix, self.prefix + order], axis=1)  # [b, P+T]
     last = entries.shape[1] - 1
-    own = self.position_table[...][0, entries[:, rows]]
-    ahead = entries[:, jnp.minimum(rows + 1, last)]
-    target = self.target_table[...][0, ahead]
+    here = self.position_table[...][0, entries[:, rows]]
+    next_entries = entries[:, jnp.minimum(rows + 1, last)]
+    target = self.target_table[...][0, next_entries]
     # Only rows whose next row is a token predict one.
     predicts = (rows >= self.prefix - 1) & (rows < last)
     target = jnp.where(predicts[:, None], target, 0)
-    x = x + own.astype(x.dtype) + target.astype(x.dtype)
+    x = x + here.astype(x.dtype) + target.astype(x.dtype)
     return x, self._signal(cond, rows)
 
   def _signal(self, cond, rows):
-    """What the adaptive norms of these rows read, [B, M, D]."""
+    """Returns what the adaptive norms of these rows read, [B, M, D]."""
     label = self.token_embed(self.condition_ids(cond))[:, None]
     # The row's number, not the raster index of its token.
     step = self.step_table[...][:, rows]
     return jax.nn.silu(label + step.astype(label.dtype))
 
-  def finish(self, x, signal):
+  def apply_final_norm(self, x, signal):
     # The published order is (scale, shift) here and the opposite in a block.
     scale, shift = jnp.split(self.final_modulation(signal), 2, axis=-1)
     return self.final_norm(x) * (1 + scale) + shift
 
 
 def import_rules(config: Config) -> list[Rule]:
-  """The published state dict's names."""
+  """Maps the published names."""
   del config  # the same names for every size
   rules = [
     Rule(r"cls_token", "cls"),

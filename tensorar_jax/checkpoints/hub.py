@@ -1,11 +1,11 @@
 """Published weights by name: `hf://OWNER/REPOSITORY/FILE`, or a path.
 
-A name is looked up in this order: the place for files that were fetched by hand
-(`weights/OWNER/REPOSITORY/FILE`), the cache of `huggingface_hub`, the hub. Its
-variables, such as HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, hold here as anywhere.
-`@REVISION`, a branch, tag or commit, goes behind the repository or at the end;
-without a file a name stands for a folder. What was downloaded must have the
-digest that the hub gives, and nothing of it is ever run.
+A name is looked up in this order: the folder for files that were fetched by
+hand (`weights/OWNER/REPOSITORY/FILE`), the cache of `huggingface_hub`, the hub.
+That library's variables, such as HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, work as
+usual. `@REVISION`, a branch, tag or commit, follows the repository or ends the
+name; a name without a file stands for a folder. Downloads must have the digest
+that the hub gives, and nothing in them is ever run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -21,16 +20,19 @@ from collections.abc import Callable
 
 from absl import logging
 
+from tensorar_jax.checkpoints.files import read_json
 from tensorar_jax.checkpoints.locations import DIGESTS, LOCATIONS, SCHEME
 
 BY_HAND = pathlib.Path("weights")  # of the directory that a command runs in
 INDEX = ".index.json"  # names the file of each tensor of a divided model
-# What is read of a published folder: these, and the first weights that it has.
+# The files of a published folder that are read, and the first weights it has.
 SETTINGS = "config.json"
 EXTRAS = ("tokenizer.json", "preprocessor_config.json")
 WEIGHTS = (
-  *("model.safetensors", f"model.safetensors{INDEX}"),
-  *("pytorch_model.bin", f"pytorch_model.bin{INDEX}"),
+  "model.safetensors",
+  f"model.safetensors{INDEX}",
+  "pytorch_model.bin",
+  f"pytorch_model.bin{INDEX}",
 )
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of git, of large files
 
@@ -45,7 +47,7 @@ class Name:
 
   @property
   def by_hand(self) -> pathlib.Path:
-    """Where a copy that was not downloaded from here belongs."""
+    """Where to put a copy that was downloaded by hand."""
     at = f"@{self.revision}" if self.revision else ""
     return (BY_HAND / f"{self.repository}{at}" / self.file).absolute()
 
@@ -71,34 +73,34 @@ def parse(source: str | pathlib.Path) -> Name:
   # A pathlib.Path has one slash left of two.
   text = SCHEME + re.sub("^hf:/+", "", str(source))
   try:
-    found = parse_hf_uri(text)
+    uri = parse_hf_uri(text)
   except ValueError as error:
     raise ValueError(
       f"{source}: expected {SCHEME}OWNER/REPOSITORY/FILE, with @REVISION at the"
       f" end if not the newest. ({error})"
     ) from error
-  file, _, revision = found.path_in_repo.partition("@")
-  if found.type != "model" or ".." in file.split("/"):
+  file, _, revision = uri.path_in_repo.partition("@")
+  if uri.type != "model" or ".." in file.split("/"):
     raise ValueError(
       f"{source}: expected a file of a model's repository, as"
       f" {SCHEME}OWNER/REPOSITORY/FILE."
     )
-  return Name(found.id, file, revision or found.revision)
+  return Name(repository=uri.id, file=file, revision=revision or uri.revision)
 
 
 def find(source: str | pathlib.Path) -> pathlib.Path:
-  """The local file or folder of a name or path; downloads what is not there.
+  """The local file or folder of a name or path; downloads what is missing.
 
-  A path is returned as it is, whether or not there is something. ValueError for
-  what cannot be had, with the URL to fetch by hand and where to put it, and for
-  a digest that is not the hub's or the known one's.
+  A path is returned as it is, whether or not it exists. ValueError for a name
+  that cannot be downloaded, with the URL and where to put the file by hand, and
+  for a digest that differs from the hub's or the known one.
   """
   if not is_name(source):
     path = pathlib.Path(source)
   else:
     name = parse(source)
-    here = (name.by_hand if name.file else name.by_hand / SETTINGS).is_file()
-    path = name.by_hand if here else _fetch(name)
+    by_hand = name.by_hand if name.file else name.by_hand / SETTINGS
+    path = name.by_hand if by_hand.is_file() else _fetch(name)
   if path.is_file():
     _verify_known(path)
   return path
@@ -114,44 +116,45 @@ def _fetch(name: Name) -> pathlib.Path:
 
 
 def location(path: str | pathlib.Path) -> str | None:
-  """The name or URL of a published file or folder that `path` is called after.
+  """The hub name or URL of what is published under the file name of `path`.
 
-  Files with a name that many models share are known by their folder's.
+  A file whose name many models share is recognised by its folder.
   """
   path = pathlib.Path(path)
-  both, folder = f"{path.parent.name}/{path.name}", path.parent.name
-  if folder in LOCATIONS and both not in LOCATIONS:
+  folder = path.parent.name
+  in_folder = f"{folder}/{path.name}"
+  if folder in LOCATIONS and in_folder not in LOCATIONS:
     return f"{LOCATIONS[folder]}/{path.name}"
-  return LOCATIONS.get(both, LOCATIONS.get(path.name))
+  return LOCATIONS.get(in_folder, LOCATIONS.get(path.name))
 
 
 def advice(path: pathlib.Path) -> str:
-  """How to get a published file or folder that is missing at `path`."""
-  where = location(path)
-  if where is None:
+  """Says how to get a published file or folder that is missing at `path`."""
+  source = location(path)
+  if source is None:
     return "Download the published checkpoint and pass its path."
-  if not is_name(where):
-    return f"Download {where} and put it there."
+  if not is_name(source):
+    return f"Download {source} and put it there."
   return (
-    f"Download {parse(where).url} and put it there, or give its name,"
-    f" {where}, to have it downloaded."
+    f"Download {parse(source).url} and put it there, or give its name,"
+    f" {source}, to have it downloaded."
   )
 
 
 def weights_of(folder: pathlib.Path) -> pathlib.Path:
   """The file in a published folder that holds, or divides, its weights."""
-  found = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
-  if found is None:
-    raise ValueError(
-      f"{folder}: found none of {WEIGHTS}. Download the weights into it."
-    )
-  return found
+  for name in WEIGHTS:
+    if (folder / name).is_file():
+      return folder / name
+  raise ValueError(
+    f"{folder}: found none of {WEIGHTS}. Download the weights into it."
+  )
 
 
 def parts_of(index: pathlib.Path) -> dict[pathlib.Path, set[str]]:
   """file -> names of its tensors, of every file that an index names."""
   try:
-    files = json.loads(index.read_text())["weight_map"]
+    files = read_json(index)["weight_map"]
     beside = all(
       pathlib.Path(f).name == f != index.name for f in files.values()
     )
@@ -172,7 +175,7 @@ def parts_of(index: pathlib.Path) -> dict[pathlib.Path, set[str]]:
 
 
 def _download_folder(name: Name) -> pathlib.Path:
-  """The folder in the cache with what is read of a published folder."""
+  """Downloads what is read of a published folder; returns the folder."""
 
   def beside(file: str, commit: str | None = name.revision) -> Name:
     return dataclasses.replace(name, file=file, revision=commit)
@@ -195,7 +198,7 @@ def _download_folder(name: Name) -> pathlib.Path:
 def _download_parts(
   name: Name, index: pathlib.Path, whole: Name | None = None
 ) -> None:
-  """Brings the files that an index names beside it."""
+  """Downloads the files that an index names."""
   folder = pathlib.PurePosixPath(name.file).parent
   for part in parts_of(index):
     file = str(folder / part.name)
@@ -212,9 +215,9 @@ def _commit_of(path: pathlib.Path, name: Name) -> str:
 def _download(
   name: Name, *, whole: Name | None = None, optional: bool = False
 ) -> pathlib.Path | None:
-  """The file in the cache, verified; None for an optional one that is not.
+  """Downloads and verifies a file; None for an optional one that is missing.
 
-  `whole` is the folder that it is fetched for, which errors are about.
+  `whole` is the folder that the file is fetched for, which errors then name.
   """
   import huggingface_hub
   from huggingface_hub import errors
@@ -244,7 +247,7 @@ def _refusal(name: Name, reason: str) -> str:
 
 
 def _reason(name: Name, error: Exception) -> str:
-  """Why a file could not be had, in a few words."""
+  """Why a download failed, in a few words."""
   from huggingface_hub import constants, errors
 
   if isinstance(error, errors.GatedRepoError):
@@ -282,20 +285,20 @@ def _first_line(error: BaseException) -> str:
 def _verify_download(name: Name, path: pathlib.Path) -> None:
   """ValueError unless a file of the cache has the digest that the hub gave.
 
-  The cache names content by it, and the file is a link there. Where a file
-  system has no links, the digest is not known offline and nothing is compared.
+  The file is a link to content that the cache names by its digest. On a file
+  system without links the digest is not known, and nothing is compared.
   """
   want = pathlib.Path(os.readlink(path)).name if path.is_symlink() else ""
   if not _ETAG.fullmatch(want):
     logging.warning("%s: without a digest of the hub, not verified", path)
     return
-  found = _digest(path, git=len(want) == 40)
-  if found != want:
+  digest = _digest(path, git=len(want) == 40)
+  if digest != want:
     content = path.parent / os.readlink(path)
     raise ValueError(
       _refusal(
         name,
-        f"the digest is {found}, the hub's {want}: the download is damaged."
+        f"the digest is {digest}, the hub's {want}: the download is damaged."
         f" Remove {path} and {content.resolve()}, and start again",
       )
     )
@@ -303,9 +306,9 @@ def _verify_download(name: Name, path: pathlib.Path) -> None:
 
 def _verify_known(path: pathlib.Path) -> None:
   want = DIGESTS.get(path.name)
-  if want and not (found := _digest(path)).startswith(want):
+  if want and not (digest := _digest(path)).startswith(want):
     raise ValueError(
-      f"{path}: the sha256 is {found}, expected it to start with {want}. The"
+      f"{path}: the sha256 is {digest}, expected it to start with {want}. The"
       f" file is damaged or another one: {advice(path)}"
     )
 

@@ -1,7 +1,7 @@
-"""Where the published files are: the one table that knows, and their digests.
+"""The table of where published files are, and of their digests.
 
-Whoever adds a published file to a family's SOURCES adds its place here. Entries
-are what the authors' own pages link to, unless a comment says otherwise.
+A file that is added to a family's SOURCES is added here too. Entries are those
+that the authors' own pages link to, unless a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -17,15 +17,25 @@ def _files(repository: str, *names: str) -> dict[str, str]:
 LOCATIONS: dict[str, str] = {
   **_files(
     "FoundationVision/LlamaGen",
-    *("c2i_B_256.pt", "c2i_L_256.pt", "c2i_B_384.pt", "c2i_L_384.pt"),
-    *("c2i_XL_384.pt", "c2i_XXL_384.pt", "c2i_3B_384.pt"),
+    "c2i_B_256.pt",
+    "c2i_L_256.pt",
+    "c2i_B_384.pt",
+    "c2i_L_384.pt",
+    "c2i_XL_384.pt",
+    "c2i_XXL_384.pt",
+    "c2i_3B_384.pt",
     # Not verified: the authors' page does not list these three.
-    *("c2i_XL_256.pt", "c2i_XXL_256.pt", "c2i_3B_256.pt"),
-    *("vq_ds16_c2i.pt", "vq_ds8_c2i.pt"),
+    "c2i_XL_256.pt",
+    "c2i_XXL_256.pt",
+    "c2i_3B_256.pt",
+    "vq_ds16_c2i.pt",
+    "vq_ds8_c2i.pt",
   ),
   **_files(
     "peizesun/llamagen_t2i",
-    *("t2i_XL_stage1_256.pt", "t2i_XL_stage2_512.pt", "vq_ds16_t2i.pt"),
+    "t2i_XL_stage1_256.pt",
+    "t2i_XL_stage2_512.pt",
+    "vq_ds16_t2i.pt",
   ),
   **_files(
     "yucornetto/RAR", "rar_b.bin", "rar_l.bin", "rar_xl.bin", "rar_xxl.bin"
@@ -58,8 +68,8 @@ LOCATIONS: dict[str, str] = {
   ),
 }
 
-# What sha256 digests start with, of files that are known by name. (The hub has
-# one of each of its own files.)
+# The start of the sha256 digest of files that are known by name. (The hub gives
+# the digest of each of its own files.)
 DIGESTS: dict[str, str] = {
   "pt_inception-2015-12-05-6726825d.pth": "6726825d",
   "weights-inception-2015-12-05-6726825d.pth": "6726825d",

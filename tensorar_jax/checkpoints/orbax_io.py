@@ -3,8 +3,8 @@
 A checkpoint holds three items: `state` (arrays), `data` (the position of the
 data iterator) and `meta` (the resolved config, so that `load` can rebuild the
 model). Saves are asynchronous and become visible only when complete. Where
-several processes train, each saves and restores the shards that it has; what is
-read for one process alone waits for no other.
+several processes train, each saves and restores its own shards; what one
+process reads for itself waits for no other.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from tensorar_jax.checkpoints.resumable import differences, write_json
+from tensorar_jax.checkpoints.files import write_json
+from tensorar_jax.checkpoints.resumable import differences
 from tensorar_jax.parallel import processes
 
 ITEMS = ("state", "data", "meta")
-# What keeps a sound checkpoint from being read: too little memory, no right to.
+# Errors of reading a sound checkpoint: too little memory, no permission.
 NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)
 
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step: int) -> bool:
-    """No: `preemption.watch` asks, and two that ask would disagree."""
+    """False: `preemption.watch` decides, and must be the only one to do so."""
     return False
 
 
 class Checkpoints:
   """The checkpoints of one run, newest last.
 
-  Of those before the newest `keep`, the ones whose step is a multiple of
-  `keep_every` stay as well, if that is not 0. A save that was cut short by the
-  end of its process is removed.
+  The newest `keep` stay, and those whose step is a multiple of `keep_every`, if
+  that is not 0. A save that the end of its process cut short is removed.
   """
 
   def __init__(
@@ -57,8 +57,8 @@ class Checkpoints:
   def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
     """Starts saving; the arrays may be donated as soon as this returns.
 
-    `meta` gets an `id`, by which other files refer to these weights: of the
-    run, which stays the same when it continues, and of the step.
+    `meta` gets an `id`, by which other files refer to these weights. It is made
+    of the run, which stays the same when it continues, and of the step.
     """
     meta = {**meta, "id": f"{self._run}-{step}"}
     self._manager.save(
@@ -73,13 +73,13 @@ class Checkpoints:
   def restore(self, like: Any) -> tuple[Any, dict, dict] | None:
     """(state, data, meta) of the newest checkpoint, laid out as `like`.
 
-    `like` is of `sharding.layout`; the state may come from any other mesh. None
-    if nothing was saved yet. A checkpoint that cannot be read, by any of the
-    processes, is renamed and the one before it is taken.
+    `like` comes from `sharding.layout`; the state may have been saved on any
+    other mesh. Returns None if nothing was saved yet. A checkpoint that one of
+    the processes cannot read is renamed, and the one before it is taken.
 
     Raises:
       ValueError: none can be read, the state is another model's, or not all
-        processes see the same. Nothing has been renamed then.
+        processes see the same checkpoints. Nothing is renamed then.
     """
     damaged: dict[pathlib.Path, Exception | None] = {}
     saved = steps(self.directory)
@@ -91,25 +91,28 @@ class Checkpoints:
     for step in reversed(saved):
       path = self.directory / str(step)
       _check_fit(path, like)
-      found, error = _read_all(path, like)
-      if processes.all_same(error is None) and found:
+      restored, error = _read_all(path, like)
+      if processes.all_same(error is None) and restored:
         self._set_aside(damaged, path)
-        self._run = found[2]["id"].split("-")[0]
-        return found
+        self._run = restored[2]["id"].split("-")[0]
+        return restored
       damaged[path] = error
-      found = None  # frees it before the next one comes
+      restored = None  # frees its memory before the next one is read
     for path, error in damaged.items():
       raise ValueError(_unreadable(path, error)) from error
     return None
 
   def _set_aside(self, damaged, used) -> None:
-    """Renames what could not be read, so that no one takes it for newest."""
+    """Renames damaged checkpoints, so that none is taken for the newest."""
     renamed = {path: _free_name(path) for path in damaged}
     for path, error in damaged.items():
       logging.warning(
         "DAMAGED CHECKPOINT: %s cannot be read (%s). Training continues from"
         " the one before, %s. The damaged one is kept as %s.",
-        *(path, _words(error), used, renamed[path]),
+        path,
+        _words(error),
+        used,
+        renamed[path],
       )
     if damaged:
       processes.wait_for_all(f"{used}: names")  # before they change
@@ -120,14 +123,14 @@ class Checkpoints:
       self._manager.reload()
 
   def close(self) -> None:
-    """Waits for what is being saved, by any process."""
+    """Waits until every process has saved, and closes."""
     self._manager.wait_until_finished()
     self._manager.close()
 
 
 def steps(directory: pathlib.Path) -> list[int]:
   """The steps of the checkpoints in a folder, in order."""
-  # A folder that is being saved, or was damaged, has more than digits.
+  # The name of a folder that is being saved, or is damaged, has more.
   return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
 
 
@@ -138,17 +141,17 @@ def _free_name(path):
 
 def _read_all(path, like):
   """((state, data, meta), None) of a checkpoint folder, or (None, why not)."""
-  own = _own_process()
-  handler = ocp.StandardCheckpointHandler(multiprocessing_options=own)
+  alone = _this_process()
+  handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
   try:
-    with ocp.Checkpointer(handler, multiprocessing_options=own) as reader:
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
       state = reader.restore(
         path / "state", args=ocp.args.StandardRestore(like)
       )
     return (state, _read_json(path / "data"), _read_json(path / "meta")), None
   except NOT_DAMAGE:
     raise
-  except Exception as error:  # whatever Orbax and TensorStore raise
+  except Exception as error:  # Orbax and TensorStore raise many kinds
     return None, error
 
 
@@ -157,8 +160,8 @@ def _check_fit(path, like):
   try:
     with _reader() as reader:
       tree = reader.metadata(path / "state").item_metadata.tree
-  except Exception:  # whatever Orbax and TensorStore raise
-    return  # reading it all will say what it is
+  except Exception:  # Orbax and TensorStore raise many kinds
+    return  # reading all of it will say what is wrong
   saved, wanted = _shapes(tree), _shapes(like)
   changed = [
     f"{key}: was {saved.get(key)}, is {wanted.get(key)}"
@@ -209,7 +212,7 @@ def claim(
   free_keys: tuple[str, ...] = (),
   complete: Callable[[dict], dict] = dict,
 ) -> None:
-  """Makes `folder` this config's; one that holds another's is an error.
+  """Marks `folder` as of this config; ValueError if a run has another one.
 
   `free_keys` may differ. `complete` fills the config that the folder has, which
   may be of an earlier version, with what it leaves out. Without a checkpoint in
@@ -236,9 +239,9 @@ def claim(
 
 
 def find(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
-  """The checkpoint folder that a work directory, a stage or a step names.
+  """The checkpoint folder of a work directory, a stage or a checkpoint.
 
-  `step` is of the stage whose folder `path` is; None: the newest.
+  With `step`, `path` is the folder of a stage; without, the newest is taken.
   """
   path = pathlib.Path(path).absolute()
   if step is not None:
@@ -251,8 +254,8 @@ def find(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
   if all((path / item).is_dir() for item in ITEMS):
     return path
   for folder in (path / "checkpoints", path):
-    if found := steps(folder):
-      return folder / str(found[-1])
+    if saved := steps(folder):
+      return folder / str(saved[-1])
   stages = sorted(p.parent.name for p in path.glob("*/checkpoints"))
   if len(stages) == 1:
     return find(path / stages[0])
@@ -268,17 +271,17 @@ def read_meta(path: pathlib.Path) -> dict:
   """The metadata of a checkpoint folder."""
   try:
     return _read_json(path / "meta")
-  except Exception as error:  # whatever Orbax and TensorStore raise
+  except Exception as error:  # Orbax and TensorStore raise many kinds
     raise ValueError(_unreadable(path, error)) from error
 
 
 def run_meta(folder: pathlib.Path) -> dict:
-  """The metadata of a stage's newest checkpoint that has some to read."""
+  """The metadata of the newest checkpoint of a stage that has readable ones."""
   directory = folder / "checkpoints"
   for step in reversed(steps(directory)):
     with contextlib.suppress(ValueError):
       return read_meta(directory / str(step))
-  return read_meta(find(folder))  # says what is wrong with the newest
+  return read_meta(find(folder))  # raises what is wrong with the newest
 
 
 def weight_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -286,7 +289,7 @@ def weight_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
   try:
     with _reader() as reader:
       tree = reader.metadata(path / "state").item_metadata.tree
-  except Exception as error:  # whatever Orbax and TensorStore raise
+  except Exception as error:  # Orbax and TensorStore raise many kinds
     raise ValueError(_unreadable(path, error)) from error
   parts = [tree[name] or {} for name in ("params", "frozen") if name in tree]
   return {k: tuple(leaf.shape) for part in parts for k, leaf in part.items()}
@@ -297,13 +300,13 @@ def read_weights(
   parts: Sequence[str] = ("params", "frozen", "ema"),
   shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, dict[str, jax.Array]]:
-  """Those of the `parts` that a checkpoint folder has: weights by path.
+  """Reads those of the `parts` that a checkpoint folder has: weights by path.
 
-  `shardings` says where each path goes, for example of `sharding.layout`; by
-  default all go to this process's first device.
+  `shardings` says where each path goes, for example those of
+  `sharding.layout`; by default all go to this process's first device.
   """
   first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  place = lambda name: (shardings or {}).get(name, first)
+  sharding_of = lambda name: (shardings or {}).get(name, first)
   try:
     with _reader() as reader:
       tree = reader.metadata(path / "state").item_metadata.tree
@@ -314,35 +317,38 @@ def read_weights(
           item=item,
           restore_args={
             part: {
-              name: ocp.ArrayRestoreArgs(sharding=place(name)) for name in tree
+              name: ocp.ArrayRestoreArgs(sharding=sharding_of(name))
+              for name in tree
             }
             for part, tree in item.items()
           },
           partial_restore=True,
         ),
       )
-  except Exception as error:  # whatever Orbax and TensorStore raise
+  except Exception as error:  # Orbax and TensorStore raise many kinds
     raise ValueError(_unreadable(path, error)) from error
 
 
 def _read_json(path):
-  found = ocp.JsonCheckpointHandler().restore(path)
-  if not isinstance(found, dict):
-    raise ValueError(f"{path} holds {type(found)}, expected a JSON object")
-  return found
+  content = ocp.JsonCheckpointHandler().restore(path)
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} holds {type(content)}, expected a JSON object")
+  return content
 
 
-def _own_process() -> ocp.options.MultiprocessingOptions:
-  """For reading that waits for no other process."""
-  own = jax.process_index()
+def _this_process() -> ocp.options.MultiprocessingOptions:
+  """Options for reading that waits for no other process."""
+  index = jax.process_index()
   return ocp.options.MultiprocessingOptions(
-    primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"p{own}"
+    primary_host=index,
+    active_processes={index},
+    barrier_sync_key_prefix=f"p{index}",
   )
 
 
 def _reader() -> ocp.Checkpointer:
-  own = _own_process()
+  alone = _this_process()
   return ocp.Checkpointer(
-    ocp.PyTreeCheckpointHandler(multiprocessing_options=own),
-    multiprocessing_options=own,
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+    multiprocessing_options=alone,
   )

@@ -1,8 +1,8 @@
 """Long work in files: processes share it, and a killed run continues.
 
 The work is a list of files. Process p of P makes the files p, p + P, ...; a
-file gets its name when it is complete, so what is missing is what is to do. The
-folder is claimed for one set of settings before anything is written.
+file gets its name when it is complete, so the missing files are the work that
+is left. A folder is claimed for one set of settings before the work begins.
 """
 
 from __future__ import annotations
@@ -13,30 +13,23 @@ import json
 import os
 import pathlib
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from absl import logging
+
+from tensorar_jax.checkpoints.files import read_json, write_json
 
 SETTINGS = "settings.json"
 LOG_SECONDS = 5
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new one."""
-  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-  partial.write_text(json.dumps(value, indent=2) + "\n")
-  partial.replace(path)
-
-
 @contextlib.contextmanager
 def lock(path: pathlib.Path, wait: bool = True) -> Iterator[bool]:
-  """Holds a file or folder against other processes; yields whether it does.
+  """Locks a file or folder against other processes; yields whether it did.
 
-  Without `wait` it does not if another process has it. A process that dies
-  holds nothing.
+  With `wait` False it does not if another process holds the lock. The lock of a
+  process that dies is free.
   """
   mode = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
   handle = os.open(path, mode, 0o644)
@@ -52,29 +45,19 @@ def lock(path: pathlib.Path, wait: bool = True) -> Iterator[bool]:
 
 
 def update_json(path: pathlib.Path, change: Callable[[Any], Any]) -> Any:
-  """Writes and returns change(what the file holds, or {}).
+  """Replaces the content of a JSON file, {} if it is new, by change(content).
 
-  Several processes may do so at the same time.
+  Returns the new content. Several processes may do so at the same time.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   with lock(path.parent):  # the file itself is replaced
-    value = change(json.loads(path.read_text()) if path.exists() else {})
+    value = change(read_json(path, default={}))
     write_json(path, value)
   return value
 
 
-def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
-  """Writes an .npz that is there as a whole or not at all."""
-  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-  with partial.open("wb") as out:
-    np.savez(out, **arrays)
-    out.flush()
-    os.fsync(out.fileno())
-  partial.replace(path)
-
-
 def positions(count: int, size: int) -> list[range]:
-  """0, 1, .. count - 1 in ranges of `size`; the last may be shorter."""
+  """Splits 0, 1, ... count - 1 in ranges of `size`; the last may be shorter."""
   return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
@@ -89,13 +72,18 @@ def differences(
     yield prefix.removeprefix("."), old, new
 
 
-def claim(folder: pathlib.Path, settings: dict[str, Any], what: str) -> None:
-  """Marks the folder as of these settings; ValueError if it is of others."""
+def claim_settings(
+  folder: pathlib.Path, settings: dict[str, Any], what: str
+) -> None:
+  """Marks the folder as of these settings; ValueError if it has others.
+
+  `what` names the content of the folder in the error.
+  """
   file = folder / SETTINGS
   if not file.exists():
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
-  before = json.loads(file.read_text())
+  before = read_json(file)
   changed = [
     f"{key}: was {str(old)[:100]}, is {str(new)[:100]}"
     for key, old, new in differences(before, settings)
@@ -136,19 +124,21 @@ def to_do(
 
 
 def all_there(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> bool:
-  """Whether every process has done its share; says how many files are not."""
+  """Whether every file is there; if not, the log says how many are missing."""
   missing = sum(not file.exists() for file in files)
   if missing:
     logging.info(
       "%s: done with this process's share; other processes have %d of %d "
       "shards still to write",
-      *(folder, missing, len(files)),
+      folder,
+      missing,
+      len(files),
     )
   return not missing
 
 
 class Progress:
-  """Counts images, and says every few seconds how it goes."""
+  """Counts images, and logs count, rate and time left every few seconds."""
 
   def __init__(self, what: str, total: int):
     self.what, self.total, self.done = what, total, 0
@@ -165,6 +155,9 @@ class Progress:
       logging.INFO,
       "%s: %d of %d images, %.3g images/s, %.1f minutes to go",
       LOG_SECONDS,
-      *(self.what, self.done, self.total, rate),
+      self.what,
+      self.done,
+      self.total,
+      rate,
       (self.total - self.done) / rate / 60,
     )

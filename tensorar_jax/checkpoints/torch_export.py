@@ -1,14 +1,13 @@
-"""A model of ours -> PyTorch weights: an import table read backwards.
+"""Exports a model to PyTorch weights: an import table read backwards.
 
 Each `Rule` is turned round: its target becomes the pattern for our path, its
 source the template of the PyTorch name, its axes the opposite transposition.
-That needs a source of literal text and named groups, all of which but `layer`
-occur in the target.
+The source must therefore consist of literal text and named groups, all of which
+but `layer` occur in the target.
 """
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from tensorar_jax.checkpoints import torch_files, torch_import
+from tensorar_jax.checkpoints import files, torch_files, torch_import
 from tensorar_jax.interfaces import Rule
 from tensorar_jax.parallel import weights as weights_lib
 
@@ -122,13 +121,9 @@ def save(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     raise ValueError(f"{path} exists. Remove it, or choose another name.")
   if not path.parent.is_dir():
     raise ValueError(f"{path.parent}: no such folder. Create it first.")
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   write = _save_safetensors if path.suffix == ".safetensors" else _save_torch
-  try:
-    write(temporary, tensors)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with files.replacing(path) as partial:
+    write(partial, tensors)
 
 
 def _save_safetensors(path, tensors):

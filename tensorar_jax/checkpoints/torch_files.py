@@ -1,4 +1,4 @@
-"""The tensors of PyTorch and safetensors files, read as data and when needed.
+"""Reads the tensors of PyTorch and safetensors files, as data and when needed.
 
 Code in a pickle is refused, never run. Files are mapped into memory, not
 loaded: a tensor's values take memory of their own only while they are used.
@@ -25,8 +25,10 @@ from tensorar_jax.checkpoints import hub
 # which the published sampling scripts look for them; "ema" is read on request.
 CONTAINERS = ("model", "module", "state_dict")
 _SAFETENSORS = {
-  **{"F16": "float16", "BF16": "bfloat16"},
-  **{"F32": "float32", "F64": "float64"},
+  "F16": "float16",
+  "BF16": "bfloat16",
+  "F32": "float32",
+  "F64": "float64",
 }
 _ZIP = b"PK\x03\x04"
 
@@ -57,14 +59,16 @@ def load_state_dict(
 
 
 def describe(path: str | pathlib.Path, key: str | None = None) -> dict:
-  """Where weights come from: file, size, sha256, container, tensors, dtypes.
+  """Describes weights: file, size, sha256, container, number, dtypes.
 
-  Size and sha256 are of an index and its files one after the other.
+  Size and sha256 of a divided model cover the index and all its files.
   """
   path = hub.find(path)
   container, tensors = _open(path, key)
   divided = path.name.endswith(hub.INDEX)
-  parts = [path, *(hub.parts_of(path) if divided else ())]
+  parts = [path]
+  if divided:
+    parts += hub.parts_of(path)
   digest = hashlib.sha256()
   for part in parts:
     with part.open("rb") as file:
@@ -100,16 +104,16 @@ def _open(path, key):
 
 def _open_index(path, key):
   """(container of the parts, the tensors of all)."""
-  found, container = {}, None
+  all_tensors, container = {}, None
   for part, names in hub.parts_of(path).items():
     container, tensors = _open(part, key)
-    if odd := sorted(names ^ tensors.keys()):
+    if differing := sorted(names ^ tensors.keys()):
       raise ValueError(
-        f"{part} and {path.name} do not agree on the tensors {odd[:5]}"
-        f"{' and others' * (len(odd) > 5)}. Download all the files again."
+        f"{part} and {path.name} do not agree on the tensors {differing[:5]}"
+        f"{' and others' * (len(differing) > 5)}. Download all the files again."
       )
-    found |= tensors
-  return container, found
+    all_tensors |= tensors
+  return container, all_tensors
 
 
 def _open_safetensors(path):
@@ -136,7 +140,7 @@ def _open_safetensors(path):
 
 
 def import_torch(path: pathlib.Path) -> Any:
-  """The torch package, which is an optional extra."""
+  """Imports the torch package, which is an optional extra."""
   try:
     import torch
   except ImportError as error:
@@ -158,7 +162,7 @@ def _open_torch(path, key):
       content = torch.load(
         path, map_location="cpu", weights_only=True, mmap=zipped
       )
-  except Exception as error:  # whatever torch raises for bytes it cannot read
+  except Exception as error:  # torch raises many kinds for bytes it cannot read
     raise ValueError(f"{path}: {_refusal(str(error))}") from error
   container, state = _find_state(path, content, key, torch.Tensor)
   return container, {str(n): _torch_tensor(torch, v) for n, v in state.items()}
@@ -191,18 +195,18 @@ def _find_state(path, content, key, tensor_type):
   names = CONTAINERS if key is None else (key,)
   container = next((n for n in names if is_state(entries.get(n))), None)
   if container is None and not (key is None and is_state(content)):
-    found = sorted(map(str, entries))[:20] or type(content).__name__
+    held = sorted(map(str, entries))[:20] or type(content).__name__
     raise ValueError(
       f"{path}: found no tensors under {names}{' or at the top' * (not key)};"
-      f" the file holds {found}. Pass the entry to read as `key`, or another"
+      f" the file holds {held}. Pass the entry to read as `key`, or another"
       " file."
     )
   state = content if container is None else content[container]
-  odd = [n for n, value in state.items() if not isinstance(value, tensor_type)]
-  if odd:
+  others = [n for n, v in state.items() if not isinstance(v, tensor_type)]
+  if others:
     raise ValueError(
-      f"{path}: the entries {odd} of the state dict are no tensors. Remove them"
-      " with PyTorch and save the file again."
+      f"{path}: the entries {others} of the state dict are no tensors. Remove"
+      " them with PyTorch and save the file again."
     )
   return container, state
 

@@ -1,4 +1,4 @@
-"""Published PyTorch weights -> a model of ours, by a table of `Rule`s.
+"""Imports published PyTorch weights into a model, by a table of `Rule`s.
 
 Strict both ways: a tensor that no rule claims, or two do, a parameter that
 nothing fills, a wrong shape or dtype are listed together in one ValueError.
@@ -42,7 +42,7 @@ def check_dtype(dtype: str | None) -> None:
 def plan(
   model: nnx.Module, rules: list[Rule], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[tuple[str, Rule]]]:
-  """path -> the tensors that make it, in layer order; needs shapes only.
+  """path -> the tensors that make its weight, in layer order, by shapes alone.
 
   Raises one ValueError with everything that does not fit.
   """
@@ -54,7 +54,7 @@ def plan(
 
 def _match(want, rules, shapes):
   """(path -> [(name, rule)], everything that does not fit)."""
-  targets, problems = _claim(rules, shapes)
+  targets, problems = _assign(rules, shapes)
   problems += [f"nothing fills {path}" for path in want if path not in targets]
   planned = {}
   for path, parts in targets.items():
@@ -68,6 +68,7 @@ def _match(want, rules, shapes):
 
 
 def _complain(problems):
+  """Raises all problems in one ValueError, if there are any."""
   if not problems:
     return
   shown = "\n  ".join(problems[:40])
@@ -78,7 +79,7 @@ def _complain(problems):
   )
 
 
-def _claim(rules, names):
+def _assign(rules, names):
   """(path -> [(layer or -1, name, rule)], complaints about names)."""
   targets, problems = {}, []
   patterns = [(rule, re.compile(rule.source)) for rule in rules]
@@ -89,8 +90,8 @@ def _claim(rules, names):
     elif len(hits) > 1:
       problems.append(f"{len(hits)} rules claim {name}")
     elif hits[0][0].target is not None:
-      rule, found = hits[0]
-      groups = found.groupdict()
+      rule, match = hits[0]
+      groups = match.groupdict()
       layer = int(groups.get("layer", -1))
       target = rule.target.format(**groups)
       targets.setdefault(target, []).append((layer, name, rule))
@@ -124,7 +125,7 @@ def fill(
   dtype: str | None = None,
   mesh: Mesh | None = None,
 ) -> nnx.Module:
-  """The model with every weight from `tensors`.
+  """Fills every weight of a model from `tensors`.
 
   `model` may be abstract (`nnx.eval_shape`). `dtype`, one of DTYPES, is that of
   all weights; by default they get the model's own. Each weight goes from the
@@ -147,7 +148,7 @@ def fill(
   like = sharding.layout(want, model, mesh) if mesh else want
   return skeleton.merge(
     {
-      path: _place(
+      path: _to_devices(
         _assemble(parts, tensors, like[path].shape, dtype or like[path].dtype),
         like[path].sharding if mesh else None,
       )
@@ -166,10 +167,11 @@ def _assemble(parts, tensors, shape, dtype):
   return array
 
 
-def _place(array, place):
-  if place is None or place.num_devices == 1:
-    return jax.device_put(array, place, may_alias=True)
-  return jax.make_array_from_callback(array.shape, place, array.__getitem__)
+def _to_devices(array, layout):
+  """The array on the devices of a sharding; None: on the default one."""
+  if layout is None or layout.num_devices == 1:
+    return jax.device_put(array, layout, may_alias=True)
+  return jax.make_array_from_callback(array.shape, layout, array.__getitem__)
 
 
 def _aligned(shape, dtype):
@@ -188,7 +190,7 @@ def write(
 ) -> None:
   """Fills `target` with a tensor, transposed and cast; a ValueError if damaged.
 
-  What the tensor takes in memory is let go on return.
+  The memory of the tensor's values is free again on return.
   """
   values = np.asarray(tensor)
   if not np.isfinite(values).all():

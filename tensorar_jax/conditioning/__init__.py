@@ -1,5 +1,6 @@
-"""What an image is made from: classes, text, prompts.
+"""Conditions, the input that an image is made from: classes, text or prompts.
 
-Conditions, and what turns captions into them: the T5 encoder, chat templates,
+`conditions` turns labels, text features and token ids into arrays; the other
+modules turn captions and prompts into these: the T5 encoder, chat templates,
 cleaned captions, fixed word vectors. Backbones, data and generation call it.
 """

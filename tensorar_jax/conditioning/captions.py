@@ -1,8 +1,8 @@
-"""Captions as published text-to-image models read them: cleaned, then tokens.
+"""Cleans captions and turns them into tokens, as published models read them.
 
 The cleaning is that of the training data of DeepFloyd IF and PixArt, which
 LAION's captions needed: no links, markup, file names, ids or shop words, one
-kind of dash and of quote, all lower case. The models know nothing else.
+kind of dash and of quote, all lower case. The models have seen no other text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 
 _DOMAINS = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _FILES = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
-# What is replaced, by what; in this order, each in the whole text.
+# (pattern, replacement), applied to the whole text in this order.
 _LINKS = (
   ("<person>", "person"),
   (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_DOMAINS})", ""),
@@ -42,7 +42,7 @@ _SYMBOLS = (
   ("&amp", ""),
   (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # network addresses
   (r"\d:\d\d\s+$", ""),
-  (r"\\n", " "),  # a line break as somebody wrote it out
+  (r"\\n", " "),  # a line break that is written out
   (r"#\d{1,3}\b", ""),
   (r"#\d{5,}\b", ""),
   (r"\b\d{6,}\b", ""),
@@ -78,7 +78,7 @@ _WORDS = (
 
 
 def clean(caption: str) -> str:
-  """A caption as the models were trained on it; cleaned twice, as published."""
+  """Cleans a caption as the models' training data are: twice, as published."""
   return _clean_once(_clean_once(caption))
 
 
@@ -104,7 +104,7 @@ def _replace(text, table):
   return text
 
 
-NAMED = 100  # captions that are cut, in the log; a data set has millions
+NAMED = 100  # cut captions that the log shows; a data set has millions
 
 
 class CutLog:
@@ -125,11 +125,11 @@ class CutLog:
 
 
 class CaptionTokenizer:
-  """Captions as ids of equal length, by a model's own `tokenizer.json`.
+  """Turns captions into ids of equal length, by a model's `tokenizer.json`.
 
   A caption is cleaned, ends with the end-of-sentence token and is padded on the
-  right. What makes it longer than `length` is cut off before the end token,
-  and the log says so, of the first `NAMED`.
+  right. One with more than `length` ids is cut before the end token; the log
+  names the first `NAMED` of these.
   """
 
   END, PAD = "</s>", "<pad>"
@@ -161,15 +161,17 @@ class CaptionTokenizer:
     if isinstance(captions, str) or not len(captions):
       raise ValueError(f"captions={captions!r}: expected a list of texts.")
     cleaned = [_checked(i, caption) for i, caption in enumerate(captions)]
-    found = self._tokens.encode_batch(cleaned)
-    for number, one in enumerate(found):
-      if one.overflowing:
+    encodings = self._tokens.encode_batch(cleaned)
+    for number, encoding in enumerate(encodings):
+      if encoding.overflowing:
         self._log_cut(number, captions[number])
-    ids = np.asarray([one.ids for one in found], np.int32)
-    return ids, np.asarray([one.attention_mask for one in found], bool)
+    ids = np.asarray([encoding.ids for encoding in encodings], np.int32)
+    mask = [encoding.attention_mask for encoding in encodings]
+    return ids, np.asarray(mask, bool)
 
 
-def _checked(number, caption):
+def _checked(number: int, caption: Any) -> str:
+  """The cleaned caption; ValueError if it is no text or nothing is left."""
   if not isinstance(caption, str):
     raise ValueError(f"caption {number} is {caption!r}: expected a text.")
   if not (cleaned := clean(caption)):
@@ -181,7 +183,7 @@ def _checked(number, caption):
 
 
 def read_tokenizer(path: pathlib.Path) -> Any:
-  """The `tokenizers.Tokenizer` of a file; ValueError if it is none."""
+  """Reads a `tokenizers.Tokenizer` from its file; ValueError if it is none."""
   import tokenizers
 
   if not path.is_file():

@@ -1,10 +1,10 @@
-"""Prompts as a chat model that draws reads them: token ids in a template.
+"""Prompts as token ids in the template of a chat model that draws images.
 
     <bos> <|User|>: {prompt} \\n\\n <|Assistant|>: <begin_of_image>
 
-The image follows. In the null prompt, which guidance compares with, all tokens
-but the first and the last are padding, and as many as in the prompt; the model
-does see them. Template: that of DeepSeek's chat models (arXiv:2401.02954).
+The image follows. The null prompt, with which guidance compares, is as long as
+the prompt; all its tokens but the first and the last are padding, which the
+model does see. Template: that of DeepSeek's chat models (arXiv:2401.02954).
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from tensorar_jax.conditioning import captions, conditions
 BEGIN = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"
 IMAGE = "<begin_of_image>"
-BEFORE, BEHIND = "<|User|>: ", f"\n\n<|Assistant|>:{IMAGE}"
+BEFORE, AFTER = "<|User|>: ", f"\n\n<|Assistant|>:{IMAGE}"
 
 
 class PromptEncoder:
-  """What `PromptConditioning.encode` reads, by a model's own `tokenizer.json`.
+  """Turns prompts into the ids that `PromptConditioning.encode` reads.
 
-  Whether that file adds the token of the beginning does not matter, it is put
-  there once: a null prompt without it would keep a word of the prompt. What
-  makes a prompt longer than `length` is cut off its text, and the log says so.
+  The ids come from the model's own `tokenizer.json`. The token of the beginning
+  is there once, whether or not that file adds it: a null prompt without it
+  would keep a word of the prompt. The text of a prompt with more than `length`
+  ids is cut, and the log says so.
 
   Attributes:
     width: ids at each place, of the prompt and of its null prompt.
-    length: ids of a prompt at most, the template's among them.
+    length: the most ids of a prompt, those of the template included.
     dtype: of ids.
   """
 
@@ -80,23 +81,23 @@ class PromptEncoder:
           f"prompt {number} is {prompt!r}: expected a text. For an image of no"
           " prompt use the null condition."
         )
-      ids, behind = self._split(prompt)
+      ids, num_after = self._split(prompt)
       if len(ids) > self.length:
         self._log_cut(number, prompt)
-        ids = ids[: self.length - behind] + ids[-behind:]
-      rows.append(conditions.with_null(ids, self.pad))
-    return conditions.pad_left(rows, self.length)
+        ids = ids[: self.length - num_after] + ids[-num_after:]
+      rows.append(ids)
+    return conditions.prompt_rows(rows, self.pad, self.length)
 
-  def _split(self, prompt):
-    """(ids of the prompt in its template, how many stand behind its text)."""
+  def _split(self, prompt: str) -> tuple[list[int], int]:
+    """(ids of the prompt in its template, how many come after its text)."""
     text = BEFORE + prompt.strip()
-    found = self._tokens.encode(text + BEHIND, add_special_tokens=False)
-    behind = sum(end > len(text) for _, end in found.offsets)
-    return [self._begin, *found.ids], behind
+    encoding = self._tokens.encode(text + AFTER, add_special_tokens=False)
+    num_after = sum(end > len(text) for _, end in encoding.offsets)
+    return [self._begin, *encoding.ids], num_after
 
 
 def import_prompt_encoder(
   folder: str | pathlib.Path, length: int = 256
 ) -> PromptEncoder:
-  """The encoder of prompts for the model in a published folder, or its name."""
+  """Opens the prompt encoder of a published folder, or of a name on the hub."""
   return PromptEncoder(hub.find(folder) / "tokenizer.json", length)

@@ -1,4 +1,4 @@
-"""What an image is made from. A condition is a dict of arrays, batch first.
+"""Conditions: classes, text features or prompts, as arrays with a batch axis.
 
 `null` and `drop` only set `is_null`: the null embedding itself is one of the
 backbone's weights.
@@ -29,14 +29,14 @@ def drop(rng: Key, cond: Cond, rate: float) -> Cond:
 
 
 def class_ids(cond: Cond, num_classes: int) -> Int[Array, "B"]:
-  """The rows of a table that holds the classes and behind them null."""
+  """The rows of a table that holds the classes and, after them, null."""
   return jnp.where(cond["is_null"], num_classes, cond["label"])
 
 
 def check_labels(cond: Cond, num_classes: int, null_class: bool = True) -> None:
   """ValueError if a backbone of these classes does not know a label, or null.
 
-  Nothing is checked inside someone's jit, where there is nothing to look at.
+  Nothing is checked under `jax.jit`, where values are not known.
   """
   _check_kind(cond, "label", "class labels")
   if isinstance(cond["label"], jax.core.Tracer):
@@ -82,19 +82,21 @@ def check_prompts(cond: Cond, vocab_size: int) -> None:
   check_ids(text, vocab_size, "the backbone's text_vocab_size")
 
 
-def check_ids(ids: Int[Array | np.ndarray, "*n"], size: int, of: str) -> None:
-  """ValueError for an id that is not below `size`, which is `of`."""
+def check_ids(
+  ids: Int[Array | np.ndarray, "*n"], size: int, option: str
+) -> None:
+  """ValueError for an id that is not below `size`, the value of `option`."""
   if isinstance(ids, jax.core.Tracer) or not ids.size:
     return
   low, high = int(np.min(ids)), int(np.max(ids))
   if low < 0 or high >= size:
     raise ValueError(
-      f"token id {low if low < 0 else high}: expected 0 to {size - 1}, as {of}"
-      " says. Take tokenizer and weights from one published model."
+      f"token id {low if low < 0 else high}: expected 0 to {size - 1}, as"
+      f" {option} says. Take tokenizer and weights from one published model."
     )
 
 
-def _check_padding(cond):
+def _check_padding(cond: Cond) -> None:
   padding, shape = cond.get("is_padding"), cond["text"].shape
   if padding is not None and padding.shape != shape[:2]:
     raise ValueError(
@@ -103,7 +105,7 @@ def _check_padding(cond):
     )
 
 
-def _check_kind(cond, entry, kind):
+def _check_kind(cond: Cond, entry: str, kind: str) -> None:
   if entry not in cond:
     raise ValueError(
       f"the condition has the entries {sorted(cond)}: this backbone makes"
@@ -166,10 +168,10 @@ def align_right(
   features: Num[Array | np.ndarray, "B P E"],
   mask: Bool[Array | np.ndarray, "B P"],
 ) -> tuple[Num[Array | np.ndarray, "B P E"], Bool[Array | np.ndarray, "B P"]]:
-  """Text whose real rows come last, in their order; the others are zero."""
-  # As for labels: what is on the host stays there.
+  """Moves the real rows of each text to the end; the others become zero."""
+  # Features on the host stay there, as labels do.
   xp = np if isinstance(features, np.ndarray) else jnp
-  # False before True, each in the order it had: any layout is put right.
+  # False sorts before True, and equal rows keep their order.
   order = xp.argsort(xp.asarray(mask), axis=1, stable=True)
   mask = xp.take_along_axis(xp.asarray(mask), order, axis=1)
   features = xp.take_along_axis(features, order[..., None], axis=1)
@@ -181,7 +183,8 @@ def real_rows(
   mask: Bool[Array | np.ndarray, "B P"],
 ) -> list[Num[np.ndarray, "_ E"]]:
   """The features of each text's own tokens, on the host; see `pad_left`."""
-  return [t[m] for t, m in zip(np.asarray(features), np.asarray(mask, bool))]
+  texts, masks = np.asarray(features), np.asarray(mask, bool)
+  return [text[rows] for text, rows in zip(texts, masks)]
 
 
 def pad_left(
@@ -205,13 +208,13 @@ class TextConditioning:
   Attributes:
     width: features of a text token.
     length: tokens of a text.
-    encoder: what turns captions and prompts into these features, for
-      `build.text_encoder`; a model that is given features needs none.
+    encoder: folder or name of the text encoder, which `build.text_encoder`
+      opens; a model that is given features needs none.
     encoder_dtype: of its weights and computation.
   """
 
   is_text = True
-  reads = "t5"  # what a folder named as `encoder` holds; see build.text_encoder
+  reads = "t5"  # the kind of encoder that is in the folder `encoder`
 
   def __init__(
     self,
@@ -274,7 +277,7 @@ class TextConditioning:
     mask = np.asarray(batch["text_mask"], bool)
     if "valid" not in batch:
       return self.encode((batch["text"], mask))
-    # What stands in for an unreadable sample need not have a text.
+    # The replacement of an unreadable sample need not have a text.
     valid = np.asarray(batch["valid"], bool)
     cond = self.encode((batch["text"], mask | ~valid[:, None]))
     return {**cond, "is_valid": valid}
@@ -287,26 +290,36 @@ class TextConditioning:
   drop = staticmethod(drop)
 
 
-def with_null(
-  ids: Sequence[int] | np.ndarray, pad: int
-) -> Int[np.ndarray, "_ 2"]:
-  """The ids of a prompt beside those of its null prompt.
+def prompt_rows(
+  ids: Sequence[Sequence[int] | np.ndarray], pad: int, length: int
+) -> tuple[Int[np.ndarray, "B P 2"], Bool[np.ndarray, "B P"]]:
+  """(ids, mask) of prompts beside their null prompts, P = `length`.
 
-  That keeps the first and the last id, between which all are `pad`.
+  Each prompt has 2 to `length` ids; others are a ValueError. Its null prompt
+  keeps the first and the last, between which all are `pad`.
   """
-  null = [ids[0], *[pad] * (len(ids) - 2), ids[-1]]
-  return np.stack([ids, null], axis=1).astype(np.int32)
+  rows = []
+  for number, prompt in enumerate(ids):
+    if not 2 <= len(prompt) <= length:
+      raise ValueError(
+        f"prompt {number} has {len(prompt)} ids: expected 2, which a null"
+        f" prompt keeps, to length={length}."
+      )
+    null_prompt = [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]
+    rows.append(np.stack([prompt, null_prompt], axis=1).astype(np.int32))
+  return pad_left(rows, length)
 
 
 class PromptConditioning(TextConditioning):
   """Prompts as {"text": int32 [B, P, 2], "is_padding", "is_null"}.
 
   For backbones that read text by token ids, with an embedding of their own. At
-  each place are the ids of the prompt and of its null prompt, `with_null`, so
-  that nothing but the prompts' tokenizer has to know what stands for no text.
+  each place are the ids of the prompt and of its null prompt, as `prompt_rows`
+  makes them, so that only the prompts' tokenizer has to know what stands for no
+  text.
 
   Attributes:
-    length: ids of a prompt at most.
+    length: the most ids of a prompt.
     vocab_size: ids are below it.
     encoder: the folder of the model, whose tokenizer.json makes the ids, for
       `build.text_encoder`.
@@ -331,20 +344,6 @@ class PromptConditioning(TextConditioning):
     cond = super().encode((ids.astype(np.int32), mask))
     check_ids(cond["text"], self.vocab_size, "the conditioning's vocab_size")
     return cond
-
-  def encode_ids(self, ids: Sequence, pad: int) -> Cond:
-    """The condition of prompts of any lengths, of 2 to `length` ids each.
-
-    `pad` is the id that null prompts are filled with.
-    """
-    for number, one in enumerate(ids):
-      if not 2 <= len(one) <= self.length:
-        raise ValueError(
-          f"prompt {number} has {len(one)} ids: expected 2, which a null prompt"
-          f" keeps, to length={self.length}."
-        )
-    rows = [with_null(one, pad) for one in ids]
-    return self.encode(pad_left(rows, self.length))
 
   def example(self) -> Cond:
     highest = np.full((1, self.length, 2), self.vocab_size - 1, np.int32)

@@ -1,12 +1,11 @@
-"""A text encoder with its tokenizer: captions -> features for a condition.
+"""Opens text encoders by kind; T5 with its tokenizer, captions -> features.
 
-Its weights lie on a mesh by the rules of `sharding`, as any model's, and the
+T5's weights lie on a mesh by the rules of `sharding`, as any model's, and the
 devices share the rows of a batch.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from tensorar_jax.checkpoints import hub, torch_import
+from tensorar_jax.checkpoints.files import read_json
 from tensorar_jax.conditioning import chat, t5
 from tensorar_jax.conditioning.captions import CaptionTokenizer
 from tensorar_jax.parallel import sharding, weights
@@ -28,12 +28,12 @@ def _encode(model, ids, mask):
   return model(ids, mask)
 
 
-class TextEncoder:
-  """What `TextConditioning.encode` reads, from captions.
+class T5Encoder:
+  """Turns captions into what `TextConditioning.encode` reads, by T5.
 
   Attributes:
     width: features of a token.
-    length: tokens of a caption, with its end; more are cut off.
+    length: the most tokens of a caption with its end; more are cut off.
     dtype: of the features.
   """
 
@@ -57,8 +57,8 @@ class TextEncoder:
   ) -> tuple[Float[Array | np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
     """(features in the model's dtype, mask, true at a caption's tokens).
 
-    Up to BATCH_SIZE captions are still on their way on the devices; more come
-    batch by batch to the host.
+    Features of up to BATCH_SIZE captions stay on the devices, perhaps not
+    computed yet; those of more come batch by batch to the host.
     """
     ids, mask = self.tokenizer(captions)
     if len(ids) <= BATCH_SIZE:
@@ -86,8 +86,8 @@ def import_text_encoder(
   dtype: str = "bfloat16",
   length: int = 120,
   mesh: Mesh | None = None,
-) -> TextEncoder:
-  """The encoder in a published folder of T5 v1.1 or Flan-T5, for captions.
+) -> T5Encoder:
+  """Opens the encoder of a published folder of T5 v1.1 or Flan-T5.
 
   Args:
     folder: holds tokenizer.json, and what `import_t5` reads.
@@ -97,7 +97,7 @@ def import_text_encoder(
   """
   folder = _existing(folder)
   tokenizer = CaptionTokenizer(folder / "tokenizer.json", length)
-  return TextEncoder(import_t5(folder, dtype, mesh), tokenizer, mesh)
+  return T5Encoder(import_t5(folder, dtype, mesh), tokenizer, mesh)
 
 
 def import_t5(
@@ -105,7 +105,7 @@ def import_t5(
   dtype: str = "bfloat16",
   mesh: Mesh | None = None,
 ) -> t5.Model:
-  """The encoder in a published folder, for token ids.
+  """Imports the network of a published folder, token ids -> features.
 
   Args:
     folder: holds config.json and one of `hub.WEIGHTS`; an index needs the files
@@ -116,25 +116,18 @@ def import_t5(
     mesh: what the weights are split over; None: one device has them.
   """
   folder = _existing(folder)
-  config = t5.published_config(_read_json(folder / "config.json"), dtype)
+  fields = read_json(folder / "config.json", remedy="Download it again.")
+  config = t5.published_config(fields, dtype)
   model = weights.abstract(lambda rngs: t5.Model(config, rngs=rngs))
   tensors = torch_import.load_state_dict(hub.weights_of(folder))
   return torch_import.fill(model, t5.import_rules(config), tensors, dtype, mesh)
 
 
-def _existing(folder):
+def _existing(folder: str | pathlib.Path) -> pathlib.Path:
+  """The local folder of a name or path; ValueError if there is none."""
   if not (folder := hub.find(folder)).is_dir():
     raise ValueError(f"{folder}: no such folder. {hub.advice(folder)}")
   return folder
-
-
-def _read_json(path):
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f"{path}: not readable ({error}). Download it again."
-    ) from error
 
 
 def _t5(folder, texts, mesh):
@@ -153,5 +146,6 @@ def _chat(folder, texts, mesh):
   return encoder
 
 
-# Kind -> (folder or kind, conditioning, mesh) -> interfaces.TextEncoder.
+# Kind of encoder -> the function (folder, conditioning, mesh) that opens it, as
+# an `interfaces.TextEncoder`.
 TEXT_ENCODERS = {"t5": _t5, "chat": _chat}

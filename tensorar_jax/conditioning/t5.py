@@ -30,8 +30,8 @@ class Config:
   """Sizes of one encoder, by default those of Flan-T5-XL.
 
   `num_buckets` are for both directions together; offsets of `max_distance` and
-  more share the last one of theirs. `dtype` is what is computed in; norms,
-  softmax and scores are float32.
+  more share the last one of their direction. `dtype` is that of
+  computation; norms, softmax and scores are float32.
   """
 
   vocab_size: int = 32128
@@ -152,15 +152,16 @@ class Model(nnx.Module):
     self.norm = layers.RMSNorm(c.width, c.norm_eps)
 
   def position_bias(self, length: int) -> Float[Array, "1 N S S"]:
-    """What is added to the scores of every block, [1, head, query, key]."""
-    c, at = self.config, np.arange(length)
-    table = buckets(at - at[:, None], c.num_buckets, c.max_distance)
+    """The bias of the scores of every block, [1, head, query, key]."""
+    c, positions = self.config, np.arange(length)
+    offsets = positions - positions[:, None]
+    table = buckets(offsets, c.num_buckets, c.max_distance)
     return self.relative_bias(table).transpose(2, 0, 1)[None]
 
   def hidden_states(
     self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"]
   ) -> tuple[Float[Array, "L B S D"], Float[Array, "B S D"]]:
-    """(what enters each block, the features); of masked positions too."""
+    """(inputs of each block, features), of masked positions too."""
     bias = self.position_bias(ids.shape[1])
     keys = mask[:, None, None]  # [B, N, query, key]
 
@@ -173,12 +174,12 @@ class Model(nnx.Module):
   def __call__(
     self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"]
   ) -> Float[Array, "B S D"]:
-    """Features of every position; masked ones are seen by none."""
+    """Features of every position; no position sees a masked one."""
     return self.hidden_states(ids, mask)[1]
 
 
 def import_rules(config: Config) -> list[Rule]:
-  """The published names; those of the decoder are left where they are."""
+  """Published names -> paths of `Model`; the decoder is not read."""
   del config  # the same names for every size
   block = r"encoder\.block\.(?P<layer>\d+)\.layer\."
   stacked = "blocks/stacked/"
@@ -205,7 +206,7 @@ def import_rules(config: Config) -> list[Rule]:
       "relative_bias/embedding",
     ),
     Rule(r"encoder\.final_layer_norm\.weight", "norm/scale"),
-    # A copy of the shared table, and what follows the encoder.
+    # A copy of the shared table, and the decoder.
     Rule(r"encoder\.embed_tokens\.weight", None),
     Rule(r"(decoder|lm_head)\..*", None),
   ]

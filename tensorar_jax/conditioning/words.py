@@ -1,8 +1,8 @@
 """Fixed vectors of words: a text encoder without weights, for tiny data sets.
 
-A word is a vector of signs made from its hash, so it is the same in every
-process and on every machine; so is a place in the caption. A row is their sum:
-the prefix of a backbone need not have positions of its own.
+A word is a vector of signs made from its hash, the same in every process and on
+every machine, and so is each position in the caption. A row is the sum of the
+two, so the prefix of a backbone needs no positions of its own.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from jaxtyping import Bool, Float
 
 
 def signs(text: str, width: int) -> Float[np.ndarray, "E"]:
-  """+1 or -1 in each of `width` places, as the hash of the text has it."""
+  """`width` signs, +1 or -1, that are bits of the hash of the text."""
   digest = hashlib.shake_256(text.encode()).digest(-(-width // 8))
   bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=width)
   return 2.0 * bits.astype(np.float32) - 1.0
 
 
 class WordEncoder:
-  """What `TextConditioning.encode` reads, from captions of known words.
+  """Turns captions of known words into what `TextConditioning.encode` reads.
 
   Attributes:
     words: the vector of every word that a caption may hold.
     width: features of a word.
-    length: words of a caption at most.
+    length: the most words of a caption.
   """
 
   def __init__(
@@ -44,15 +44,17 @@ class WordEncoder:
       )
     self.width, self.length = width, length
     self.words = {word: signs(word, width) for word in sorted(words)}
-    # No word has a space in it, so no place is a word.
-    self.places = np.stack([signs(f"place {i}", width) for i in range(length)])
+    # The hashed text has a space, which no word has.
+    self.positions = np.stack(
+      [signs(f"place {i}", width) for i in range(length)]
+    )
 
   def __call__(
     self, captions: Sequence[str]
   ) -> tuple[Float[np.ndarray, "B P E"], Bool[np.ndarray, "B P"]]:
     """(features, mask, true at words), the words first in each row.
 
-    An unknown word, no word, or too many of them are a ValueError.
+    ValueError for an unknown word, no word, or more than `length` words.
     """
     if isinstance(captions, str) or not len(captions):
       raise ValueError(f"captions={captions!r}: expected a list of texts.")
@@ -61,7 +63,7 @@ class WordEncoder:
     for i, caption in enumerate(captions):
       words = self._split(caption)
       rows = np.stack([self.words[word] for word in words])
-      features[i, : len(words)] = rows + self.places[: len(words)]
+      features[i, : len(words)] = rows + self.positions[: len(words)]
       mask[i, : len(words)] = True
     return features, mask
 

@@ -1,7 +1,7 @@
-"""Images of a source -> tokens, and captions -> features, side by side.
+"""Encodes the images of a source to tokens, and captions to features.
 
-Threads decode and crop, the devices of this process share every batch, and one
-batch is always under way while another is taken off.
+Threads decode and crop, the devices of this process share every batch, and the
+next batch is computed while the one before is read back.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,11 +26,12 @@ from jaxtyping import Array, Int, UInt8
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import codes, images, shards, sources
 from tensorar_jax.interfaces import TextEncoder, Tokenizer
+from tensorar_jax.nn import image_bytes
 
 Crops = UInt8[np.ndarray, "n A s s C"]
-# What is on its way to the tokens, and to the text features, of a batch.
+# Tokens of a batch, and its labels or text features; perhaps not computed yet.
 Started = tuple[Int[Array, "B T F"], Any]
-# What one image is of, and its codes.
+# The subject of one image, and its codes.
 Example = tuple[shards.Subject, Int[np.ndarray, "A T F"]]
 
 
@@ -37,14 +39,14 @@ Example = tuple[shards.Subject, Int[np.ndarray, "A T F"]]
 def _encode(
   graphdef, state, crops: UInt8[Array, "B h w C"]
 ) -> Int[Array, "B T F"]:
-  return nnx.merge(graphdef, state).encode(images.normalise(crops))
+  return nnx.merge(graphdef, state).encode(image_bytes.normalise(crops))
 
 
 class Encoder:
   """A tokenizer, compiled for batches of about `batch_size` crops.
 
-  All variants of an image are in one batch. `channels` are the images'. `text`
-  encodes the captions of images that have them.
+  All variants of an image are in one batch. `channels` is the
+  number of the images'. `text` encodes captions where images have them.
   """
 
   def __init__(
@@ -61,22 +63,22 @@ class Encoder:
     rows = self.num_images * recipe.num_variants
     size = recipe.image_size
     # A short batch is filled up: there is one compiled shape.
-    self.batch_shape = (-(-rows // len(devices)) * len(devices), size, size)
-    self.batch_shape += (channels,)
+    rows = -(-rows // len(devices)) * len(devices)
+    self.batch_shape = (rows, size, size, channels)
     self.vocab_sizes = tuple(tokenizer.vocab_sizes)
-    rows, cols = tokenizer.grid
+    grid = tuple(tokenizer.grid)
     self._graphdef, self._state = nnx.split(tokenizer)
-    made = jax.eval_shape(
+    tokens = jax.eval_shape(
       functools.partial(_encode, self._graphdef),
       self._state,
       jax.ShapeDtypeStruct(self.batch_shape, np.uint8),
     )
-    expected = (rows * cols, len(self.vocab_sizes))
-    if made.shape[1:] != expected:
+    expected = (math.prod(grid), len(self.vocab_sizes))
+    if tokens.shape[1:] != expected:
       raise ValueError(
-        f"images of {size}x{size} give {made.shape[1]} tokens of "
-        f"{made.shape[2]} sub-tokens; expected {expected} as of the "
-        f"tokenizer's grid {(rows, cols)}: change image_size, or the "
+        f"images of {size}x{size} give {tokens.shape[1]} tokens of "
+        f"{tokens.shape[2]} sub-tokens; expected {expected} as of the "
+        f"tokenizer's grid {grid}: change image_size, or the "
         "tokenizer's"
       )
     mesh = Mesh(devices, ("batch",))
@@ -86,7 +88,7 @@ class Encoder:
     )
 
   def start(self, about: list[int] | list[str], crops: Crops) -> Started:
-    """What becomes of labels or captions and crops, still on its way."""
+    """Starts the encoding of labels or captions, and of crops."""
     batch = np.zeros(self.batch_shape, np.uint8)
     crops = crops.reshape(-1, *self.batch_shape[1:])
     batch[: len(crops)] = crops
@@ -94,13 +96,13 @@ class Encoder:
     tokens = _encode(self._graphdef, self._state, batch)
     if not self.text:
       return tokens, about
-    # Filled up as well: the last caption again.
+    # A short batch is filled up with its last caption.
     spare = self.num_images - len(about)
     features, mask = self.text(about + about[-1:] * spare)
     return tokens, (features[: len(about)], mask[: len(about)])
 
   def finish(self, started: Started) -> Iterator[Example]:
-    """The examples of a batch, once they are there."""
+    """Waits for the examples of a batch that was started."""
     tokens, about = started
     subjects = about
     if self.text:
@@ -108,14 +110,14 @@ class Encoder:
       dtype = text_dtype(self.text)
       subjects = conditions.real_rows(features.astype(dtype), mask)
     variants = self.recipe.num_variants
-    found = np.asarray(tokens)[: len(subjects) * variants]
-    codes.check_codes("the tokenizer", found, self.vocab_sizes)
-    found = found.reshape(len(subjects), variants, *found.shape[1:])
-    return zip(subjects, found)
+    tokens = np.asarray(tokens)[: len(subjects) * variants]
+    codes.check_codes("the tokenizer", tokens, self.vocab_sizes)
+    shape = (len(subjects), variants, *tokens.shape[1:])
+    return zip(subjects, tokens.reshape(shape))
 
 
 def identity(model: nnx.Module) -> dict[str, Any]:
-  """What its results depend on, for JSON: class, config, digest of weights."""
+  """Describes a model for JSON: class, config and the digest of its weights."""
   digest = hashlib.sha256()
   state = nnx.to_flat_state(nnx.state(model))
   for path, value in sorted(("/".join(map(str, p)), v) for p, v in state):
@@ -132,16 +134,17 @@ def identity(model: nnx.Module) -> dict[str, Any]:
 
 
 def text_dtype(text: TextEncoder) -> str:
-  """The type in which its features are stored, which is their own."""
+  """The dtype of the features, in which they are stored."""
   return getattr(text, "dtype", "float32")
 
 
 def text_identity(text: TextEncoder) -> dict[str, Any]:
-  """What its features depend on, for JSON."""
+  """Describes, for JSON, everything that the features depend on."""
   model = getattr(text, "model", None)
   return {
     "class": f"{type(text).__module__}.{type(text).__qualname__}",
-    **{"width": text.width, "length": text.length},
+    "width": text.width,
+    "length": text.length,
     "weights": identity(model) if model is not None else None,
     "tokenizer": getattr(getattr(text, "tokenizer", text), "sha256", None),
   }
@@ -155,7 +158,7 @@ def encoded(
 ) -> Iterator[Example]:
   """Subject and codes of every image that can be decoded, in order.
 
-  `on_broken(position, error)` hears of the others.
+  `on_broken(position, error)` is called for the others.
   """
   batches = _batches(encoder, source, positions, on_broken)
   waiting = collections.deque()
@@ -173,8 +176,8 @@ def _batches(
   """Labels or captions, and crops, in whole batches except for the last."""
   threads = min(64, os.cpu_count() or 1)
   read = functools.partial(_read, source, encoder.recipe)
-  places = grain.MapDataset.range(positions.start, positions.stop)
-  examples = places.map(read).to_iter_dataset(
+  dataset = grain.MapDataset.range(positions.start, positions.stop)
+  examples = dataset.map(read).to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   )
   about, batch = [], []
@@ -192,7 +195,7 @@ def _batches(
 
 
 def _read(source, recipe, position: int):
-  """(position, label or caption, crops); of a broken sample, crops is why."""
+  """(position, label or caption, crops), or (position, None, error)."""
   try:
     example = source[position]
   except images.BrokenSampleError as error:

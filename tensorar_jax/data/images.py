@@ -1,4 +1,4 @@
-"""Image files: decoding, folders by class, and the crops that are tokenized.
+"""Image files: decoding, and the crops that are tokenized.
 
 | recipe   | variants of an image                                          |
 | -------- | ------------------------------------------------------------- |
@@ -17,17 +17,15 @@ LlamaGen is trained on those of ranges 1.1 and 1.05, drawn alike.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import os
 import pathlib
 import struct
 import zlib
-from collections.abc import Iterator
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by channels
@@ -37,8 +35,16 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm")
 EXTENSIONS += (".tif", ".tiff", ".webp")
 # Pillow's decoders raise all of these on damaged bytes.
 _DECODING_ERRORS = (
-  *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError),
-  *(LookupError, struct.error, zlib.error, Image.DecompressionBombError),
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  RuntimeError,
+  TypeError,
+  LookupError,
+  struct.error,
+  zlib.error,
+  Image.DecompressionBombError,
 )
 
 
@@ -68,8 +74,8 @@ def decode_image(
   """The pixels of an image file or of its bytes, RGB or of other `MODES`.
 
   Raises BrokenImageError, a ValueError that names the file, if they cannot be
-  decoded. A file that cannot be read at all is an OSError: that is the disk's
-  fault, and no reason to go on without the image.
+  decoded. A file that cannot be read at all is an OSError: then the disk is at
+  fault, and the run should not go on without the image.
   """
   mode = MODES[channels]
   is_bytes = isinstance(file, bytes)
@@ -134,16 +140,9 @@ def ten_crop(
   )
 
 
-def normalise(
-  images: UInt8[Array | np.ndarray, "*n h w C"],
-) -> Float32[Array | np.ndarray, "*n h w C"]:
-  """uint8 -> [-1, 1], in the published order of operations."""
-  return (images.astype(np.float32) / 255 - 0.5) / 0.5
-
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What is cut from an image; see the table above."""
+  """Cuts the variants of an image; see the table above."""
 
   name: str
   image_size: int
@@ -179,7 +178,7 @@ class Recipe:
     return np.stack([crop, crop[:, ::-1]] if self.name == "flip" else [crop])
 
   def settings(self) -> dict[str, Any]:
-    """What of it changes the tokens."""
+    """The settings that the tokens depend on."""
     ranges = list(self.crop_ranges) if self.name == "ten_crop" else None
     return {
       "recipe": self.name,
@@ -187,72 +186,3 @@ class Recipe:
       "crop_range": ranges,
       "num_variants": self.num_variants,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFolder:
-  """Images of any size under one folder per class, decoded when asked for.
-
-  Classes and files are in torchvision's order. A broken image raises
-  BrokenImageError when it is asked for.
-  """
-
-  folder: pathlib.Path
-  class_names: tuple[str, ...]
-  names: tuple[str, ...]  # of the files, relative to `folder`
-  labels: Int32[np.ndarray, " n"]
-
-  @property
-  def num_classes(self) -> int:
-    return len(self.class_names)
-
-  @property
-  def image_shape(self) -> tuple[None, None, int]:
-    """(h, w, C): the sizes may differ."""
-    return None, None, 3
-
-  def __len__(self) -> int:
-    return len(self.names)
-
-  def __getitem__(self, position: SupportsIndex) -> dict[str, Any]:
-    image = decode_image(self.folder / self.names[position])
-    return {"image": image, "label": self.labels[position]}
-
-  def fingerprint(self) -> str:
-    """A digest of the names: it changes where files are added or removed."""
-    return hashlib.sha256("\0".join(self.names).encode()).hexdigest()
-
-
-def open_folder(folder: pathlib.Path) -> ImageFolder:
-  """The images of `<folder>/<class>/...`; files of other types are passed by.
-
-  ValueError where there is no class, or a class without images.
-  """
-  with os.scandir(folder) as entries:
-    class_names = tuple(sorted(e.name for e in entries if e.is_dir()))
-  if not class_names:
-    raise ValueError(
-      f"{folder} has no subfolders; expected one folder of images per class"
-    )
-  names, counts = [], []
-  for class_name in class_names:
-    found = list(_image_names(folder, class_name))
-    if not found:
-      raise ValueError(
-        f"{folder / class_name} holds no images ({', '.join(EXTENSIONS)}); "
-        "expected some in every class folder: add them or remove the folder"
-      )
-    names += found
-    counts.append(len(found))
-  labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-  return ImageFolder(folder, class_names, tuple(names), labels)
-
-
-def _image_names(folder: pathlib.Path, class_name: str) -> Iterator[str]:
-  """Names relative to `folder`, sorted by directory and then by file."""
-  prefix = len(os.fspath(folder)) + 1
-  walk = os.walk(folder / class_name, followlinks=True)
-  for directory, _, files in sorted(walk):
-    for file in sorted(files):
-      if file.lower().endswith(EXTENSIONS):
-        yield os.path.join(directory, file)[prefix:]

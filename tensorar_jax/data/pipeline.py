@@ -1,13 +1,13 @@
-"""From a source to batches: shuffle, repeat, flip, share out, fetch.
+"""Makes batches of a source: shuffle, repeat, flip, share out, fetch.
 
 Grain carries positions, not images, and each batch is fetched at once. Training
 reads an endless sequence of epochs, each in its own order. Step s of global
 size B is rows `s B ... (s + 1) B - 1` of it, in equal blocks of which a process
-reads those that it needs. Joined in order, the batches are the same for any
-number of blocks and processes, and the step is all there is to save.
+reads its own. Joined in order, the batches are the same for any number of
+blocks and processes, and the step is the whole state to save.
 
 A source of tokens takes the place of images: each time an image comes up, one
-of its variants (crops, flips) is drawn, all alike.
+of its variants (crops, flips) is drawn, each as likely as the others.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def train_iterator(
 
   Images with captions have a third entry, "caption", an array of str [b].
   In place of "image" a source of tokens gives "tokens", int32 [b, T, F].
-  `batch_size` is the global one, and b the part of it that is the process's
-  `share`. `flip` mirrors each image left to right with probability 1/2.
+  `batch_size` is the global one, and b the part of it in the process's `share`.
+  `flip` mirrors each image left to right with probability 1/2.
   `get_state` returns `{"next_index": step}`, which `set_state` takes on any
   number of processes.
   """
@@ -71,14 +71,14 @@ def train_iterator(
   places = places.batch(
     batch_size // share.count, drop_remainder=True, batch_fn=np.array
   )
-  first, *others = [places[block :: share.count] for block in share.blocks]
-  if others:
+  blocks = [places[block :: share.count] for block in share.blocks]
+  places = blocks[0]
+  if len(blocks) > 1:
+    # Grain hands over the rows of the first block; the others are looked up.
+    def with_other_blocks(step, rows):
+      return np.concatenate([rows] + [block[step] for block in blocks[1:]])
 
-    def join(step, places):
-      return np.concatenate([places, *(other[step] for other in others)])
-
-    first = first.map_with_index(join)
-  places = first
+    places = places.map_with_index(with_other_blocks)
   in_memory = isinstance(source, sources.ArraySource)
   return iter(
     places.map(functools.partial(fetch, source)).to_iter_dataset(
@@ -90,7 +90,7 @@ def train_iterator(
 def batches(
   source: sources.Source, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-  """One pass in order, for evaluation; the last batch may be smaller."""
+  """Passes over the source once, in order; the last batch may be smaller."""
   _check_shape(source)
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -104,7 +104,7 @@ def batches(
 def as_arrays(
   source: sources.Source, limit: int | None = None
 ) -> tuple[UInt8[np.ndarray, "n h w C"], Int32[np.ndarray, " n"]]:
-  """All images and labels, or the first `limit` of them, in order."""
+  """Fetches all images and labels, or the first `limit`, in order."""
   _check_shape(source)
   if limit is not None and limit < 1:
     raise ValueError(f"limit must be at least 1 or None, got {limit}")
@@ -113,7 +113,7 @@ def as_arrays(
   return batch["image"], batch["label"]
 
 
-def _check_shape(source: sources.Source):
+def _check_shape(source: sources.Source) -> None:
   if None in source.image_shape:
     raise ValueError(
       f"images of shape {source.image_shape} differ in size and cannot be "
@@ -121,7 +121,9 @@ def _check_shape(source: sources.Source):
     )
 
 
-def _check_sharing(num_images: int, batch_size: int, share: sharding.Share):
+def _check_sharing(
+  num_images: int, batch_size: int, share: sharding.Share
+) -> None:
   if not 1 <= batch_size <= num_images:
     raise ValueError(
       f"batch_size must be between 1 and the {num_images} images of the data "

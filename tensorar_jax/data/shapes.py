@@ -1,7 +1,7 @@
 """Drawings with captions: GenEval's six kinds of prompt, small and exact.
 
-Each caption comes from a grammar (Ghosh et al., arXiv:2310.11513, has the
-categories); what it leaves open (colours, sizes, places) is left to chance:
+Each caption comes from a grammar (the categories are those of Ghosh et al.,
+arXiv:2310.11513); colours, sizes and places that it leaves open are random:
 
 | category            | caption                          |
 | ------------------- | -------------------------------- |
@@ -12,18 +12,16 @@ categories); what it leaves open (colours, sizes, places) is left to chance:
 | `position`          | a circle left of a square        |
 | `color_attribution` | a red circle and a blue square   |
 
-Scene i is a function of (seed, i) alone, so the data set takes no place and has
+Scene i is a function of (seed, i) alone, so the data set needs no disk and has
 random access. Objects never touch, edges are hard, and all colours are corners
-of the RGB cube, on black: a drawing can be read back without an error, and one
-that is a little blurred as well.
+of the RGB cube, on black: a drawing can be read back without an error, even if
+it is a little blurred.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
-from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -51,15 +49,18 @@ NUMBERS = {"two": 2, "three": 3, "four": 4}
 # The first object against the second.
 RELATIONS = ("left of", "right of", "above", "below")
 CATEGORIES = (
-  *("single_object", "two_objects", "counting"),
-  *("colors", "position", "color_attribution"),
+  "single_object",
+  "two_objects",
+  "counting",
+  "colors",
+  "position",
+  "color_attribution",
 )
 WORDS = frozenset(
   {"a", "and", *COLOURS, *PLURALS, *PLURALS.values(), *NUMBERS}.union(
     *(relation.split() for relation in RELATIONS)
   )
 )
-SPLITS = {"train": (0, 120_000), "test": (120_000, 132_000)}  # of scenes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,15 +163,15 @@ def scene(index: int, seed: int = 0) -> Scene:
   names = list(COLOURS)
   tints = [d.colour or names[rng.randint(len(names))] for d in wanted]
   while True:
-    objects = _place(wanted, tints, rng)
+    objects = _put(wanted, tints, rng)
     if objects and (
       prompt.relation is None or holds(prompt.relation, *objects)
     ):
       return Scene(prompt, objects)
 
 
-def _place(wanted, tints, rng) -> tuple[Object, ...] | None:
-  """The objects at random places, or None if they have come to touch."""
+def _put(wanted, tints, rng) -> tuple[Object, ...] | None:
+  """Puts the objects at random places; None if two of them touch."""
   sizes = SIZES[len(wanted)]
   objects: list[Object] = []
   for demand, colour in zip(wanted, tints, strict=True):
@@ -211,49 +212,9 @@ def mask(shape: str, height: int, width: int) -> Bool[np.ndarray, "h w"]:
 
 
 def draw(objects: tuple[Object, ...]) -> UInt8[np.ndarray, "32 32 3"]:
-  """The drawing of a scene's objects, on black."""
+  """Draws the objects of a scene, on black."""
   image = np.zeros((SIDE, SIDE, 3), np.uint8)
   for one in objects:
     box = image[one.top : one.bottom, one.left : one.right]
     box[mask(one.shape, one.height, one.width)] = COLOURS[one.colour]
   return image
-
-
-# --- the data set ------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapesSource:
-  """Scenes first, ..., end - 1: "image", "caption", "label" (the category)."""
-
-  first: int
-  end: int
-  num_classes: int = len(CATEGORIES)
-  image_shape: tuple[int, int, int] = (SIDE, SIDE, 3)
-  class_names: tuple[str, ...] = CATEGORIES
-
-  def __len__(self) -> int:
-    return self.end - self.first
-
-  def scene(self, position: int) -> Scene:
-    """The scene at a position of this split."""
-    if not 0 <= position < len(self):
-      raise IndexError(f"position {position} of {len(self)} drawings")
-    return scene(self.first + position)
-
-  def __getitem__(self, position: SupportsIndex) -> dict[str, Any]:
-    found = self.scene(operator.index(position))
-    return {
-      "image": draw(found.objects),
-      "caption": found.prompt.caption,
-      "label": np.int32(CATEGORIES.index(found.prompt.category)),
-    }
-
-
-def open_shapes(split: str) -> ShapesSource:
-  """The drawings of "train" or "test"; another split is a ValueError."""
-  if split not in SPLITS:
-    raise ValueError(
-      f"unknown split {split!r} of 'shapes'; known are 'train' and 'test'"
-    )
-  return ShapesSource(*SPLITS[split])

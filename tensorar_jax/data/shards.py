@@ -5,37 +5,31 @@ A folder of ArrayRecord files, one record per image, little-endian:
   "TOK1" | label int32 | A uint16 | T uint32 | F uint8 | bytes per code uint8 |
   A T F codes, uint16 or uint32
 
-for A variants of an image (crops, flips) in T tokens of F sub-tokens. Behind
-them stand, for an image with a text, whose label is -1, the features of the
-text's own tokens, [P, E] for a P that differs from text to text: no padding is
-stored. They have the type that the text encoder gave them, so none is rounded.
+for A variants of an image (crops, flips) in T tokens of F sub-tokens. An image
+with a text has the label -1, and after its codes the features of the text's own
+tokens, [P, E] for a P that differs from text to text: no padding is stored. The
+features keep the type that the text encoder gave them, so none is rounded.
 
-Beside the files `manifest.json` says what they have in common: vocabularies,
+`manifest.json`, beside the files, says what they have in common: vocabularies,
 grid, classes or text features, recipe, and the records of every shard. It is
 written last; a folder without it is not complete.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
-import json
 import math
 import pathlib
 import struct
-from collections.abc import Sequence
-from types import EllipsisType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Integer, Num
 
-from tensorar_jax.conditioning import conditions
-from tensorar_jax.data import codes as codes_lib
+from tensorar_jax.checkpoints import files
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -60,8 +54,15 @@ class TextFormat:
   length: int
   dtype: str
 
+  @classmethod
+  def of(cls, entry: Mapping[str, Any]) -> TextFormat:
+    """The format that the entry "text" of a manifest states."""
+    return cls(
+      width=entry["width"], length=entry["length"], dtype=entry["dtype"]
+    )
+
   def rows(self, data: bytes) -> Num[np.ndarray, "P E"] | None:
-    """The features in what stands behind the codes, None if it is not them."""
+    """The features in the bytes after the codes; None if these do not fit."""
     dtype = jnp.dtype(self.dtype)
     count, rest = divmod(len(data), self.width * dtype.itemsize)
     if rest or not 1 <= count <= self.length:
@@ -75,7 +76,7 @@ def code_type(vocab_sizes: Sequence[int]) -> np.dtype:
 
 
 def pack(subject: Subject, codes: Codes, dtype: np.dtype) -> bytes:
-  """The record of an image; `dtype` is of `code_type`."""
+  """Packs the record of an image; `dtype` comes from `code_type`."""
   is_label = isinstance(subject, int | np.integer)
   label, text = (subject, b"") if is_label else (-1, subject.tobytes())
   header = _HEADER.pack(_MAGIC, label, *codes.shape, dtype.itemsize)
@@ -85,13 +86,13 @@ def pack(subject: Subject, codes: Codes, dtype: np.dtype) -> bytes:
 def unpack(
   record: bytes, where: str, text: TextFormat | None = None
 ) -> tuple[Subject, Codes]:
-  """(subject, codes [A, T, F]) of a record; `where` is named in errors."""
+  """Unpacks a record to (subject, codes [A, T, F]); errors name `where`."""
   problem = f"{len(record)} bytes are fewer than a header's {_HEADER.size}"
   if len(record) >= _HEADER.size:
     magic, label, *shape, width = _HEADER.unpack_from(record)
     size = _HEADER.size + math.prod(shape) * width
-    behind = record[size:]
-    subject = text.rows(behind) if text else None if behind else label
+    rest = record[size:]
+    subject = text.rows(rest) if text else None if rest else label
     fits = subject is not None and len(record) >= size
     if magic == _MAGIC and width in _CODE_TYPES and fits:
       codes = np.frombuffer(record[:size], _CODE_TYPES[width], -1, _HEADER.size)
@@ -102,112 +103,6 @@ def unpack(
       f"expected {_MAGIC!r} and {size} bytes{expected}"
     )
   raise ValueError(f"{where} is no record of tokens: {problem}")
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenShards:
-  """See `codes.TokenSource`; the class of every variant is the image's."""
-
-  folder: pathlib.Path
-  names: tuple[str, ...]
-  ends: tuple[int, ...]  # position after the last image of each shard
-  records: Any  # random access to bytes
-  grid: tuple[int, int]
-  num_variants: int
-  vocab_sizes: tuple[int, ...]
-  num_classes: int | None
-  class_names: tuple[str, ...]
-  text: TextFormat | None = None  # of images with texts in place of classes
-
-  @property
-  def num_tokens(self) -> int:
-    return math.prod(self.grid)
-
-  def __len__(self) -> int:
-    return self.ends[-1]
-
-  def fetch(
-    self,
-    positions: Integer[np.ndarray, " b"],
-    variants: Integer[np.ndarray, " b"],
-  ) -> dict[str, Any]:
-    """See `codes.TokenSource`."""
-    shape = (self.num_tokens, len(self.vocab_sizes))
-    tokens = np.empty((len(positions), *shape), np.int32)
-    subjects = []
-    for i, (position, variant) in enumerate(zip(positions, variants)):
-      # One by one: grain's reading of many at once costs three times as much.
-      subject, tokens[i] = self._read(int(position), int(variant))
-      subjects.append(subject)
-    if not self.text:
-      return {"tokens": tokens, "label": np.array(subjects, np.int32)}
-    text, mask = conditions.pad_left(subjects, self.text.length)
-    return {"tokens": tokens, "text": text, "text_mask": mask}
-
-  def check(self) -> None:
-    """ValueError for the first damaged record; reads all of them."""
-    for position in range(len(self)):
-      self._read(position, ...)
-
-  def _read(self, position: int, variant: int | EllipsisType):
-    """(subject, codes) of one variant, or of all; only those are checked."""
-    where = self._where(position)
-    try:
-      record = self.records[position]
-    except RuntimeError as error:  # what Riegeli raises, for instance
-      raise ValueError(
-        f"{where} is damaged ({error}): delete the shard and tokenize again, "
-        "which replaces it"
-      ) from error
-    subject, codes = unpack(record, where, self.text)
-    shape = (self.num_variants, self.num_tokens, len(self.vocab_sizes))
-    if codes.shape != shape:
-      raise ValueError(
-        f"{where} holds codes {codes.shape}; expected {shape} as {MANIFEST} "
-        "says: the shard is of another folder"
-      )
-    codes = codes[variant]
-    codes_lib.check_codes(where, codes, self.vocab_sizes)
-    if not self.text:
-      codes_lib.check_label(where, subject, self.num_classes)
-    return subject, codes
-
-  def _where(self, position: int) -> str:
-    shard = bisect.bisect_right(self.ends, position)
-    start = self.ends[shard - 1] if shard else 0
-    return f"{self.folder}/{self.names[shard]}, record {position - start}"
-
-
-def open_shards(folder: pathlib.Path) -> TokenShards:
-  """The shards of a complete folder; ValueError where something is missing."""
-  manifest = read_manifest(folder)
-  # An empty shard, all of whose images were broken, has nothing to read.
-  counts = {name: n for name, n in manifest["shards"].items() if n}
-  if not counts:
-    raise ValueError(f"{folder / MANIFEST} lists no image; expected some")
-  for name, expected in counts.items():
-    found = count_records(folder / name)
-    if found != expected:
-      raise ValueError(
-        f"{folder / name} holds {found} records; expected {expected} as "
-        f"{MANIFEST} says: copy the folder again"
-      )
-  text = manifest.get("text")
-  fields = [field.name for field in dataclasses.fields(TextFormat)]
-  return TokenShards(
-    folder=folder,
-    names=tuple(counts),
-    ends=tuple(itertools.accumulate(counts.values())),
-    records=grain.sources.ArrayRecordDataSource(
-      [str(folder / name) for name in counts]
-    ),
-    grid=tuple(manifest["grid"]),
-    num_variants=manifest["num_variants"],
-    vocab_sizes=tuple(manifest["vocab_sizes"]),
-    num_classes=manifest["num_classes"],
-    class_names=tuple(manifest["class_names"]),
-    text=TextFormat(**{name: text[name] for name in fields}) if text else None,
-  )
 
 
 def count_records(file: pathlib.Path) -> int:
@@ -226,17 +121,16 @@ def count_records(file: pathlib.Path) -> int:
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  """What `tokenize` wrote last."""
+  """The checked manifest that `tokenize` writes last."""
   file = folder / MANIFEST
   if not file.is_file():
     raise ValueError(
       f"{file} is missing; expected a folder that --mode=tokenize has "
       "completed: run it again, it continues where it stopped"
     )
-  try:
-    manifest = json.loads(file.read_text())
-  except ValueError as error:
-    raise ValueError(f"{file} is no JSON ({error})") from error
+  manifest = files.read_json(
+    file, remedy="Copy the folder again, or run --mode=tokenize again."
+  )
   if not isinstance(manifest, dict) or (missing := _KEYS - manifest.keys()):
     lacks = sorted(missing) if isinstance(manifest, dict) else "all keys"
     raise ValueError(f"{file} is no manifest of token shards: it lacks {lacks}")

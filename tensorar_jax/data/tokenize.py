@@ -1,19 +1,17 @@
-"""Images -> token shards: `--mode=tokenize`.
+"""Writes the token shards of a source of images: `--mode=tokenize`.
 
-Shard s holds the images s n ... (s + 1) n - 1 of the source, whoever writes it:
-process p of P takes the shards p, p + P, ... A shard gets its name when it is
+Shard s holds the images s n ... (s + 1) n - 1 of the source. Of P processes,
+process p takes the shards p, p + P, ... A shard gets its name when it is
 complete, so a run that was killed continues with the first one missing, on any
 number of processes, and the files are the same to the byte. `settings.json`
 claims the folder for one source, recipe, tokenizer and text encoder.
 
-Captions are kept as the features of their own tokens, which is what training
-reads: it then needs no text encoder, nor its memory and time, and knows nothing
-of which it was.
+Captions are kept as the features of their own tokens, which training reads. It
+then needs no text encoder, nor the memory and time of one.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ from typing import Any
 from absl import logging
 from array_record.python import array_record_module
 
-from tensorar_jax.checkpoints import resumable
+from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.data import encoder as encoder_lib
 from tensorar_jax.data import images, shards, sources
 from tensorar_jax.interfaces import TextEncoder, Tokenizer
@@ -51,15 +49,17 @@ def tokenize(
     recipe: "center", "flip" or "ten_crop".
     image_size: of the square crops; it has to give the tokenizer's grid.
     crop_range: only for "ten_crop"; several give their crops together.
-    batch_size: crops encoded at once, but all of an image together.
-    process_index: of this process, of process_count with the same arguments.
-    process_count: how many share the work.
-    shard_size: images of a shard: what a killed run may lose.
-    text: for the captions of a source that has them, and only for those.
+    batch_size: crops encoded at once; those of an image stay together.
+    process_index: number of this process, from 0.
+    process_count: processes that share the work, with the same arguments.
+    shard_size: images of a shard; a killed run may lose as many.
+    text: encoder of captions, if and only if the source has captions.
 
   Returns:
-    The manifest, or None where other processes have still to finish. ValueError
-    for bad options, a folder of other settings, and where no image is left.
+    The manifest, or None where other processes have still to finish.
+
+  Raises:
+    ValueError: bad options, a folder of other settings, or no image is left.
   """
   _check_options(batch_size, shard_size, process_index, process_count)
   ranges = (crop_range,) if isinstance(crop_range, int | float) else crop_range
@@ -70,15 +70,15 @@ def tokenize(
   encoder = encoder_lib.Encoder(tokenizer, crops, channels, batch_size, text)
   folder = pathlib.Path(folder).expanduser()
   settings = _settings(source, tokenizer, crops, shard_size, text)
-  resumable.claim(folder, settings, "tokens")
+  resumable.claim_settings(folder, settings, "tokens")
   name = "tokens-{}.array_record"
-  files = resumable.shards(folder, name, len(source), shard_size)
-  missing = resumable.to_do(files, process_index, process_count)
+  shard_files = resumable.shards(folder, name, len(source), shard_size)
+  missing = resumable.to_do(shard_files, process_index, process_count)
   progress = resumable.Progress("tokenize", sum(map(len, missing.values())))
   for file, positions in missing.items():
     _write_shard(file, positions, source, encoder, progress)
   settings["damaged_files"] = list(getattr(source, "damaged", ()))
-  return _finish(folder, list(files), settings, progress)
+  return _finish(folder, list(shard_files), settings, progress)
 
 
 def _check_options(batch_size, shard_size, process_index, process_count):
@@ -107,9 +107,7 @@ def _write_shard(
   encoder: encoder_lib.Encoder,
   progress: resumable.Progress,
 ) -> None:
-  """One shard under its name, or nothing but a `.partial` file."""
-  partial = file.with_name(f"{file.name}.partial")
-  partial.unlink(missing_ok=True)
+  """Writes one shard, whole or not at all."""
   dtype = shards.code_type(encoder.vocab_sizes)
   num_images, skipped = 0, []
 
@@ -122,27 +120,25 @@ def _write_shard(
     skipped.append(entry)
     progress.add()
 
-  writer = array_record_module.ArrayRecordWriter(
-    str(partial), shards.WRITER_OPTIONS
-  )
-  try:
-    examples = encoder_lib.encoded(encoder, source, positions, on_broken)
-    for label, codes in examples:
-      writer.write(shards.pack(label, codes, dtype))
-      num_images += 1
-      progress.add()
-  finally:
-    writer.close()
-  report = {"num_images": num_images, "skipped": skipped}
-  resumable.write_json(file.with_suffix(".json"), report)
-  with partial.open("rb") as written:
-    os.fsync(written.fileno())
-  partial.replace(file)
+  with files.replacing(file, sync=True) as partial:
+    writer = array_record_module.ArrayRecordWriter(
+      str(partial), shards.WRITER_OPTIONS
+    )
+    try:
+      examples = encoder_lib.encoded(encoder, source, positions, on_broken)
+      for subject, codes in examples:
+        writer.write(shards.pack(subject, codes, dtype))
+        num_images += 1
+        progress.add()
+    finally:
+      writer.close()
+    report = {"num_images": num_images, "skipped": skipped}
+    files.write_json(file.with_suffix(".json"), report)
 
 
 def _settings(source, tokenizer, recipe, shard_size, text) -> dict[str, Any]:
-  """All that the shards depend on: the manifest, but for the results."""
-  files = source.fingerprint() if hasattr(source, "fingerprint") else None
+  """All that the shards depend on: the manifest without the results."""
+  digest = source.fingerprint() if hasattr(source, "fingerprint") else None
   settings = {
     "format": shards.FORMAT,
     **recipe.settings(),
@@ -151,26 +147,30 @@ def _settings(source, tokenizer, recipe, shard_size, text) -> dict[str, Any]:
     "code_type": shards.code_type(tokenizer.vocab_sizes).name,
     "num_classes": source.num_classes,
     "class_names": getattr(source, "class_names", ()),
-    "source": {"num_images": len(source), "sha256": files},
+    "source": {"num_images": len(source), "sha256": digest},
     "tokenizer": encoder_lib.identity(tokenizer),
     "shard_size": shard_size,
   }
   if text:
     settings["text"] = {
-      **{"width": text.width, "length": text.length},
+      "width": text.width,
+      "length": text.length,
       "dtype": encoder_lib.text_dtype(text),
       "encoder": encoder_lib.text_identity(text),
     }
-  return json.loads(json.dumps(settings))  # tuples as lists, as they are read
+  return files.as_json(settings)
 
 
-def _finish(folder, files, settings, progress) -> dict[str, Any] | None:
-  """The manifest, written if all shards are there."""
-  if not resumable.all_there(folder, files):
+def _finish(folder, shard_files, settings, progress) -> dict[str, Any] | None:
+  """Writes and returns the manifest if all shards are there, else None."""
+  if not resumable.all_there(folder, shard_files):
     return None
   reports = {
-    file.name: json.loads(file.with_suffix(".json").read_text())
-    for file in files
+    file.name: files.read_json(
+      file.with_suffix(".json"),
+      remedy=f"Remove {file} to have it tokenized again.",
+    )
+    for file in shard_files
   }
   counts = {name: report["num_images"] for name, report in reports.items()}
   skipped = sum((report["skipped"] for report in reports.values()), [])
@@ -181,11 +181,17 @@ def _finish(folder, files, settings, progress) -> dict[str, Any] | None:
     )
   results = {"num_images": sum(counts.values()), "num_skipped": len(skipped)}
   manifest = settings | results | {"skipped": skipped, "shards": counts}
-  resumable.write_json(folder / shards.MANIFEST, manifest)
+  files.write_json(folder / shards.MANIFEST, manifest)
+  for left_by_a_kill in folder.glob("tokens-*.partial"):
+    left_by_a_kill.unlink(missing_ok=True)
   logging.info(
     "%s: %d images in %d shards, %d broken images skipped; %d images in this "
     "run, %.3g images/s",
-    *(folder, manifest["num_images"], len(files), len(skipped)),
-    *(progress.done, progress.rate()),
+    folder,
+    manifest["num_images"],
+    len(shard_files),
+    len(skipped),
+    progress.done,
+    progress.rate(),
   )
   return manifest

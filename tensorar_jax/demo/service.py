@@ -73,7 +73,7 @@ class Loaded:
   tokenizer: Tokenizer
   conditions: Conditioning
   encode: TextEncoder | None
-  config: drawing.SamplingConfig
+  config: sampling.SamplingConfig
   mesh: Mesh
 
 

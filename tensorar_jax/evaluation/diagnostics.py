@@ -34,9 +34,9 @@ from jaxtyping import Array, Float, Int
 
 from tensorar_jax.generation import batches
 from tensorar_jax.interfaces import Batch, Conditioning
-from tensorar_jax.method import drawing, losses, objective, sampling, windows
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method import drawing, losses, noising, sampling, windows
 from tensorar_jax.method.noising import NoiseConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 
 SEED = 2**21  # apart from every seed that images are measured with
@@ -171,7 +171,7 @@ def _noised(graphdef, state, cond, tokens, rng, noise):
   """(input windows [B, T-1, k, F], noise on their embeddings or None)."""
   model = nnx.merge(graphdef, state)
   clean, valid = windows.unfold(tokens, model.window)
-  return objective.corrupt(model, cond, clean[:, :-1], valid[:-1], rng, noise)
+  return noising.corrupt(model, cond, clean[:, :-1], valid[:-1], rng, noise)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

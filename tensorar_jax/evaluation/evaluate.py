@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
-from tensorar_jax.checkpoints import orbax_io, resumable
+from tensorar_jax.checkpoints import files, orbax_io
 from tensorar_jax.evaluation import diagnostics, yardsticks
 from tensorar_jax.evaluation.yardsticks import YARDSTICKS, Yardstick
 from tensorar_jax.experiment import build, saved
@@ -117,7 +117,7 @@ def measure_model(
   pictures = subject.folder / "samples.npz"
   fingerprint = subject.fingerprint(settings, yardstick.identity)
   if path.exists() and pictures.exists():
-    found = json.loads(path.read_text())
+    found = files.read_json(path)
     if found["fingerprint"] == fingerprint:
       logging.info("%s: evaluated before, %s", subject.name, path)
       return found
@@ -141,7 +141,7 @@ def measure_model(
   result = yardstick.measure(sets, labels)
   means = {metric: round(row["mean"], 4) for metric, row in result.items()}
   logging.info("%s: %s", subject.name, means)
-  resumable.write_arrays(
+  files.write_arrays(
     pictures,
     **{k: np.concatenate([part[k] for part in shown]) for k in shown[0]},
     names=np.array(yardstick.names),
@@ -157,7 +157,7 @@ def measure_model(
     "guidance_scan": scan,
     "seconds": time.monotonic() - started,
   }
-  resumable.write_json(path, found)
+  files.write_json(path, found)
   return found
 
 
@@ -201,7 +201,7 @@ def evaluate(
       " without making samples better.",
     ],
   }
-  resumable.write_json(workdir / "metrics.json", result)
+  files.write_json(workdir / "metrics.json", result)
   return result
 
 

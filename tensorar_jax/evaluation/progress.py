@@ -8,13 +8,12 @@ with the samples) and not measured again.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from absl import logging
 
-from tensorar_jax.checkpoints import orbax_io, resumable
+from tensorar_jax.checkpoints import files, orbax_io
 from tensorar_jax.evaluation import evaluate, protocol, yardsticks
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage
 from tensorar_jax.generation.requests import Request
@@ -43,7 +42,7 @@ def by_yardstick(
   for name, step in _checkpoints(workdir, names):
     subject = evaluate.Subject(name, stages[name], workdir / name, step)
     path = subject.folder / "progress.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = files.read_json(path, default={})
     key = subject.fingerprint(settings, yardstick.identity)
     if known.get(str(step), {}).get("fingerprint") != key:
       conditions = yardstick.conditions(subject.stage)
@@ -52,7 +51,7 @@ def by_yardstick(
       images = sampler.draw(scale, 0, labels)["images"]
       metrics = yardstick.measure([images], labels)
       known[str(step)] = {"fingerprint": key, "metrics": metrics}
-      resumable.write_json(path, known)
+      files.write_json(path, known)
       means = {metric: round(row["mean"], 4) for metric, row in metrics.items()}
       logging.info("%s, step %d: %s", name, step, means)
     found.setdefault(name, {})[step] = known[str(step)]["metrics"]

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from tensorar_jax.checkpoints import hub, resumable
+from tensorar_jax.checkpoints import files, hub, resumable
 from tensorar_jax.evaluation import adm, extractor, inception, scores
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import npz, sample_files
@@ -113,12 +113,12 @@ class Judge:
       **{"reference": self.reference, "inception": self.network},
       "bootstrap": self.bootstrap,
     }
-    settings = json.loads(json.dumps(settings))  # tuples as lists, as when read
-    resumable.claim(folder, settings, "measurements")
+    settings = files.as_json(settings)
+    resumable.claim_settings(folder, settings, "measurements")
     done = folder / "metrics.json"
     if done.exists():
       logging.info("%s: measured before", done)
-      return json.loads(done.read_text())
+      return files.read_json(done)
     started = time.monotonic()
     fake = self._extract(file, folder, KINDS)
     real = self._reference(folder)
@@ -137,7 +137,7 @@ class Judge:
       **{"software": sample_files.software(), "seconds": seconds},
       "notes": NOTES,
     }
-    resumable.write_json(done, record)
+    files.write_json(done, record)
     (folder / "metrics.md").write_text(table({file.path.name: record}) + "\n")
     for shard in folder.glob("features-*.npz*"):
       shard.unlink(missing_ok=True)
@@ -177,7 +177,7 @@ class Judge:
     for shard, images in zip(missing, file.read(missing.values())):
       found = self.extractor.of(images)
       arrays = {kind: getattr(found, kind) for kind in kinds}
-      resumable.write_arrays(shard, **arrays)
+      files.write_arrays(shard, **arrays)
       progress.add(len(images))
     processes.wait_for_all(f"features of {file.path}")
     if not resumable.all_there(folder, list(shards)):
@@ -261,7 +261,7 @@ def _manifest(samples: pathlib.Path, digest: str) -> dict | None:
   """What this project wrote about a sample file that it made, if it did."""
   for folder in (samples.with_suffix(""), samples.parent):
     file = folder / sample_files.MANIFEST
-    manifest = json.loads(file.read_text()) if file.exists() else {}
+    manifest = files.read_json(file, default={})
     if manifest.get("sha256") == digest:
       return manifest
   return None
@@ -342,7 +342,7 @@ def sweep(
   if None in records.values():
     return None
   path = overview(judge, workdir, stage)
-  resumable.write_json(path, records)
+  files.write_json(path, records)
   path.with_suffix(".md").write_text(f"{table(records)}\n")
   return records
 

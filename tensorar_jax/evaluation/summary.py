@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 
 from tensorar_jax.checkpoints import resumable
+from tensorar_jax.checkpoints.files import write_json
 from tensorar_jax.evaluation import dpg, geneval, papers, scores
 from tensorar_jax.evaluation.prompt_scores import TABLES
 
@@ -65,7 +66,7 @@ def summarise(
     raise ValueError(
       f"{done} is there already, and not of these scores: name a new --output."
     )
-  resumable.claim(folder, settings, "scores")
+  resumable.claim_settings(folder, settings, "scores")
   record = {
     "benchmark": found.benchmark,
     "metrics": found.metrics(),
@@ -77,7 +78,7 @@ def summarise(
     "settings": settings,
     "notes": [*NOTES[found.benchmark], SPREAD],
   }
-  resumable.write_json(done, record)
+  write_json(done, record)
   (folder / "metrics.md").write_text(table(path.stem, record) + "\n")
   return record
 

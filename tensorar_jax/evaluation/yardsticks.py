@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int, UInt8
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import pipeline, shapes, sources
+from tensorar_jax.data.sources.shapes import open_shapes
 from tensorar_jax.evaluation import scores
 from tensorar_jax.evaluation import shapes as shapes_scorer
 from tensorar_jax.experiment import build, saved
@@ -199,7 +200,7 @@ class ByReading:
     stage = stages[settings.models[0]]
     self.tokenizer = build.frozen_tokenizer(stage, workdir)
     asked = settings.num_images + settings.scan_images
-    source = shapes.open_shapes(stage.data.test_split)
+    source = open_shapes(stage.data.test_split)
     count = min(len(source), max(asked, settings.held_out_images))
     self.scenes = [source.scene(position) for position in range(count)]
     limits = shapes_scorer.MIN_AREA, shapes_scorer.MIN_OVERLAP

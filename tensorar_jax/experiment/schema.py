@@ -18,9 +18,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from tensorar_jax.method.drawing import Guidance, SamplingConfig
+from tensorar_jax.method.drawing import Guidance
 from tensorar_jax.method.noising import NoiseConfig
 from tensorar_jax.method.objective import LossConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.nn import layers
 from tensorar_jax.nn.classifier import Config as ClassifierConfig
 from tensorar_jax.parallel.sharding import MeshConfig

@@ -15,28 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Int, UInt8
 
-from tensorar_jax.data.images import normalise
 from tensorar_jax.generation.resize import resize_bicubic
 from tensorar_jax.interfaces import Conditioning, Tokenizer
-from tensorar_jax.method import drawing, sampling, windows
+from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.nn.image_bytes import normalise, to_uint8
 from tensorar_jax.parallel import sharding
 
 STRIPS = 6  # images in a refinement strip
 DECODED = 8  # images that a device decodes at once: activations are large
-
-
-def to_uint8(
-  images: Float[Array, "B h w C"], offset: float
-) -> UInt8[Array, "B h w C"]:
-  """[-1, 1] -> bytes: 127.5 x + offset, clipped, truncated.
-
-  128 rounds, 127.5 does not; the published codes differ, and so do `Tokenizer`s
-  in their `uint8_offset`.
-  """
-  return jnp.clip(127.5 * images + offset, 0, 255).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "size", "mesh"))
@@ -112,7 +101,7 @@ class Sampler:
 
   model: TensorAR
   conditioning: Conditioning
-  config: drawing.SamplingConfig
+  config: sampling.SamplingConfig
   seed: int
   mesh: Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
@@ -173,7 +162,7 @@ def generate(
   conditioning: Conditioning,
   labels: Int[np.ndarray, "n"],
   seed: int,
-  config: drawing.SamplingConfig,
+  config: sampling.SamplingConfig,
   batch_size: int,
 ) -> Iterator[sampling.Samples]:
   """Samples for each label, a batch at a time, the last one cut to size.

@@ -24,11 +24,9 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
-import json
 import os
 import pathlib
 import platform
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
@@ -38,7 +36,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int, UInt8
 
-from tensorar_jax.checkpoints import orbax_io, resumable
+from tensorar_jax.checkpoints import files, orbax_io, resumable
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage
@@ -112,9 +110,9 @@ def sample(
     "tokenizer": encoder.identity(tokenizer),
     "software": software(),
   }
-  settings = json.loads(json.dumps(settings))  # tuples as lists, as when read
+  settings = files.as_json(settings)
   share = jax.process_index(), jax.process_count()
-  place = claim(output, home / "samples", settings, share[1])
+  place = choose_place(output, home / "samples", settings, share[1])
   last = share[0] == 0
   if not place.complete:
     model = build.load_stage(chosen, found, mesh)
@@ -172,7 +170,7 @@ def software() -> dict[str, Any]:
 # --- files -------------------------------------------------------------------
 
 
-def claim(
+def choose_place(
   output: str | os.PathLike | None,
   numbered: pathlib.Path,
   settings: dict[str, Any],
@@ -202,7 +200,7 @@ def claim(
         f"{there[0]} is there already, and not from this run: name a new"
         " --output."
       )
-  resumable.claim(folder, settings, "samples")
+  resumable.claim_settings(folder, settings, "samples")
   return place
 
 
@@ -210,8 +208,7 @@ def _number(parent: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
   folders = sorted(p for p in parent.glob("*") if p.name.isdigit())
   for folder in folders:
     file = folder / resumable.SETTINGS
-    before = json.loads(file.read_text()) if file.exists() else None
-    if before == settings:
+    if files.read_json(file, default=None) == settings:
       return folder
   last = max((int(folder.name) for folder in folders), default=-1)
   return parent / f"{last + 1:03d}"
@@ -231,7 +228,7 @@ def write(
   Args:
     draw: yields (images, samples) in batches.
     labels: of all images of the run.
-    place: of `claim`, for `settings`.
+    place: of `choose_place`, for `settings`.
     settings: what the manifest says, and "shard_size".
     overview: takes the first shard, and the drafts of the very first images.
     share: (index, count) of the processes that work on the same place.
@@ -242,15 +239,18 @@ def write(
   """
   resumable.check_share(*share)
   name, size = "images-{}.npy", settings["shard_size"]
-  files = resumable.shards(place.folder, name, len(labels), size)
-  missing = resumable.to_do(files, *share)
+  shards = resumable.shards(place.folder, name, len(labels), size)
+  missing = resumable.to_do(shards, *share)
   # Asked last: who completes a run removes its shards after that.
   if place.complete:
     return share[0] == 0
   logging.info(
     "%s: %d of %d shards of %d images are there, this process draws %d",
-    *(place.folder, sum(file.exists() for file in files), len(files)),
-    *(size, len(missing)),
+    place.folder,
+    sum(file.exists() for file in shards),
+    len(shards),
+    size,
+    len(missing),
   )
   progress = resumable.Progress("sample", sum(map(len, missing.values())))
   for file, positions in missing.items():
@@ -261,16 +261,16 @@ def write(
     _write_shard(file, len(positions), drawn_batches, progress, first)
   # The last to draw, or the first process where nothing was left to draw.
   last = bool(missing) or share[0] == 0
-  if place.complete or not resumable.all_there(place.folder, list(files)):
+  if place.complete or not resumable.all_there(place.folder, list(shards)):
     return False
   if last:
-    _complete(place, list(files), labels, settings)
+    _complete(place, list(shards), labels, settings)
   return last
 
 
 def _write_shard(file, count, drawn_batches, progress, overview) -> None:
   """One shard under its name, or nothing but a `.partial` file."""
-  partial, drafts = _partial(file), []
+  drafts = []
 
   def images():
     for batch, drawn in drawn_batches:
@@ -279,28 +279,20 @@ def _write_shard(file, count, drawn_batches, progress, overview) -> None:
       yield batch
       progress.add(len(batch))
 
-  with partial.open("wb") as out:
-    npz.write_shard(out, count, images())
-    out.flush()
-    os.fsync(out.fileno())
-  if overview:
-    overview(np.load(partial, mmap_mode="r"), np.concatenate(drafts))
-  partial.replace(file)
+  with files.replacing(file, sync=True) as partial:
+    with partial.open("wb") as out:
+      npz.write_shard(out, count, images())
+    if overview:
+      overview(np.load(partial, mmap_mode="r"), np.concatenate(drafts))
 
 
-def _partial(file: pathlib.Path) -> pathlib.Path:
-  return file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
-
-
-def _complete(place, files, labels, settings) -> None:
-  """Shards -> npz and manifest, and away with them."""
-  partial = _partial(place.npz)
+def _complete(place, shards, labels, settings) -> None:
+  """Joins the shards to the npz, writes the manifest, removes the shards."""
   try:
-    shape = npz.join(partial, files, labels)
-    with partial.open("rb") as written:
-      digest = hashlib.file_digest(written, "sha256").hexdigest()
-      os.fsync(written.fileno())
-    partial.replace(place.npz)
+    with files.replacing(place.npz, sync=True) as partial:
+      shape = npz.join(partial, shards, labels)
+      with partial.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
   except FileNotFoundError:
     if not place.complete:  # by another process, at the same moment
       raise
@@ -310,7 +302,7 @@ def _complete(place, files, labels, settings) -> None:
     counts = np.unique(labels, return_counts=True)[1]
     result["classes_drawn"] = len(counts)
     result["images_per_class"] = [int(counts.min()), int(counts.max())]
-  resumable.write_json(place.folder / MANIFEST, settings | result)
+  files.write_json(place.folder / MANIFEST, settings | result)
   old = (
     *place.folder.glob("images-*.npy*"),
     *place.npz.parent.glob(f"{place.npz.name}.*.partial"),
@@ -349,12 +341,11 @@ def _write_picture(path: pathlib.Path, content: np.ndarray | str) -> None:
   if path.exists():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{uuid.uuid4().hex}.png")
-  if isinstance(content, str):
-    partial.write_text(content, "utf-8")
-  else:
-    pictures.save_image(partial, content)
-  partial.replace(path)
+  with files.replacing(path) as partial:
+    if isinstance(content, str):
+      partial.write_text(content, "utf-8")
+    else:
+      pictures.save_image(partial, content)
 
 
 def _save_overview(

@@ -1,107 +1,44 @@
-"""From logits to tokens: how each one is drawn.
+"""From logits to tokens: guidance, filters, and the rules that draw.
 
-logits -> guidance -> temperature -> top-k -> top-p -> one uniform number
+    logits -> guidance -> rule -> token
+
+The rule of the papers is temperature -> top-k -> top-p -> one uniform number
+(`InverseCDF`). To add a rule, write a small frozen dataclass with what
+`DrawingRule` lists and enter an instance in `RULES` at the end of this file;
+`sampling.rule` finds it by that name. From Python an instance will do:
+`SamplingConfig(rule=Mine(0.5))`. A rule is a pure function of what `draw` is
+given; the sampler keeps the earlier looks that it asks for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-_PER_SUB_TOKEN = {  # and the type of each
-  "temperature": float,
-  "draft_temperature": float,
-  "guidance": float,
-  "top_k": int,
-  "top_p": float,
-}
 Guidance = float | tuple[float, ...]  # a scale, or one for each sub-token
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-  """How tokens are drawn.
+class TokenConfig:
+  """How one sub-token is drawn; see `SamplingConfig`, which is for all."""
 
-  The starred attributes are one value, or one for each sub-token.
+  temperature: float = 1.0
+  draft_temperature: float | None = None
+  top_k: int = 0
+  top_p: float = 1.0
 
-  Attributes:
-    temperature*: divides the logits; 0 means argmax.
-    draft_temperature*: the same for the slots >= 1; None: as the committed one.
-    guidance*: scale s of uncond + s (cond - uncond); 1 is no guidance.
-    guidance_power: p; the scale of token n of T is
-      1 + (s - 1) (1 - cos(pi (n / T)^p)) / 2. 0 is s everywhere.
-    guidance_interval: (first, end): only tokens first <= n < end are guided,
-      the others see the conditional logits alone. None guides all.
-    top_k*: keeps logits not below the k-th largest; 0 keeps all. Ties survive.
-    top_p*: keeps the fewest tokens whose probability reaches p; 1 keeps all.
-      Applied to what top-k left, the token that crosses p included.
-    return_logits: whether `Samples.logits` is filled.
-  """
 
-  temperature: float | tuple[float, ...] = 1.0
-  draft_temperature: float | tuple[float, ...] | None = None
-  guidance: float | tuple[float, ...] = 1.0
-  guidance_power: float = 0.0
-  guidance_interval: tuple[int, int] | None = None
-  top_k: int | tuple[int, ...] = 0
-  top_p: float | tuple[float, ...] = 1.0
-  return_logits: bool = False
-
-  def __post_init__(self):
-    # Plain numbers and tuples can be hashed, and equal ones are equal.
-    for name, kind in _PER_SUB_TOKEN.items():
-      if (value := getattr(self, name)) is not None:
-        many = np.ndim(value) > 0
-        plain = tuple(map(kind, value)) if many else kind(value)
-        object.__setattr__(self, name, plain)
-    self._expect("temperature", lambda t: t >= 0, "0 (argmax) or more")
-    self._expect("draft_temperature", lambda t: t >= 0, "0 (argmax) or more")
-    self._expect("top_k", lambda k: k >= 0, "0 (keep all) or more")
-    self._expect("top_p", lambda p: 0 < p <= 1, "0 < top_p <= 1")
-    self._expect("guidance", np.isfinite, "a finite scale")
-    self._expect("guidance_power", lambda p: 0 <= p < np.inf, "0 or more")
-    if self.guidance_interval is not None:
-      first, end = self.guidance_interval
-      if not 0 <= first <= end:
-        raise ValueError(
-          f"guidance_interval={self.guidance_interval}: expected 0 <= first <="
-          " end, the half-open range of guided tokens."
-        )
-      object.__setattr__(self, "guidance_interval", (int(first), int(end)))
-
-  def _expect(self, name, is_right, words):
-    value = getattr(self, name)
-    if value is not None and not all(map(is_right, np.atleast_1d(value))):
-      raise ValueError(f"{name}={value}: expected {words}.")
-
-  def check(self, factors: int) -> None:
-    """ValueError if a tuple has not one value for each of the sub-tokens."""
-    for name in _PER_SUB_TOKEN:
-      value = getattr(self, name)
-      if isinstance(value, tuple) and len(value) != factors:
-        raise ValueError(
-          f"{name}={value}: this model has {factors} sub-tokens. Give one"
-          " number, or one for each of them."
-        )
-
-  def sub_token(self, f: int) -> SamplingConfig:
-    """The settings of sub-token f alone."""
-    values = {name: getattr(self, name) for name in _PER_SUB_TOKEN}
-    own = {n: v[f] for n, v in values.items() if isinstance(v, tuple)}
-    return dataclasses.replace(self, **own)
-
-  @property
-  def guided(self) -> bool:
-    return bool((np.asarray(self.guidance) != 1).any())
+# --- guidance ----------------------------------------------------------------
 
 
 def parse_guidance(text: str) -> Guidance:
-  """The scale of "1.5", or one for each sub-token of "4:6"."""
+  """Reads the scale of "1.5", or one for each sub-token of "4:6"."""
   try:
     scales = tuple(map(float, text.split(":")))
   except ValueError as error:
@@ -113,41 +50,28 @@ def parse_guidance(text: str) -> Guidance:
 
 
 def guidance_text(scale: Guidance) -> str:
-  """What `parse_guidance` reads."""
-  return ":".join(f"{one:g}" for one in np.atleast_1d(scale))
-
-
-def guidance_scales(
-  config: SamplingConfig, num_tokens: int, factors: int = 1
-) -> Float[np.ndarray, "T F"]:
-  """The guidance scale of each sub-token; 1 where it is unguided.
-
-  With the power-cosine rise (Yu et al., arXiv:2411.00776) the first token is
-  unguided, and the last nearly has the whole scale.
-  """
-  token = np.arange(num_tokens)
-  rise = (token / num_tokens) ** config.guidance_power  # 0^0 is 1: constant
-  rise = (1 - np.cos(np.pi * rise)) / 2
-  scale = np.broadcast_to(np.asarray(config.guidance), (factors,))
-  scales = 1 + (scale - 1) * rise[:, None]
-  if config.guidance_interval is not None:
-    first, end = config.guidance_interval
-    scales[(token < first) | (token >= end)] = 1.0
-  return scales.astype(np.float32)
+  """Writes a scale as `parse_guidance` reads it."""
+  return ":".join(f"{number:g}" for number in np.atleast_1d(scale))
 
 
 def guide(
   logits: Float[Array, "both *n V"], scale: Float[Array, ""]
 ) -> Float[Array, "half *n V"]:
-  """uncond + scale (cond - uncond) of a [cond | uncond] batch; cond at 1."""
+  """Returns uncond + scale (cond - uncond) of a [cond | uncond] batch.
+
+  At scale 1 that is cond, to the last bit.
+  """
   cond, uncond = jnp.split(logits, 2)
   return jnp.where(scale == 1, cond, uncond + scale * (cond - uncond))
 
 
+# --- filters -----------------------------------------------------------------
+
+
 def filter_logits(
-  logits: Float[Array, "*n V"], config: SamplingConfig
+  logits: Float[Array, "*n V"], config: TokenConfig
 ) -> Float[Array, "*n V"]:
-  """The logits with what top-k and top-p remove at -inf; nothing is sorted."""
+  """Sets to -inf what top-k and top-p remove, without sorting anything."""
   vocab = logits.shape[-1]
   if 0 < config.top_k < vocab:
     ranks = _ranks(logits)
@@ -170,7 +94,7 @@ def filter_logits(
 
 
 def _ranks(x: Float[Array, "*n V"]) -> UInt32[Array, "*n V"]:
-  """Whole numbers in the order of x: its bits, those of negatives flipped."""
+  """Returns whole numbers in the order of x: its bits, flipped if negative."""
   x = jnp.where(x == 0, 0.0, x).astype(jnp.float32)  # -0.0 is as large as 0.0
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   top = jnp.uint32(1 << 31)
@@ -178,9 +102,10 @@ def _ranks(x: Float[Array, "*n V"]) -> UInt32[Array, "*n V"]:
 
 
 def _largest(holds: Callable, x: Array) -> UInt32[Array, "*n 1"]:
-  """The largest number for which `holds`, found bit by bit.
+  """Finds the largest number for which `holds`, bit by bit.
 
-  `holds` takes one for each row of x, and what holds does so for all below.
+  `holds` takes a number for each row of x; if it holds for one, it holds for
+  every smaller one.
   """
 
   def body(i, number):
@@ -192,22 +117,26 @@ def _largest(holds: Callable, x: Array) -> UInt32[Array, "*n 1"]:
 
 
 def token_probs(
-  logits: Float[Array, "*n V"], temperature: float, config: SamplingConfig
+  logits: Float[Array, "*n V"], temperature: float, config: TokenConfig
 ) -> Float[Array, "*n V"]:
-  """What a token is drawn from, after temperature (not 0), top-k and top-p."""
+  """The probabilities after temperature (not 0), top-k and top-p."""
   logits = filter_logits(logits / max(temperature, 1e-5), config)
   return jax.nn.softmax(logits, axis=-1)
+
+
+# --- drawing -----------------------------------------------------------------
 
 
 def draw_token(
   uniform: Float[Array, "*n"],
   logits: Float[Array, "*n V"],
   temperature: float,
-  config: SamplingConfig,
+  config: TokenConfig,
 ) -> Int[Array, "*n"]:
-  """One token of each distribution by inverting its CDF at `uniform`.
+  """Draws one token of each distribution by inverting its CDF at `uniform`.
 
-  One uniform number a token: V Gumbel numbers would cost more than the head.
+  It takes one uniform number a token; V Gumbel numbers would cost more than the
+  head.
   """
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -222,12 +151,101 @@ def draw_token(
 def draw_slots(
   uniform: Float[Array, "B k"],
   logits: Float[Array, "B k V"],
-  config: SamplingConfig,
+  config: TokenConfig,
 ) -> Int[Array, "B k"]:
-  """A token for every slot [B, k], drafts at a temperature of their own."""
+  """Draws a token for every slot, drafts at a temperature of their own."""
   temperature, draft = config.temperature, config.draft_temperature
   if draft in (None, temperature) or logits.shape[1] == 1:
     return draw_token(uniform, logits, temperature, config)
   first = draw_token(uniform[:, :1], logits[:, :1], temperature, config)
   rest = draw_token(uniform[:, 1:], logits[:, 1:], draft, config)
   return jnp.concatenate([first, rest], axis=1)
+
+
+# --- rules -------------------------------------------------------------------
+
+
+@runtime_checkable
+class Earlier(Protocol):
+  """Logits that earlier steps have predicted for the present positions."""
+
+  def __call__(
+    self, f: int, tokens: Int[Array, "B m F"], look: int = 1
+  ) -> Float[Array, "B m _"]:
+    """Logits of sub-token f at the first m slots, as of `look` steps ago.
+
+    The position of slot j was slot j + look then. `tokens` are those of the m
+    slots, of which the head reads the sub-tokens < f. The logits are guided
+    with the scale of the present step, so that they compare with the present
+    ones. Where a position was not in the window `look` steps ago, they are the
+    present ones, and a difference of both is 0.
+    """
+    ...
+
+
+@runtime_checkable
+class DrawingRule(Protocol):
+  """How tokens are drawn from guided logits, one sub-token at a time.
+
+  A rule is hashable (a frozen dataclass with its options), and `draw` a pure
+  function. All that it reads of earlier steps comes through `earlier`. The
+  sampler keeps one entry of it for each image and position, which depends on
+  the image's random numbers and its committed tokens before that position
+  alone: a decoder may try positions, discard them, and write their entries
+  again.
+  """
+
+  @property
+  def looks(self) -> int:
+    """How many steps back it asks `earlier` for, at the most.
+
+    For a rule with 0 the sampler keeps nothing.
+    """
+    ...
+
+  def draw(
+    self,
+    f: int,
+    uniform: Float[Array, "B k"],
+    logits: Float[Array, "B k V"],
+    tokens: Int[Array, "B k F"],
+    earlier: Earlier,
+    config: TokenConfig,
+  ) -> Int[Array, "B k"]:
+    """Draws sub-token f of every slot.
+
+    Args:
+      f: which sub-token.
+      uniform: a number in [0, 1) for each slot, of the image, step, slot and f.
+      logits: the present, guided ones.
+      tokens: the sub-tokens < f as drawn; the others are 0.
+      earlier: logits that earlier steps have predicted for these positions.
+      config: temperatures and filters of sub-token f.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseCDF:
+  """Temperature, top-k, top-p, then the CDF inverted at a uniform number."""
+
+  looks: ClassVar[int] = 0
+
+  def draw(self, f, uniform, logits, tokens, earlier, config):
+    del f, tokens, earlier
+    return draw_slots(uniform, logits, config)
+
+
+RULES: dict[str, DrawingRule] = {"inverse_cdf": InverseCDF()}
+
+
+def find_rule(rule: str | DrawingRule) -> DrawingRule:
+  """Returns the rule of a name of RULES; a rule itself is returned as it is."""
+  if not isinstance(rule, str):
+    return rule
+  if rule not in RULES:
+    raise ValueError(
+      f"sampling rule={rule!r}: choose one of {tuple(RULES)}, or pass a"
+      " DrawingRule."
+    )
+  return RULES[rule]

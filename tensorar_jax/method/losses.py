@@ -1,7 +1,7 @@
 """The training loss: weighted cross-entropy over the slots of each prediction.
 
 L = sum_n sum_j w(j) CE(logits[n, j], x[n + j]) over n + j < T, averaged over
-predictions and batch, of which images may be left out. Spec: section 5.
+predictions and images; images may be left out. See docs/method.md, section 5.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WEIGHTS = ("rdm", "paper", "uniform")
 def slot_weights(
   kind: str, beta: Float[np.ndarray, "edges"]
 ) -> Float[np.ndarray, "k"]:
-  """w(0) = 1, w(1), ..., w(k - 1) for `beta` as `noising.beta` gives it.
+  """Returns w(0) = 1, w(1), ..., w(k - 1) for the result of `noising.beta`.
 
   * rdm: (beta(j+1) - beta(j)) / beta(j+1), the reparameterised
     discrete-diffusion weight.
@@ -50,14 +50,14 @@ def slot_weights(
 def cross_entropy(
   logits: tuple[Float[Array, "*n _"], ...], targets: Int[Array, "*n F"]
 ) -> tuple[Float[Array, "*n"], Bool[Array, "*n"]]:
-  """(CE summed over sub-tokens in nats, all sub-tokens' argmax correct)."""
+  """Returns (CE summed over sub-tokens in nats, all their argmax correct)."""
   total, correct = 0.0, True
-  for f, one in enumerate(logits):
+  for f, scores in enumerate(logits):
     target = targets[..., f]
-    one = one.astype(jnp.float32)
-    picked = jnp.take_along_axis(one, target[..., None], axis=-1)[..., 0]
-    total += jax.nn.logsumexp(one, axis=-1) - picked
-    correct &= jnp.argmax(one, axis=-1) == target
+    scores = scores.astype(jnp.float32)
+    picked = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0]
+    total += jax.nn.logsumexp(scores, axis=-1) - picked
+    correct &= jnp.argmax(scores, axis=-1) == target
   return total, correct
 
 
@@ -69,7 +69,7 @@ def tensor_cross_entropy(
   weights: Float[np.ndarray, "k"],
   rng: Key | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """The loss and, per slot j, "ce/j" and "accuracy/j" over its valid targets.
+  """Returns the loss and each slot's "ce/j" and "accuracy/j" on valid targets.
 
   `logits(hidden, tokens, rng=rng)` is the head. `valid` may differ from image
   to image; if none is left, the loss is 0. One slot at a time under checkpoint:

@@ -2,7 +2,8 @@
 
 Step n turns the window drawn at step n - 1 into one backbone input, decodes one
 position with the KV cache, and draws the next window; its first token is
-committed. Whatever k is, there are T backbone steps. Spec: section 6.
+committed. Whatever k is, there are T backbone steps. See docs/method.md,
+section 6. How a token is drawn from its logits is a rule of `drawing`.
 
 The random numbers of image i come from (rng, i, step, slot) alone, so an image
 is the same in any batch, on any number of devices, in any process.
@@ -12,21 +13,80 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tensorar_jax.interfaces import Cond, Key, Samples
+from tensorar_jax.interfaces import Cache, Cond, Key, Samples
 from tensorar_jax.method import drawing
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.drawing import DrawingRule
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.method.windows import valid_slots
 from tensorar_jax.nn import layers
 from tensorar_jax.parallel import sharding
+
+
+@struct.dataclass
+class SamplingState:
+  """What one step of the sampler hands to the next.
+
+  Attributes:
+    cache: keys and values of all rows so far; with guidance, those of the
+      conditions and after them those of the null conditions.
+    window: the tokens drawn at the last step, [B, k, F]; the first of them is
+      committed, the others are drafts.
+    looks: for a drawing rule that asks for earlier looks, the vectors whose
+      logits predicted slots 1 to k - 1 at each step, [B or 2B, T, k - 1, D];
+      steps to come are 0. None for a rule that asks for none.
+  """
+
+  cache: Cache
+  window: Int[Array, "B k F"]
+  looks: Float[Array, "_ T _ D"] | None
+
+
+@struct.dataclass
+class SamplingInputs:
+  """The arrays of one call of the sampler, beside the weights.
+
+  Shapes or partition specs may stand for them.
+
+  Attributes:
+    cond: the condition of each image.
+    null: their null conditions; None samples without guidance.
+    rng: the key of the whole run.
+    image_index: int32 [B], the index of each image in the run.
+    scales: float32 [T, F], the guidance scale of each token and sub-token.
+    committed: int32 [B, T, F], None, or tokens to commit as they are.
+  """
+
+  cond: Any
+  null: Any
+  rng: Any
+  image_index: Any
+  scales: Any
+  committed: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingProgram:
+  """What a sampler is compiled for, beside the shapes of its inputs.
+
+  Attributes:
+    config: how tokens are drawn; its guidance is in the inputs' scales.
+    on_cpu: whether to decode with the layers that a CPU runs fastest.
+    mesh: what splits the rows; None is one device.
+  """
+
+  config: SamplingConfig
+  on_cpu: bool
+  mesh: Mesh | None
 
 
 def _uniforms(
@@ -43,115 +103,196 @@ def _uniforms(
   )(keys)
 
 
-def _draw_window(model, hidden, keys, step, scale, config):
-  """(tokens [B, k, F], guided logits) from hidden states [B or 2B, D]."""
-  u = model.decode_window(hidden)
-  guided = hidden.shape[0] != keys.shape[0]
-  factors = len(model.vocab_sizes)
-  uniform = _uniforms(keys, step, model.window, factors)
-  tokens = jnp.zeros((keys.shape[0], model.window, factors), jnp.int32)
-  kept = []
-  for f in range(factors):
-    both = jnp.concatenate([tokens, tokens]) if guided else tokens
-    logits = model.logits(u, both)[f]
-    logits = drawing.guide(logits, scale[f]) if guided else logits
-    kept.append(logits)
-    new = drawing.draw_slots(uniform[..., f], logits, config.sub_token(f))
-    tokens = tokens.at[..., f].set(new)
-  return tokens, tuple(kept)
+@dataclasses.dataclass(frozen=True)
+class WindowDrawer:
+  """Draws windows from the vectors of `TensorAR.decode_window`.
+
+  Attributes:
+    model: its head makes logits of vectors.
+    config: temperatures and filters.
+    rule: how tokens are drawn.
+    keys: the key of each image, [B].
+    scales: the guidance scale of each token and sub-token.
+    guided: whether vectors are [cond | null], 2B of them.
+  """
+
+  model: TensorAR
+  config: SamplingConfig
+  rule: DrawingRule
+  keys: Key
+  scales: Float[Array | np.ndarray, "T F"]
+  guided: bool
+
+  def init_looks(
+    self, vectors: Float[Array, "rows k D"]
+  ) -> Float[Array, "rows T _ D"] | None:
+    """Room for earlier looks, or None if the rule asks for none."""
+    rows, window, width = vectors.shape
+    if self.rule.looks == 0 or window == 1:
+      return None
+    shape = (rows, self.model.num_tokens, window - 1, width)
+    return jnp.zeros(shape, vectors.dtype)
+
+  def keep_looks(self, looks, vectors: Float[Array, "rows k D"], step):
+    """The looks with those of a step entered."""
+    if looks is None:
+      return None
+    return jax.lax.dynamic_update_slice_in_dim(
+      looks, vectors[:, None, 1:], step, axis=1
+    )
+
+  def draw(
+    self,
+    vectors: Float[Array, "rows k D"],
+    looks: Float[Array, "rows T _ D"] | None,
+    step: Int[Array, ""] | int,
+  ) -> tuple[Int[Array, "B k F"], tuple[Float[Array, "B k _"], ...]]:
+    """The tokens of a step's window and the guided logits they come from."""
+    factors = len(self.model.vocab_sizes)
+    window = self.model.window
+    uniform = _uniforms(self.keys, step, window, factors)
+    tokens = jnp.zeros((self.keys.shape[0], window, factors), jnp.int32)
+    present = []
+
+    def earlier(f, tokens, look=1):
+      return self._earlier(looks, step, present, f, tokens, look)
+
+    for f in range(factors):
+      present.append(self._logits(vectors, tokens, f, step))
+      drawn = self.rule.draw(
+        f=f,
+        uniform=uniform[..., f],
+        logits=present[f],
+        tokens=tokens,
+        earlier=earlier,
+        config=self.config.sub_token(f),
+      )
+      tokens = tokens.at[..., f].set(drawn)
+    return tokens, tuple(present)
+
+  def _logits(self, vectors, tokens, f, step):
+    """Guided logits [B, m, V_f] of vectors [B or 2B, m, D]."""
+    both = jnp.concatenate([tokens, tokens]) if self.guided else tokens
+    logits = self.model.logits(vectors, both)[f]
+    scale = self.scales[step, f]
+    return drawing.guide(logits, scale) if self.guided else logits
+
+  def _earlier(self, looks, step, present, f, tokens, look):
+    """See `drawing.Earlier`."""
+    if not 1 <= look <= self.rule.looks:
+      raise ValueError(
+        f"{self.rule} asks for look={look}: expected 1 to its"
+        f" looks={self.rule.looks}. Raise `looks`."
+      )
+    slots = tokens.shape[1]
+    now = present[f][:, :slots]
+    # A slot's position was `look` slots further on, if that was in the window.
+    count = min(slots, self.model.window - look)
+    if count < 1:
+      return now
+    vectors = jax.lax.dynamic_index_in_dim(
+      looks, step - look, axis=1, keepdims=False
+    )[:, look - 1 : look - 1 + count]
+    then = self._logits(vectors, tokens[:, :count], f, step)
+    then = jnp.where(step >= look, then, now[:, :count])
+    return jnp.concatenate([then, now[:, count:]], axis=1)
 
 
-def _place(cond) -> tuple[str, Mesh | None]:
-  """(platform, mesh) that a condition is on; None is a single device."""
-  place = getattr(jax.tree.leaves(cond)[0], "sharding", None)
-  if place is None:
+def _platform_and_mesh(cond) -> tuple[str, Mesh | None]:
+  """Returns where a condition is: (platform, mesh or None for one device)."""
+  layout = getattr(jax.tree.leaves(cond)[0], "sharding", None)
+  if layout is None:
     return jax.default_backend(), None
-  platform = next(iter(place.device_set)).platform
-  if not isinstance(place, NamedSharding) or place.num_devices == 1:
+  platform = next(iter(layout.device_set)).platform
+  if not isinstance(layout, NamedSharding) or layout.num_devices == 1:
     return platform, None
-  if place.mesh.axis_names != sharding.AXES:
+  if layout.mesh.axis_names != sharding.AXES:
     raise ValueError(
-      f"the condition is on a mesh of {place.mesh.axis_names}: expected one of"
+      f"the condition is on a mesh of {layout.mesh.axis_names}: expected one of"
       f" {sharding.AXES}. Make it by sharding.make_mesh."
     )
-  return platform, place.mesh
+  return platform, layout.mesh
 
 
-_UNGUIDED = dict(guidance=1.0, guidance_power=0.0, guidance_interval=None)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "how"))
-def _generate(graphdef, state, cond, null, rng, image_index, scales, path, how):
-  """`how` is (SamplingConfig, whether it is for a CPU, mesh)."""
-  config, on_cpu, mesh = how
+@functools.partial(jax.jit, static_argnames=("graphdef", "program"))
+def _generate(graphdef, state, inputs: SamplingInputs, program):
+  """`generate`, compiled once for each `SamplingProgram`."""
   graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
-  run = functools.partial(_generate_rows, graphdef, config, on_cpu)
-  if mesh:
+  run = functools.partial(_generate_rows, graphdef, program)
+  if program.mesh:
     # Left to the partitioner, [cond | null] would be one batch to split, and
     # the halves of an image would meet across devices at every token. Rows are
     # split by hand, and what `fsdp` splits of the weights is gathered once;
     # `tensor` is the partitioner's.
-    one, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
+    whole, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
+    split = SamplingInputs(
+      cond=rows,
+      null=rows,
+      rng=whole,
+      image_index=rows,
+      scales=whole,
+      committed=rows,
+    )
     run = jax.shard_map(
       run,
-      mesh=mesh,
-      in_specs=(one, rows, rows, one, rows, one, rows),
+      mesh=program.mesh,
+      in_specs=(whole, split),
       out_specs=rows,
       axis_names=set(sharding.ROWS),
       check_vma=False,
     )
-  return run(state, cond, null, rng, image_index, scales, path)
+  return run(state, inputs)
 
 
-def _generate_rows(
-  graphdef, config, on_cpu, state, cond, null, rng, image_index, scales, path
-):
+def _generate_rows(graphdef, program, state, inputs: SamplingInputs):
   """Samples of the rows of one device, or of those that share its rows."""
   model = nnx.merge(graphdef, state)
-  model = layers.for_decoding(model) if on_cpu else model
-  keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(image_index)
-  guided = null is not None
-  if guided:
-    cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
+  model = layers.for_decoding(model) if program.on_cpu else model
+  config, cond = program.config, inputs.cond
   num_tokens, window = model.num_tokens, model.window
+  guided = inputs.null is not None
+  if guided:
+    cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, inputs.null)
+  image_key = lambda index: jax.random.fold_in(inputs.rng, index)
+  drawer = WindowDrawer(
+    model=model,
+    config=config,
+    rule=drawing.find_rule(config.rule),
+    keys=jax.vmap(image_key)(inputs.image_index),
+    scales=inputs.scales,
+    guided=guided,
+  )
 
-  def draw(hidden, n):
-    tokens, logits = _draw_window(model, hidden, keys, n, scales[n], config)
-    if path is not None:  # commit what is given, keep the drafts
-      tokens = tokens.at[:, 0].set(path[:, n])
-    return tokens, logits
+  def draw(vectors, cache, looks, step):
+    """(the state after a step, what is kept of it) from its vectors."""
+    tokens, logits = drawer.draw(vectors, looks, step)
+    if inputs.committed is not None:  # in place of what was drawn
+      tokens = tokens.at[:, 0].set(inputs.committed[:, step])
+    looks = drawer.keep_looks(looks, vectors, step)
+    kept = (tokens, logits if config.return_logits else None)
+    return SamplingState(cache=cache, window=tokens, looks=looks), kept
 
-  def emit(tokens, logits):
-    return (tokens, logits) if config.return_logits else (tokens,)
-
-  # Carry: the KV cache and the last window drawn, tokens [B, k, F].
-  def step(carry, n):
-    cache, tokens = carry
-    h = model.encode_window(tokens, valid_slots(n - 1, window, num_tokens))
+  def decode(state, step):
+    valid = valid_slots(step - 1, window, num_tokens)
+    h = model.encode_window(state.window, valid)
     h = jnp.concatenate([h, h]) if guided else h
-    hidden, cache = model.backbone.decode(h, cache)
-    tokens, logits = draw(hidden, n)
-    return (cache, tokens), emit(tokens, logits)
+    hidden, cache = model.backbone.decode(h, state.cache)
+    return draw(model.decode_window(hidden), cache, state.looks, step)
 
   hidden, cache = model.backbone.prefill(cond)
-  tokens, logits = draw(hidden, 0)
-  first = emit(tokens, logits)
-  _, rest = jax.lax.scan(step, (cache, tokens), jnp.arange(1, num_tokens))
-  join = lambda a, b: jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1)
-  out = jax.tree.map(join, first, rest)
-  drafts = out[0]  # [B, T, k, F]
-  return Samples(
-    tokens=drafts[:, :, 0],
-    drafts=drafts,
-    logits=out[1] if config.return_logits else None,
-  )
+  vectors = model.decode_window(hidden)
+  state, first = draw(vectors, cache, drawer.init_looks(vectors), 0)
+  _, rest = jax.lax.scan(decode, state, jnp.arange(1, num_tokens))
+  steps_second = lambda a, b: jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1)
+  drafts, logits = jax.tree.map(steps_second, first, rest)
+  return Samples(tokens=drafts[:, :, 0], drafts=drafts, logits=logits)
 
 
 def in_compute_dtype(model: nnx.Module) -> nnx.Module:
-  """A copy with weights in the dtype that their module computes in.
+  """Returns a copy with weights in the dtype that their module computes in.
 
-  It computes the same; but every step reads the weights, and some compilers
-  leave a conversion in the loop.
+  The results are the same. But every step reads the weights, and some compilers
+  leave the conversion inside the loop.
   """
   model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
@@ -164,16 +305,18 @@ def in_compute_dtype(model: nnx.Module) -> nnx.Module:
 
 
 def prepare(model: TensorAR, mesh: Mesh) -> TensorAR:
-  """The model on the mesh, in the form in which its devices decode fastest.
+  """Puts a model on the mesh, in the form in which its devices decode fastest.
 
-  `generate` takes any model; it gives one that is not prepared this form first,
-  at every call: on a CPU some 0.5 s for 100 M weights.
+  `generate` takes any model; one that is not prepared it converts at every
+  call, which takes a CPU some 0.5 s for 100 M weights.
   """
-  linear = (
-    m for _, m in nnx.iter_modules(model) if isinstance(m, layers.Linear)
+  projections = (
+    module
+    for _, module in nnx.iter_modules(model)
+    if isinstance(module, layers.Linear)
   )
-  if any(module.kernel is None for module in linear):
-    return model  # it is prepared
+  if any(projection.kernel is None for projection in projections):
+    return model  # prepared already
   model = sharding.shard(model, mesh)
   model = in_compute_dtype(model)
   on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -200,14 +343,23 @@ def generate(
     image_index: the index of each image in the run, 0..B-1 by default; with
       `rng` it alone decides the image's random numbers.
   """
-  args, how = _arguments(model, (cond, null), rng, config, image_index)
-  return _generate(*args, how=how)
+  state, inputs, program = _prepare_call(
+    model, cond, null, rng, config, image_index
+  )
+  return _generate(*state, inputs, program=program)
 
 
-def trace(model, cond, null, *args) -> jax.stages.Traced:
-  """`generate`, not run, of its arguments or of their shapes on a mesh."""
-  args, how = _arguments(model, (cond, null), *args)
-  return _generate.trace(*args, how=how)
+def trace(
+  model, cond, null, rng, config=SamplingConfig(), image_index=None
+) -> jax.stages.Traced:
+  """Traces `generate` without running it; it takes the same arguments.
+
+  Shapes will do in place of arrays, on a mesh that need not be here.
+  """
+  state, inputs, program = _prepare_call(
+    model, cond, null, rng, config, image_index
+  )
+  return _generate.trace(*state, inputs, program=program)
 
 
 def draft_along(
@@ -221,16 +373,19 @@ def draft_along(
   """The windows that the sampler reads if `tokens` are what it commits.
 
   As `generate`, but every step commits the given token in place of the one it
-  drew; the slots >= 1 are the model's own drafts, each drawn behind a window
-  of such drafts. Along the tokens of `generate` these are its `drafts`.
+  drew; the slots >= 1 are the model's own drafts, each drawn after a window of
+  such drafts. Along the tokens of `generate` these are its `drafts`.
   """
-  args, how = _arguments(model, (cond, null), rng, config, path=tokens)
-  return _generate(*args, how=how).drafts
+  state, inputs, program = _prepare_call(
+    model, cond, null, rng, config, committed=tokens
+  )
+  return _generate(*state, inputs, program=program).drafts
 
 
-def _arguments(model, conds, rng, config, image_index=None, path=None):
-  """What `_generate` takes, checked; `path` are tokens to commit, or None."""
-  cond, null = conds
+def _prepare_call(
+  model, cond, null, rng, config, image_index=None, committed=None
+) -> tuple[tuple, SamplingInputs, SamplingProgram]:
+  """((graphdef, state), inputs, program) of `_generate`, checked."""
   if not isinstance(model, TensorAR):
     raise ValueError(
       f"model is a {type(model).__name__}: wrap it, TensorAR(it, window=1)."
@@ -240,16 +395,15 @@ def _arguments(model, conds, rng, config, image_index=None, path=None):
     image_index = jnp.arange(batch)
   if len(image_index) != batch:
     raise ValueError(f"{len(image_index)} image_index, {batch} conditions.")
-  given = (batch, model.num_tokens, len(model.vocab_sizes))
-  if path is not None and path.shape != given:
+  factors = len(model.vocab_sizes)
+  expected = (batch, model.num_tokens, factors)
+  if committed is not None and committed.shape != expected:
     raise ValueError(
-      f"tokens of shape {path.shape}: expected {given}, a sequence for each"
-      " condition."
+      f"tokens of shape {committed.shape}: expected {expected}, a sequence for"
+      " each condition."
     )
-  config.check(len(model.vocab_sizes))
-  scales = drawing.guidance_scales(
-    config, model.num_tokens, len(model.vocab_sizes)
-  )
+  config.check(factors)
+  scales = config.guidance_scales(model.num_tokens, factors)
   if null is None and config.guided:
     raise ValueError(
       f"guidance={config.guidance} needs the unconditional half: pass"
@@ -261,8 +415,18 @@ def _arguments(model, conds, rng, config, image_index=None, path=None):
     raise ValueError(f"rng={rng!r}: expected a key, as jax.random.key(0).")
   if not isinstance(jax.tree.leaves(cond)[0], jax.ShapeDtypeStruct):
     model.backbone.check(cond if null is None else null)
-  # The scales are an array of their own: one program serves every guidance.
-  config = dataclasses.replace(config, **_UNGUIDED)
-  platform, mesh = _place(cond)
-  args = (*nnx.split(model), cond, null, rng, image_index, scales, path)
-  return args, (config, platform == "cpu", mesh)
+  platform, mesh = _platform_and_mesh(cond)
+  inputs = SamplingInputs(
+    cond=cond,
+    null=null,
+    rng=rng,
+    image_index=image_index,
+    scales=scales,
+    committed=committed,
+  )
+  # The scales are arrays: one program serves every guidance.
+  config = dataclasses.replace(
+    config, guidance=1.0, guidance_power=0.0, guidance_interval=None
+  )
+  program = SamplingProgram(config, on_cpu=platform == "cpu", mesh=mesh)
+  return nnx.split(model), inputs, program

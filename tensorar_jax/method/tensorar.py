@@ -10,11 +10,14 @@ k - 1 times before it is committed:
     logits[n,j] = backbone.logits(u[n, j])
 
 Both Q are small query transformers whose outputs start at zero wherever there
-is a residual: a freshly wrapped model is the base model at slot 0. Spec:
-sections 1-3. `window=1` builds neither module and is the base model.
+is a residual: a freshly wrapped model is the base model at slot 0.
+`window=1` builds neither module and is the base model. See docs/method.md,
+sections 1-3.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,25 +35,28 @@ OUTPUT_RESIDUALS = ("first", "all", "none")
 class CrossAttention(nnx.Module):
   """Queries attend to a short memory; four bias-free D x D projections.
 
-  x and memory broadcast against each other: queries that are still the same
-  for every window (the first block's) are projected once.
+  x and memory broadcast against each other: the first block's queries, which
+  are the same for every window, are projected once.
   """
 
   def __init__(self, backbone: Backbone, *, rngs: nnx.Rngs):
     self.num_heads, width = backbone.num_heads, backbone.width
-    project = dict(
-      rngs=rngs, dtype=backbone.dtype, kernel_init=backbone.kernel_init
+    linear = functools.partial(
+      layers.linear,
+      rngs=rngs,
+      dtype=backbone.dtype,
+      kernel_init=backbone.kernel_init,
     )
-    self.query = layers.linear(width, width, **project)
-    self.key = layers.linear(width, width, **project)
-    self.value = layers.linear(width, width, **project)
-    self.out = layers.linear(width, width, **project)
+    self.query = linear(width, width)
+    self.key = linear(width, width)
+    self.value = linear(width, width)
+    self.out = linear(width, width)
 
   def __call__(
     self, x: Float[Array, "*#n q D"], memory: Float[Array, "*n m D"]
   ) -> Float[Array, "*n #q D"]:
     values = self.value(memory)
-    if memory.shape[-2] == 1:  # one key: its weight is 1, whatever the query
+    if memory.shape[-2] == 1:  # one key: any query gives it weight 1
       return self.out(values)
     heads = lambda a: a.reshape(*a.shape[:-1], self.num_heads, -1)
     q, k, v = heads(self.query(x)), heads(self.key(memory)), heads(values)
@@ -81,10 +87,18 @@ class QueryBlock(nnx.Module):
 
 
 class QueryTransformer(nnx.Module):
-  """`queries` learned rows through `depth` blocks; gain * norm(stream)."""
+  """Learned queries through `depth` blocks, then gain * norm(stream)."""
 
-  def __init__(self, backbone, gain, depth, mlp_ratio, *, rngs: nnx.Rngs):
-    """`gain` [queries, D] is the initial gain of each output row."""
+  def __init__(
+    self,
+    backbone: Backbone,
+    *,
+    gain: Float[Array, "q D"],
+    depth: int,
+    mlp_ratio: float,
+    rngs: nnx.Rngs,
+  ):
+    """Makes a query for each row of `gain`, the initial gain of its output."""
     init = backbone.kernel_init
     self.queries = nnx.Param(init(rngs.params(), gain.shape))
     self.memory_norm = backbone.make_norm(rngs)
@@ -109,13 +123,24 @@ class QueryTransformer(nnx.Module):
 class InputEncoder(nnx.Module):
   """Q_in: the embeddings of a window -> one backbone input."""
 
-  def __init__(self, backbone, window, depth, mlp_ratio, residual, *, rngs):
+  def __init__(
+    self,
+    backbone: Backbone,
+    *,
+    window: int,
+    depth: int,
+    mlp_ratio: float,
+    residual: bool,
+    rngs: nnx.Rngs,
+  ):
     self.residual = residual
     init = backbone.kernel_init
     gain = jnp.full((1, backbone.width), 0.0 if residual else 1.0)
     self.offsets = nnx.Param(init(rngs.params(), (window, backbone.width)))
     self.pad = nnx.Param(init(rngs.params(), (backbone.width,)))
-    self.query = QueryTransformer(backbone, gain, depth, mlp_ratio, rngs=rngs)
+    self.query = QueryTransformer(
+      backbone, gain=gain, depth=depth, mlp_ratio=mlp_ratio, rngs=rngs
+    )
 
   def __call__(
     self,
@@ -135,17 +160,29 @@ class InputEncoder(nnx.Module):
 class OutputDecoder(nnx.Module):
   """Q_out: one hidden state -> the k vectors that the base head reads."""
 
-  def __init__(self, backbone, window, depth, mlp_ratio, residual, *, rngs):
-    count = {"first": 1, "all": window, "none": 0}[residual]
-    self.residual_slots = count
+  def __init__(
+    self,
+    backbone: Backbone,
+    *,
+    window: int,
+    depth: int,
+    mlp_ratio: float,
+    residual: str,
+    rngs: nnx.Rngs,
+  ):
+    self.residual_slots = {"first": 1, "all": window, "none": 0}[residual]
     slots = jnp.arange(window)[:, None]
-    gain = jnp.where(slots < count, 0.0, 1.0) * jnp.ones((1, backbone.width))
-    self.query = QueryTransformer(backbone, gain, depth, mlp_ratio, rngs=rngs)
+    gain = jnp.where(slots < self.residual_slots, 0.0, 1.0) * jnp.ones(
+      (1, backbone.width)
+    )
+    self.query = QueryTransformer(
+      backbone, gain=gain, depth=depth, mlp_ratio=mlp_ratio, rngs=rngs
+    )
 
   def __call__(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n k D"]:
     out = self.query(hidden[..., None, :])
-    takes = jnp.arange(out.shape[-2])[:, None] < self.residual_slots
-    return out + jnp.where(takes, hidden[..., None, :], 0)
+    has_residual = jnp.arange(out.shape[-2])[:, None] < self.residual_slots
+    return out + jnp.where(has_residual, hidden[..., None, :], 0)
 
 
 class TensorAR(nnx.Module):
@@ -194,9 +231,22 @@ class TensorAR(nnx.Module):
       raise ValueError(
         f"window={window} has new weights: pass rngs=nnx.Rngs(seed)."
       )
-    sizes = (backbone, window, depth, mlp_ratio)
-    self.encoder = InputEncoder(*sizes, input_residual, rngs=rngs)
-    self.decoder = OutputDecoder(*sizes, output_residual, rngs=rngs)
+    self.encoder = InputEncoder(
+      backbone,
+      window=window,
+      depth=depth,
+      mlp_ratio=mlp_ratio,
+      residual=input_residual,
+      rngs=rngs,
+    )
+    self.decoder = OutputDecoder(
+      backbone,
+      window=window,
+      depth=depth,
+      mlp_ratio=mlp_ratio,
+      residual=output_residual,
+      rngs=rngs,
+    )
 
   def encode_window(
     self,
@@ -214,7 +264,7 @@ class TensorAR(nnx.Module):
   def decode_window(
     self, hidden: Float[Array, "*n D"]
   ) -> Float[Array, "*n k D"]:
-    """The k vectors whose `logits` predict the window behind each state."""
+    """The k vectors whose `logits` predict the window after each state."""
     if self.window == 1:
       return hidden[..., None, :]
     return sharding.constrain(self.decoder(hidden), sharding.ROWS)
@@ -226,7 +276,7 @@ class TensorAR(nnx.Module):
     *,
     rng: Key | None = None,
   ) -> tuple[Float[Array, "*n _"], ...]:
-    """The base model's own head."""
+    """Logits of the base model's own head; see `Backbone`."""
     return self.backbone.logits(hidden, tokens, rng=rng)
 
   def __call__(
@@ -238,7 +288,7 @@ class TensorAR(nnx.Module):
     noise: Float[Array, "B M k D"] | None = None,
     rng: Key | None = None,
   ) -> Float[Array, "B M+1 k D"]:
-    """Teacher forcing: row n predicts window n from the input windows < n.
+    """Runs with teacher forcing: row n predicts window n from windows < n.
 
     Training passes the M = T - 1 windows 0 .. T-2. `rng` switches the
     backbone's dropout on.

@@ -1,4 +1,4 @@
-"""Overlapping windows: which position a slot holds, and what pads the end.
+"""Overlapping windows: the position of each slot, and the padding at the end.
 
 Window t holds the tokens of positions t .. t + k - 1; slot j of window t is
 position t + j. Slots with t + j >= T are PAD: invalid, never predicted.
@@ -31,7 +31,7 @@ def valid_slots(
 def unfold(
   tokens: Int[Array, "B T F"], window: int
 ) -> tuple[Int[Array, "B T k F"], Bool[Array, "T k"]]:
-  """Every window of the sequence and its valid slots; PAD slots hold 0."""
+  """Returns every window and its valid slots; PAD slots hold 0."""
   num_tokens = tokens.shape[1]
   valid = valid_slots(jnp.arange(num_tokens), window, num_tokens)
   position = jnp.arange(num_tokens)[:, None] + jnp.arange(window)
@@ -42,7 +42,7 @@ def unfold(
 def after_looks(
   drafts: Int[Array, "B T k F"], looks: int
 ) -> Int[Array, "B T F"]:
-  """The sequence as it stood when no position had more than `looks` looks.
+  """Returns the sequence after at most `looks` looks at each position.
 
   `looks = k` is the result; `looks = 1` the first draft of every position.
   Position p is read from `drafts[p - j, j]` with j = k - looks, or from the
@@ -61,7 +61,7 @@ def after_looks(
 def looks_at(
   steps: Int[np.ndarray, "S"], window: int, num_tokens: int
 ) -> Int[np.ndarray, "S T"]:
-  """How often each position has been drawn behind each step, 0 to k times.
+  """Returns how often each position has been drawn after each step, 0 to k.
 
   The first k - 1 positions count from the first window, as in `after_looks`:
   position p has had k - p looks when it is drawn for the first time.

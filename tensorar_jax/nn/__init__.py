@@ -1,4 +1,4 @@
-"""What networks are made of: attention, layers, transformer, convolutions.
+"""Building blocks of networks: attention, layers, transformer, convolutions.
 
 Backbones, tokenizers, text encoders and the method's own modules use it.
 """

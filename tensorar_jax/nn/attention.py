@@ -1,4 +1,4 @@
-"""Attention: one function, and the kernels behind it where they apply.
+"""Attention: one function, which calls a fast kernel where one applies.
 
 | where            | what computes it                                        |
 | ---------------- | ------------------------------------------------------- |
@@ -6,9 +6,9 @@
 | TPU              | the flash attention of `jax.experimental.pallas`        |
 | everywhere else  | two matrix products and a float32 softmax               |
 
-The kernels never write a head's [M, S] scores to memory. They are for whole
-sequences in bfloat16 or float16 without attention dropout, which is training;
-float32 stays on the exact path, and so does decoding, a row at a time.
+The kernels never write a head's [M, S] scores to memory. They serve whole
+sequences in bfloat16 or float16 without attention dropout, as in training;
+float32 takes the exact path, and so does decoding, a row at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Mask:
   Attributes:
     visible: broadcasts to [B, M, S]; row m may see what is true.
     is_padding: rows of the prefix that no other row sees, or None.
-    is_whole: whether the rows are 0 .. S-1, each behind the ones before it.
+    is_whole: whether the rows are 0 .. S-1, all of the sequence in order.
   """
 
   visible: Bool[Array, "*B M S"]
@@ -50,9 +50,9 @@ def causal_mask(
   length: int,
   is_padding: Bool[Array | np.ndarray, "B P"] | None,
 ) -> Mask:
-  """Row `rows[m]` of a sequence sees keys 0 .. rows[m], but for padding.
+  """Lets row `rows[m]` of a sequence see keys 0 .. rows[m], but for padding.
 
-  The rows are consecutive; as many as there are keys are all of them.
+  The rows are consecutive; `length` of them are the whole sequence.
   """
   keys = jnp.arange(length)
   visible = keys <= rows[:, None]
@@ -65,7 +65,7 @@ def causal_mask(
 
 
 def dropout(x: Array, rate: float | Array, rng: Key | None) -> Array:
-  """x with entries zeroed at `rate` and the rest rescaled; rng=None: x."""
+  """Zeroes entries of x at `rate` and rescales the rest; rng=None: x."""
   if rng is None or (isinstance(rate, float) and rate == 0.0):
     return x
   keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
@@ -80,32 +80,34 @@ def attention(
   rate: float = 0.0,
   rng: Key | None = None,
 ) -> Float[Array, "B N M H"]:
-  """softmax(q k^T / sqrt(H)) v with query heads grouped over G key heads.
+  """Computes softmax(q k^T / sqrt(H)) v; query heads share G key heads.
 
-  `rate` is the dropout of the weights, on with `rng`. What rows of padding get
-  is of no meaning: it depends on the kernel.
+  `rate` is the dropout of the weights, on with `rng`. The results of padding
+  rows mean nothing and depend on the kernel.
   """
   q, k, v = (sharding.constrain(a, *sharding.HEADS) for a in (q, k, v))
   kernel = _kernel(q.shape[-1])
   drops = rng is not None and rate > 0
   if kernel and mask.is_whole and q.dtype.itemsize == 2 and not drops:
     return kernel(q, k, v, mask)
-  one = q.shape[2] == 1 and sharding.platform() == "cpu"
-  if one and q.dtype.itemsize == 2 and not drops:
+  one_row = q.shape[2] == 1 and sharding.platform() == "cpu"
+  if one_row and q.dtype.itemsize == 2 and not drops:
     # A CPU multiplies two rows of bfloat16 4 to 8 times as fast as one.
     return plain(jnp.repeat(q, 2, axis=2), k, v, mask)[:, :, :1]
   return plain(q, k, v, mask, rate, rng)
 
 
 def _kernel(head_dim: int) -> Callable | None:
-  """What the platform has for heads of this width, or None."""
+  """Returns the platform's kernel for heads of this width, or None."""
   platform = sharding.platform()
   if platform == "tpu":
     return flash
-  # cuDNN is asked while a program is traced: a compile for GPUs that are not
-  # there has to do without.
-  there = platform == "gpu" and jax.default_backend() == "gpu"
-  return cudnn if there and head_dim % 8 == 0 and head_dim <= 128 else None
+  # cuDNN is asked while a program is traced, so a compile for GPUs that are not
+  # here cannot use it.
+  gpu_is_here = platform == "gpu" and jax.default_backend() == "gpu"
+  if gpu_is_here and head_dim % 8 == 0 and head_dim <= 128:
+    return cudnn
+  return None
 
 
 def plain(q, k, v, mask: Mask, rate: float = 0.0, rng: Key | None = None):
@@ -121,7 +123,8 @@ def plain(q, k, v, mask: Mask, rate: float = 0.0, rng: Key | None = None):
   scores = jnp.where(visible, scores, jnp.finfo("float32").min)
   weights = jax.nn.softmax(scores, axis=-1)
   weights = dropout(weights, rate, rng).astype(v.dtype)
-  # Of whole sequences there are gradients, whose products would be of float32.
+  # Whole sequences are trained on, and wide sums would make the gradients'
+  # products float32.
   wide = None if mask.is_whole else jnp.float32
   out = jnp.einsum("bgrms,bgsh->bgrmh", weights, v, preferred_element_type=wide)
   return out.astype(q.dtype).reshape(b, n, m, h)
@@ -132,7 +135,9 @@ def cudnn(q, k, v, mask: Mask, implementation: str = "cudnn"):
   q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
   padded = mask.is_padding is not None
   out = jax.nn.dot_product_attention(
-    *(q, k, v),
+    q,
+    k,
+    v,
     mask=mask.visible[:, None] if padded else None,
     is_causal=not padded,
     implementation=implementation,
@@ -145,13 +150,13 @@ def flash(q, k, v, mask: Mask):
   length = q.shape[2]
   repeats = q.shape[1] // k.shape[1]
   k, v = (jnp.repeat(a, repeats, axis=1) for a in (k, v))
-  # Rows at the end that no row before them sees; they are cut off again.
+  # Fill up with rows that no earlier row sees; they are cut off at the end.
   extra = -length % LANES
   q, k, v = (
     jnp.pad(a, ((0, 0), (0, 0), (0, extra), (0, 0))) for a in (q, k, v)
   )
   segments = jnp.zeros((q.shape[0], length + extra), jnp.int32)
-  if mask.is_padding is not None:  # which is a segment of its own
+  if mask.is_padding is not None:  # padding is a segment of its own
     prefix = mask.is_padding.shape[1]
     segments = segments.at[:, :prefix].set(mask.is_padding)
   run = functools.partial(_flash_rows, block=_block(length + extra))
@@ -173,10 +178,22 @@ def _block(length: int) -> int:
 def _flash_rows(q, k, v, segments, block):
   from jax.experimental.pallas.ops.tpu import flash_attention
 
-  names = ("q", "k_major", "k", "q_major_dkv", "k_major_dkv", "k_dkv", "q_dkv")
-  names += ("k_major_dq", "k_dq", "q_dq")
+  names = (
+    "q",
+    "k_major",
+    "k",
+    "q_major_dkv",
+    "k_major_dkv",
+    "k_dkv",
+    "q_dkv",
+    "k_major_dq",
+    "k_dq",
+    "q_dq",
+  )
   return flash_attention.flash_attention(
-    *(q, k, v),
+    q,
+    k,
+    v,
     segment_ids=flash_attention.SegmentIds(segments, segments),
     causal=True,
     sm_scale=q.shape[-1] ** -0.5,

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from tensorar_jax.interfaces import Batch, Key
+from tensorar_jax.nn.image_bytes import from_uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Model(nnx.Module):
   def features(
     self, images: UInt8[Array, "B h w C"]
   ) -> Float[Array, "B num_features"]:
-    """The hidden layer after ReLU; what distances are measured in."""
-    x = images.astype(jnp.float32) / 127.5 - 1.0
+    """The hidden layer after ReLU, in which distances are measured."""
+    x = from_uint8(images)
     x = jax.nn.relu(self.stem(x))
     for conv in self.convs:
       x = jax.nn.relu(conv(x))

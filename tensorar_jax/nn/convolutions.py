@@ -1,13 +1,14 @@
-"""What the convolutional tokenizers are made of, and their common checks.
+"""What convolutional tokenizers are made of.
 
-Convolution and group norm as PyTorch trains them, the nearest rows of a
-codebook, and the errors for images and tokens that do not fit.
+Convolution and group norm as PyTorch trains them, the residual block, and the
+nearest rows of a codebook.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ HIGHEST = jax.lax.Precision.HIGHEST  # TF32 products would change tokens.
 GroupNorm = functools.partial(
   nnx.GroupNorm, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32
 )
-Grid = tuple[int, int]  # rows, columns
 
 
 class Conv(nnx.Conv):
@@ -57,38 +57,61 @@ def nearest_rows(
   return jax.lax.map(nearest, latents.swapaxes(0, 1)).swapaxes(0, 1)
 
 
-def token_grid(height: int, width: int, side: int) -> Grid:
-  """Rows and columns of tokens, each of which stands for side x side pixels."""
-  if min(height, width) < side or height % side or width % side:
-    raise ValueError(
-      f"image size {height}x{width}: expected multiples of {side}; crop or"
-      " resize the images, or change the number of channel_multipliers."
+class ResidualBlock(nnx.Module):
+  """Two (norm, swish, 3x3) and a skip, by a 1x1 where the width changes.
+
+  The 1x1 reads the block's input or, with `skip_branch`, the result of the
+  branch, so that nothing skips there.
+  """
+
+  def __init__(
+    self,
+    inputs: int,
+    width: int,
+    *,
+    norm_groups: int,
+    dtype: str,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+    skip_branch: bool = False,
+  ):
+    conv = functools.partial(Conv, use_bias=use_bias, dtype=dtype, rngs=rngs)
+    self.norm1 = GroupNorm(inputs, norm_groups, rngs=rngs)
+    self.conv1 = conv(inputs, width, 3)
+    self.norm2 = GroupNorm(width, norm_groups, rngs=rngs)
+    self.conv2 = conv(width, width, 3)
+    self.skip_branch = skip_branch
+    skipped = width if skip_branch else inputs
+    widens = inputs != width
+    self.shortcut = conv(skipped, width, 1) if widens else None
+
+  def __call__(self, x: Array) -> Array:
+    h = self.conv1(nnx.swish(self.norm1(x)))
+    h = self.conv2(nnx.swish(self.norm2(h)))
+    if self.shortcut is not None:
+      x = self.shortcut(h if self.skip_branch else x)
+    return h + x
+
+
+def residual_blocks(
+  widths: Sequence[int],
+  *,
+  norm_groups: int,
+  dtype: str,
+  rngs: nnx.Rngs,
+  use_bias: bool = True,
+  skip_branch: bool = False,
+) -> nnx.List:
+  """One residual block from each of the widths to the next."""
+  return nnx.List(
+    ResidualBlock(
+      inputs,
+      width,
+      norm_groups=norm_groups,
+      dtype=dtype,
+      rngs=rngs,
+      use_bias=use_bias,
+      skip_branch=skip_branch,
     )
-  return height // side, width // side
-
-
-def check_norm_groups(norm_groups: int, widths: tuple[int, ...]) -> None:
-  """ValueError unless `norm_groups` divides every width."""
-  if bad := [width for width in widths if width % norm_groups]:
-    raise ValueError(
-      f"norm_groups={norm_groups} does not divide the level widths {bad}"
-      f"; choose a divisor of all, for example {math.gcd(*widths)}."
-    )
-
-
-def check_channels(images: Array, channels: int) -> None:
-  """ValueError unless the images have `channels` channels."""
-  if images.shape[-1] != channels:
-    raise ValueError(
-      f"images {images.shape}: expected {channels} channels in the last axis;"
-      " convert them or set image_channels."
-    )
-
-
-def check_length(tokens: Array, grid: Grid) -> None:
-  """ValueError unless the tokens [B, T, F] fill the grid."""
-  if tokens.shape[1] != math.prod(grid):
-    raise ValueError(
-      f"tokens {tokens.shape}: expected {math.prod(grid)} per image for the"
-      f" grid {grid}; pass the grid (rows, cols) of the encoded images."
-    )
+    for inputs, width in itertools.pairwise(widths)
+  )

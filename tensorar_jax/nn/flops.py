@@ -1,14 +1,14 @@
-"""Model FLOPs: what a program must multiply, whatever the hardware repeats.
+"""Model FLOPs: the multiplications that a program needs, without repetitions.
 
-Two a multiply-add, of the matrix products and convolutions of the traced
-program. Elementwise work, gathers (embeddings) and sorts count nothing.
+Two for each multiply-add of the matrix products and convolutions in the traced
+program. Elementwise work, gathers (embeddings) and sorts do not count.
 
     training = FLOPs of the loss together with its directional derivative
 
 A matrix product x W has the derivative dx W + x dW, and the backward pass is
-that, transposed: as many FLOPs. So the sum is three times the forward pass of
-what is trained, once that of what is frozen or behind a `stop_gradient`, and
-what a checkpointed layer computes again does not count.
+its transpose, with as many FLOPs. So trained layers count three times their
+forward pass, and frozen ones, or those before a `stop_gradient`, once. What a
+checkpointed layer computes again does not count.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from jax.interpreters import partial_eval
 
 
 def matmul_flops(function: Callable, *args: Any) -> int:
-  """FLOPs of one call of `function`, traced at arrays or their shapes.
+  """Counts the FLOPs of one call of `function`, traced at arrays or shapes.
 
-  What no result depends on does not count. Of a `cond` the largest branch does,
-  of a `shard_map` every shard, and of a convolution its border as well.
-  ValueError for a `while` of unknown length around any of it.
+  Operations that no result depends on do not count. A `cond` counts its largest
+  branch, a `shard_map` every shard, a convolution its border as well.
+
+  Raises:
+    ValueError: a `while` of unknown length holds any of them.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -35,7 +37,7 @@ def matmul_flops(function: Callable, *args: Any) -> int:
 
 
 def training_flops(loss: Callable, params: Any, *args: Any) -> int:
-  """FLOPs of `loss(params, *args)` and of its gradient by `params`.
+  """Counts the FLOPs of `loss(params, *args)` and its gradient by `params`.
 
   The loss is a scalar, or a tuple or tree with one; it may not hold functions
   with a backward pass of their own (`jax.custom_vjp`).
@@ -81,7 +83,7 @@ def _count_convolution(equation: core.JaxprEqn) -> int:
 
 
 def _repeats(name: str, params: dict) -> int:
-  """How often an equation runs the programs that it holds."""
+  """Returns how often an equation runs the programs that it holds."""
   if name == "scan":
     return params["length"]
   if name == "shard_map":

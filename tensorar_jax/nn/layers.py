@@ -1,4 +1,4 @@
-"""What the backbones are made of: rotary tables, KV cache, stacked blocks.
+"""Parts of the backbones: rotary tables, KV cache, stacked blocks, projections.
 
 Layers of one kind are stored stacked, `[L, ...]`, and run under `lax.scan`.
 Norms, softmax and rotary arithmetic are float32 whatever the compute dtype.
@@ -22,7 +22,7 @@ from tensorar_jax.parallel import sharding
 
 
 def normal_init(rng: Key, shape, dtype=jnp.float32) -> Array:
-  """normal(0, 0.02), the same to the last bit under jit and outside of it."""
+  """Draws from normal(0, 0.02), the same bits under jit and outside of it."""
   draw = jax.random.normal(rng, shape, dtype)
   return jax.lax.optimization_barrier(draw) * 0.02  # or the factors merge
 
@@ -41,7 +41,7 @@ class RMSNorm(nnx.Module):
 
 
 def drop_path(x: Array, rate: float | Array, rng: Key | None) -> Array:
-  """x with whole samples (leading axis) zeroed at `rate`, the rest rescaled."""
+  """Zeroes whole samples (leading axis) at `rate` and rescales the others."""
   if rng is None:
     return x
   keep = jax.random.bernoulli(rng, 1.0 - rate, (x.shape[0],))
@@ -55,7 +55,7 @@ def drop_path(x: Array, rate: float | Array, rng: Key | None) -> Array:
 def rotary_table_2d(
   grid: tuple[int, int], head_dim: int, base: float, prefix: int
 ) -> Float[np.ndarray, "S p 2"]:
-  """cos and sin of every pair, `prefix` rows of zeros, then the grid's rows.
+  """Returns cos and sin of every pair: `prefix` rows of 0, then the grid's.
 
   The first half of the pairs turns with the row, the second with the column.
   The prefix is zero, not the identity: it erases prefix queries and keys, as
@@ -126,12 +126,12 @@ class LayerCache:
 
 
 def cache_rows(cache: Cache) -> int:
-  """How many rows there is room for."""
+  """Returns how many rows a cache has room for."""
   return jax.tree.leaves(cache.k)[0].shape[-2]
 
 
-# What of a layer's activations training keeps for the backward pass; the rest
-# is computed again. Weights gathered from other devices always are.
+# Which activations of a layer training keeps for the backward pass. The others
+# are computed again, and weights are always gathered again.
 REMAT = {
   "none": jax.checkpoint_policies.save_anything_except_these_names(
     sharding.GATHERED
@@ -142,7 +142,7 @@ REMAT = {
 
 
 def set_remat(model: nnx.Module, name: str) -> None:
-  """Makes `Layers`, and whatever has a `remat` too, follow a policy of REMAT.
+  """Sets the REMAT policy of every module that has a `remat`, as `Layers` has.
 
   "dots" keeps the results of products with weights, "full" what enters a layer.
   """
@@ -154,7 +154,7 @@ def set_remat(model: nnx.Module, name: str) -> None:
 
 
 def checkpoint(function: Callable, remat: str, in_scan: bool = False):
-  """`function` under a policy of REMAT."""
+  """Wraps `function` in `jax.checkpoint` with a policy of REMAT."""
   if remat == "none" and not sharding.is_split():
     return function
   # A scan keeps the two passes apart; elsewhere barriers have to.
@@ -188,9 +188,9 @@ class Layers(nnx.Module):
     if isinstance(self.stacked, nnx.List):
       keys, values = [], []
       for layer, k, v in zip(self.stacked, cache.k, cache.v, strict=True):
-        x, one = apply(layer, x, LayerCache(k, v, cache.end))
-        keys.append(one.k)
-        values.append(one.v)
+        x, view = apply(layer, x, LayerCache(k, v, cache.end))
+        keys.append(view.k)
+        values.append(view.v)
       return x, cache.replace(k=tuple(keys), v=tuple(values))
     graphdef, params = nnx.split(self.stacked)
 
@@ -229,11 +229,11 @@ class Layers(nnx.Module):
 
 
 def for_decoding(model: nnx.Module) -> nnx.Module:
-  """A copy of `model` in the form in which a CPU decodes fastest.
+  """Returns a copy of `model` in the form in which a CPU decodes fastest.
 
-  Stacked layers are single ones, and projections have their weights transposed
-  and in the compute dtype, which every step would do anew. GPU and TPU do not
-  need it. What has that form already stays as it is.
+  Stacked layers become single ones, and projections store their weights
+  transposed and in the compute dtype; otherwise every step would convert them
+  again. GPUs and TPUs do not need it. A model in that form is left as it is.
   """
   model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
@@ -271,13 +271,13 @@ class BlockConfig:
 
 
 class Linear(nnx.Linear):
-  """A projection of rows: with one axis, a CPU trains it in 0.6 the time."""
+  """A projection that flattens leading axes, which trains faster on a CPU."""
 
   def transpose(self) -> None:
-    """Keeps the weights as [out, in], in the compute dtype.
+    """Stores the weights as [out, in] from now on, in the compute dtype.
 
-    A CPU multiplies them with few rows 1.3 to 2 times as fast if they are on
-    the left and both are contracted on their last axis.
+    With few rows a CPU multiplies 1.3 to 2 times as fast if the weights are on
+    the left and both operands are contracted on their last axis.
     """
     kernel = self.kernel[...].astype(self.dtype or self.param_dtype)
     # Else XLA would take the transposition into the product, and back.
@@ -286,9 +286,10 @@ class Linear(nnx.Linear):
 
   @property
   def weight(self) -> Float[Array, "D E"]:
-    """The weights, whichever way they are kept."""
-    own = self.kernel is not None
-    return self.kernel[...] if own else self.transposed[...].T
+    """The weights as [in, out], transposed or not."""
+    if self.kernel is None:
+      return self.transposed[...].T
+    return self.kernel[...]
 
   def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n E"]:
     rows = x.reshape(-1, x.shape[-1])
@@ -298,7 +299,9 @@ class Linear(nnx.Linear):
   def _product(self, rows):
     weight = self.transposed[...]
     y = jax.lax.dot_general(
-      *(weight, rows.astype(weight.dtype), (((1,), (1,)), ((), ()))),
+      weight,
+      rows.astype(weight.dtype),
+      dimension_numbers=(((1,), (1,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
     y = jax.lax.optimization_barrier(y)  # or XLA swaps the operands
@@ -309,7 +312,7 @@ class Linear(nnx.Linear):
 def linear(
   width_in: int, width_out: int, rngs: nnx.Rngs, dtype=None, kernel_init=None
 ) -> Linear:
-  """A bias-free projection, normal(0, 0.02) unless told otherwise."""
+  """Makes a bias-free projection, by default with normal(0, 0.02) weights."""
   return Linear(
     width_in,
     width_out,
@@ -335,13 +338,13 @@ class SelfAttention(nnx.Module):
     self.qkv = linear(c.width, fused, rngs, c.dtype)
 
   def inputs(self, x: Float[Array, "B M D"]) -> list[Array]:
-    """Queries [B, N, M, H], keys and values [B, G, M, H]."""
+    """Projects rows to queries [B, N, M, H], keys and values [B, G, M, H]."""
     c = self.config
     qkv = self.heads(self.qkv(x))
     return jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1)
 
   def heads(self, x: Float[Array, "B M _"]) -> Float[Array, "B _ M H"]:
-    """Projected rows, head by head."""
+    """Splits projected rows into heads."""
     x = x.reshape(*x.shape[:2], -1, self.config.head_dim)
     return x.transpose(0, 2, 1, 3)
 

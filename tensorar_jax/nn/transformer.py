@@ -1,13 +1,14 @@
-"""Running a causal transformer over [condition prefix, image tokens].
+"""Runs a causal transformer over [condition prefix, image tokens].
 
-All rows at once, or some rows behind a key/value cache, both are
+All rows at once, or some rows after those of a key/value cache, both are
 
-    x, at  = place(cond, x, rows)      whatever depends on a row's number
-    x      = block(x, at, mask)        every block, for all rows in one scan
-    hidden = finish(x, at)
+    prefix      = embed_condition(cond)
+    x, position = position_inputs(cond, x, rows)
+    x           = block(x, position, mask)      every block, in one scan
+    hidden      = apply_final_norm(x, position)
 
-Row n of P + T sees the rows 0 .. n, but for padding in the prefix. What a block
-is, and the three functions, belong to the family.
+Row n of P + T sees the rows 0 .. n, but for padding in the prefix. The blocks
+and these three methods belong to the family.
 """
 
 from __future__ import annotations
@@ -30,19 +31,23 @@ class CausalTransformer(nnx.Module):
   """The half of a `Backbone` that runs rows through `blocks`.
 
   A subclass makes its weights, among them `blocks`: `layers.Layers` of modules
-  called as `block(x, at, mask, *, cache=None, rng=None) -> (x, cache)`, where
-  `at` is what `place` says of the rows. It defines `start`, `place` and, if the
-  last residual stream is not the hidden state, `finish`.
+  called as `block(x, position, mask, *, cache=None, rng=None) -> (x, cache)`,
+  where `position` is the second result of `position_inputs`. It defines
+  `embed_condition`, `position_inputs` and, if the last residual stream is not
+  the hidden state, `apply_final_norm`.
   """
 
   kernel_init = staticmethod(layers.normal_init)
   blocks: layers.Layers
-  # Rate on the rows that enter; None spends no key on it.
+  # Rate of dropout on the rows that enter the first block. None takes no random
+  # key, so that the other dropouts see other numbers than with a rate of 0.
   token_dropout: float | None = None
-  # Rises linearly over the blocks, which then take a `path_rate`.
+  # Rate of drop path at the last block; it rises linearly from 0 at the first.
+  # Unless it is 0, blocks take a `path_rate`.
   drop_path: float = 0.0
-  # The entries of a condition that the cache keeps for rows behind the prefix.
-  remembers: tuple[str, ...] = ("is_padding",)
+  # The entries of a condition that the rows after the prefix need; the cache
+  # keeps them.
+  cached_condition: tuple[str, ...] = ("is_padding",)
 
   def __init__(
     self, config, num_kv_heads: int | None = None, head_dim: int | None = None
@@ -54,64 +59,78 @@ class CausalTransformer(nnx.Module):
     self.num_kv_heads = num_kv_heads or c.num_heads
     self.head_dim = head_dim or c.width // c.num_heads
 
-  def start(self, cond: Cond) -> Float[Array, "B P D"]:
+  def embed_condition(self, cond: Cond) -> Float[Array, "B P D"]:
     """The rows that stand for the condition."""
     raise NotImplementedError
 
-  def place(
+  def position_inputs(
     self, cond: Cond, x: Float[Array, "B M D"], rows: Int[Array, "M"]
   ) -> tuple[Float[Array, "B M D"], Any]:
-    """(what enters the first block, what every block reads) at these rows.
+    """Adds what depends on the numbers of rows.
 
-    `rows` are consecutive and count from the start of the prefix. Behind it
-    `cond` has only what the model `remembers`.
+    Args:
+      cond: the condition; when decoding, only its `cached_condition` entries.
+      x: the rows that enter.
+      rows: their numbers, consecutive, counted from the start of the prefix.
+
+    Returns:
+      (what enters the first block, what every block reads of the positions,
+      such as a rotation or the signal of adaptive norms).
     """
     raise NotImplementedError
 
-  def finish(self, x: Float[Array, "B M D"], at: Any) -> Float[Array, "B M D"]:
-    """Hidden states of the last residual stream."""
-    del at
+  def apply_final_norm(
+    self, x: Float[Array, "B M D"], position: Any
+  ) -> Float[Array, "B M D"]:
+    """Hidden states of the last residual stream; by default the stream."""
+    del position
     return x
 
   def __call__(
     self, cond: Cond, x: Float[Array, "B M D"], *, rng: Key | None = None
   ) -> Float[Array, "B M+1 D"]:
+    """Hidden states of all rows at once; see `Backbone`."""
     _, hidden = self._run(cond, x, rng)
     return hidden[:, -(x.shape[1] + 1) :]
 
   def hidden_states(
     self, cond: Cond, x: Float[Array, "B M D"]
   ) -> tuple[Float[Array, "L B S D"], Float[Array, "B S D"]]:
-    """Every row after every block, and its hidden state; for tests."""
+    """Every row after every block, and its hidden state.
+
+    To compare a family with the model it was ported from, block by block.
+    """
     return self._run(cond, x, None)
 
   def prefill(self, cond: Cond) -> tuple[Float[Array, "B D"], Cache]:
-    x = self.start(cond)
+    """Runs the prefix; see `Backbone`."""
+    x = self.embed_condition(cond)
     rows = x.shape[1] + self.num_tokens
     cache = self.blocks.init_cache(
       (x.shape[0], self.num_kv_heads, rows, self.head_dim), x.dtype
     )
-    context = {name: cond[name] for name in self.remembers if name in cond}
-    return self._append(x, cache.replace(context=context))
+    context = {n: cond[n] for n in self.cached_condition if n in cond}
+    return self._run_cached(x, cache.replace(context=context))
 
   def decode(
     self, x: Float[Array, "B D"], cache: Cache
   ) -> tuple[Float[Array, "B D"], Cache]:
-    return self._append(x[:, None], cache)
+    """Runs one more row; see `Backbone`."""
+    return self._run_cached(x[:, None], cache)
 
   def _run(self, cond, x, rng):
-    """All rows through all blocks: (every block's stream, hidden states)."""
+    """Runs all rows: (the stream after every block, hidden states)."""
     # Each part on its own as well: XLA 0.10 has joined rows wrongly that came
     # split along another axis, on a mesh of 2 x 2 x 2.
-    parts = [
-      sharding.constrain(a, sharding.ROWS) for a in (self.start(cond), x)
-    ]
-    x = jnp.concatenate(parts, axis=1)
+    prefix = sharding.constrain(self.embed_condition(cond), sharding.ROWS)
+    x = sharding.constrain(x, sharding.ROWS)
+    x = jnp.concatenate([prefix, x], axis=1)
     if rng is not None and self.token_dropout is not None:
       rng_token, rng = jax.random.split(rng)
       x = layers.dropout(x, self.token_dropout, rng_token)
     rows, count = jnp.arange(x.shape[1]), self.blocks.num_layers
-    x, at = self.place(cond, sharding.constrain(x, sharding.ROWS), rows)
+    x = sharding.constrain(x, sharding.ROWS)
+    x, position = self.position_inputs(cond, x, rows)
     mask = attention.causal_mask(rows, len(rows), cond.get("is_padding"))
     keys = None if rng is None else jax.random.split(rng, count)
     rates = jnp.linspace(0.0, self.drop_path, count) if self.drop_path else None
@@ -119,36 +138,42 @@ class CausalTransformer(nnx.Module):
     def apply(block, x, xs):
       key, rate = xs
       options = {} if rate is None else {"path_rate": rate}
-      x, _ = block(x, at, mask, rng=key, **options)
+      x, _ = block(x, position, mask, rng=key, **options)
       x = sharding.constrain(x, sharding.ROWS)
       return x, x
 
     x, states = self.blocks(apply, x, (keys, rates))
-    return states, self.finish(x, at)
+    return states, self.apply_final_norm(x, position)
 
-  def _append(self, x, cache):
-    """Rows x [B, M, D] behind the cache: (hidden state of the last, cache)."""
+  def _run_cached(self, x, cache):
+    """Runs rows x [B, M, D] after those of the cache.
+
+    Returns (the hidden state of the last row, the cache with all of them).
+    """
     cond, length = cache.context, x.shape[1]
     rows = cache.end + jnp.arange(length)
-    x, at = self.place(cond, x, rows)
+    x, position = self.position_inputs(cond, x, rows)
     mask = attention.causal_mask(
       rows, layers.cache_rows(cache), cond.get("is_padding")
     )
 
     def apply(block, x, view):
-      x, view = block(x, at, mask, cache=view)
+      x, view = block(x, position, mask, cache=view)
       return sharding.constrain(x, sharding.ROWS), view
 
     x, cache = self.blocks.cached(apply, x, cache)
-    return self.finish(x, at)[:, -1], cache.replace(end=cache.end + length)
+    hidden = self.apply_final_norm(x, position)[:, -1]
+    return hidden, cache.replace(end=cache.end + length)
 
 
 @dataclasses.dataclass(frozen=True)
 class RotaryConfig:
   """Sizes and rates of `layers.Block`s on a square grid, 2-D rotary positions.
 
-  `mlp_multiple` rounds the hidden width 8/3 D (times `mlp_scale`, if given) up.
-  `num_kv_heads` None is `num_heads`.
+  Attributes:
+    num_kv_heads: key and value heads; None is `num_heads`.
+    mlp_scale: factor on the hidden width of the MLPs, 8/3 D without it.
+    mlp_multiple: the hidden width is rounded up to a multiple of this.
   """
 
   width: int
@@ -186,6 +211,7 @@ class RotaryConfig:
 
   @property
   def block(self) -> layers.BlockConfig:
+    """Sizes and rates of one block."""
     hidden = int(2 * (4 * self.width) / 3)
     if self.mlp_scale is not None:
       hidden = int(self.mlp_scale * hidden)
@@ -202,7 +228,10 @@ class RotaryConfig:
     )
 
   def rotation(self, rows: Int[Array, "M"], prefix: int) -> Callable:
-    """q -> q [B, N, M, H] turned by the places of these consecutive rows."""
+    """Returns q [B, N, M, H] -> q, rotated by the rows' places in the grid.
+
+    The rows are consecutive; the first `prefix` ones are not in the grid.
+    """
     table = layers.rotary_table_2d(
       self.grid, self.block.head_dim, self.rope_base, prefix
     )

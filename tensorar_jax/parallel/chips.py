@@ -1,7 +1,7 @@
-"""What the chips can do: data sheets, for estimates and utilisation.
+"""Peak rates of chips by their data sheets, for estimates and utilisation.
 
-Of one chip as JAX counts them: one JAX device. A TPU7x has two, of half a chip
-each. Sources: docs.cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), and
+A chip here is one JAX device; a TPU7x counts as two, of half a chip each.
+Sources: docs.cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), and
 NVIDIA's data sheets of the A100 80GB SXM and the H100 SXM, without sparsity.
 """
 
@@ -63,5 +63,5 @@ KINDS = {
 
 
 def of(device: Any) -> Chip | None:
-  """The chip of a JAX device, or None if it is not in the table."""
+  """Returns the chip of a JAX device, or None if it is not in the table."""
   return CHIPS.get(KINDS.get(device.device_kind, ""))

@@ -1,9 +1,9 @@
-"""SIGTERM, by which schedulers say that a machine is about to go, as a request.
+"""Treats SIGTERM, the warning of a scheduler, as a request to save and stop.
 
 Training finishes its step, saves, and exits with EXIT_CODE. Several processes
-have to stop behind the same step, whichever of them got the signal, and when:
-JAX's coordination service, which takes SIGTERM where there are several, agrees
-on the first step that none of them has reached. More signals change nothing.
+have to stop after the same step, whichever of them got the signal and when:
+there JAX's coordination service receives SIGTERM and agrees on the first step
+that none of them has reached. Further signals change nothing.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from jax.experimental import multihost_utils
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
-# The service wants a number that never falls, from one stage to the next too.
+# The service wants a number that never falls, not even at the next stage.
 _calls = itertools.count(1)
 
 
 @contextlib.contextmanager
 def watch(name: str) -> Iterator[Callable[[], bool]]:
-  """Gives `asked`, to be called once a step: whether that step is the last.
+  """Yields `asked`, to be called once a step: whether that step is the last.
 
-  It says the same in every process. If it was asked, the process exits at the
-  end, by when all has to be saved. Outside of this, and in other threads than
-  the main one, SIGTERM ends a process that is alone as it ends any program.
+  It says the same in every process. If it has said yes, the process exits when
+  the context ends; all has to be saved by then. Outside of the context, and in
+  threads other than the main one, SIGTERM ends a single process at once.
   """
   stop, before = threading.Event(), None
   together = jax.distributed.is_initialized()
@@ -51,6 +51,7 @@ def watch(name: str) -> Iterator[Callable[[], bool]]:
   if stop.is_set():
     logging.info(
       "%s: SIGTERM: saved, and exits with %d; the same command continues",
-      *(name, EXIT_CODE),
+      name,
+      EXIT_CODE,
     )
     sys.exit(EXIT_CODE)

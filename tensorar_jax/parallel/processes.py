@@ -1,6 +1,6 @@
-"""Several processes that are one run: how they meet, wait and end.
+"""Several processes that are one run: how they join, wait and end.
 
-Everything between them is JAX's own `jax.distributed`.
+They communicate through `jax.distributed` alone.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def join_processes(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> None:
-  """Makes this one of several processes, if that is what was asked for.
+  """Joins the other processes of a run, if there are to be any.
 
   Args:
-    coordinator: HOST:PORT of process 0; "auto" asks the cluster; None does too
-      if it is one of CLUSTERS, and else this process stays alone.
+    coordinator: HOST:PORT of process 0; "auto" asks the cluster. None asks it
+      too if it is one of CLUSTERS; otherwise this process stays alone.
     num_processes: needed with HOST:PORT, as is process_id.
     process_id: 0 to num_processes - 1.
 
@@ -53,7 +53,8 @@ def join_processes(
   try:
     jax.distributed.initialize(
       coordinator if by_hand else None,
-      *given,
+      num_processes,
+      process_id,
       # A cluster that JAX sees as well would leave this process one GPU.
       cluster_detection_method="deactivate" if by_hand else None,
       shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -66,10 +67,10 @@ def join_processes(
 
 
 def fail(message: str) -> NoReturn:
-  """Ends with a message and exit code 1.
+  """Ends the process with a message and exit code 1.
 
   One of several does not wait for the others, as JAX would: they may be waiting
-  for it. Its end is what the launcher sees.
+  for it. The launcher sees that it has ended.
   """
   if jax.distributed.is_initialized():
     sys.stdout.flush()
@@ -84,13 +85,13 @@ def is_first() -> bool:
 
 
 def wait_for_all(where: str) -> None:
-  """Returns when every process has come here."""
+  """Waits until every process has called this."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(where)
 
 
 def all_same(value: object) -> bool:
-  """Whether every process has this value; all of them have to ask."""
-  mark = np.array(zlib.crc32(repr(value).encode()), np.uint32)
-  marks = np.ravel(multihost_utils.process_allgather(mark))
-  return bool((marks == marks[0]).all())
+  """Whether every process has this value; all of them have to call it."""
+  checksum = np.array(zlib.crc32(repr(value).encode()), np.uint32)
+  checksums = np.ravel(multihost_utils.process_allgather(checksum))
+  return bool((checksums == checksums[0]).all())

@@ -1,4 +1,4 @@
-"""Where every array lives: one mesh of devices, and what its axes split.
+"""Places every array on one mesh of devices; says what its axes split.
 
 | axis     | splits                                                           |
 | -------- | ---------------------------------------------------------------- |
@@ -10,8 +10,8 @@
 A weight's place follows from its path by the first rule that matches: those of
 the modules that hold it (`sharding_rules`, a family's own), then `RULES`. The
 optimiser's arrays follow their weights. Axes that do not divide a dimension are
-left out there. Names, not annotations: a model knows nothing of a mesh but for
-`constrain`, and on one device that does nothing.
+left out there. Because rules go by names, models need no annotations; all that
+they call is `constrain`, which does nothing on one device.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ RULES: Rules = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """The size of each axis; one of them may be -1, whatever is left."""
+  """The size of each axis; one of them may be -1, the devices that are left."""
 
   data: int = -1
   fsdp: int = 1
@@ -74,7 +74,7 @@ class MeshConfig:
     if min(sizes) < -1 or 0 in sizes or sizes.count(-1) > 1:
       raise ValueError(
         f"mesh={dict(zip(AXES, sizes))}: expected sizes of 1 or more, of which"
-        " one may be -1, whatever is left."
+        " one may be -1, for the devices that are left."
       )
 
   def sizes(self, devices: int) -> tuple[int, int, int]:
@@ -97,7 +97,7 @@ class MeshConfig:
 def make_mesh(
   config: MeshConfig = MeshConfig(), devices: Sequence | None = None
 ) -> Mesh:
-  """The mesh over all devices of all processes, or over those given."""
+  """Makes a mesh over all devices of all processes, or over those given."""
   devices = jax.devices() if devices is None else devices
   array = mesh_utils.create_device_mesh(
     config.sizes(len(devices)), devices, allow_split_physical_axes=True
@@ -106,7 +106,7 @@ def make_mesh(
 
 
 def local_mesh(config: MeshConfig = MeshConfig()) -> Mesh:
-  """The mesh of this process's devices alone: `config` as far as it fits."""
+  """Makes a mesh of this process's devices: `config` as far as it fits."""
   devices = jax.local_devices()
   tensor = math.gcd(max(config.tensor, 0), len(devices))
   fsdp = math.gcd(max(config.fsdp, 0), len(devices) // tensor)
@@ -114,7 +114,7 @@ def local_mesh(config: MeshConfig = MeshConfig()) -> Mesh:
 
 
 def row_parts(mesh: Mesh | AbstractMesh) -> int:
-  """Into how many parts the rows of a batch are split."""
+  """Returns into how many parts the rows of a batch are split."""
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -138,36 +138,36 @@ def specs(model: nnx.Module) -> dict[str, PartitionSpec]:
 
   ValueError with the names of all weights that no rule claims.
   """
-  own = [
+  of_modules = [
     ("/".join(map(str, path)), getattr(module, "sharding_rules", ()))
     for path, module in nnx.iter_modules(model)
   ]
   rules = [
     (re.compile(rf"{prefix}{'/' if prefix else ''}(.*/)?({end})"), axes)
-    for prefix, module_rules in [*own, ("", RULES)]
+    for prefix, module_rules in [*of_modules, ("", RULES)]
     for end, axes in module_rules
   ]
   _, params, frozen = weights_lib.split(model)
-  found = {
+  axes_of = {
     path: next((axes for rule, axes in rules if rule.fullmatch(path)), None)
     for path in {**params, **frozen}
   }
-  unclaimed = [path for path, axes in found.items() if axes is None]
+  unclaimed = [path for path, axes in axes_of.items() if axes is None]
   if unclaimed:
     raise ValueError(
       f"no rule says how a mesh splits {unclaimed}: add them to"
       " `sharding_rules` of the module that holds them, (end of the path, axes"
       " of the last dimensions)."
     )
-  return {path: PartitionSpec(*axes) for path, axes in found.items()}
+  return {path: PartitionSpec(*axes) for path, axes in axes_of.items()}
 
 
 def fit(
   spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-  """`spec` of the last dimensions for all of them, without what cannot be.
+  """Extends a `spec` of the last dimensions to all, as far as axes divide them.
 
-  An axis goes if it does not divide the dimension (with those before it).
+  An axis is left out if it does not divide its dimension (with those before).
   """
   padded = (None,) * (len(shape) - len(spec)) + tuple(spec)
   fitted = []
@@ -183,33 +183,33 @@ def fit(
 
 
 def layout(tree: Any, model: nnx.Module, mesh: Mesh) -> Any:
-  """Shapes and shardings of a tree of what belongs to a model's weights.
+  """Returns the shapes and shardings of a tree of arrays, such as a state's.
 
-  An array whose last key is the path of a weight, and that has its shape, lies
-  where the weight does; every other one is on all devices. `tree` may hold
-  arrays or `ShapeDtypeStruct`s: of a whole training state, for example.
+  An array whose last key is the path of a weight, and that has its shape, is
+  split as the weight is; every other one is copied to all devices. `tree` holds
+  arrays or `ShapeDtypeStruct`s.
   """
   _, params, frozen = weights_lib.split(model)
-  shapes, places = {**params, **frozen}, specs(model)
+  shapes, weight_specs = {**params, **frozen}, specs(model)
 
-  def place(path, leaf):
+  def with_sharding(path, leaf):
     name = getattr(path[-1], "key", None) if path else None
     spec = PartitionSpec()
-    if name in places and shapes[name].shape == leaf.shape:
-      spec = fit(places[name], leaf.shape, mesh)
+    if name in weight_specs and shapes[name].shape == leaf.shape:
+      spec = fit(weight_specs[name], leaf.shape, mesh)
     sharding = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  return jax.tree_util.tree_map_with_path(place, tree)
+  return jax.tree_util.tree_map_with_path(with_sharding, tree)
 
 
 def shardings(like: Any) -> Any:
-  """The shardings of a tree of `layout`."""
+  """Returns the shardings alone of a tree of `layout`."""
   return jax.tree.map(lambda leaf: leaf.sharding, like)
 
 
 def shard(model: nnx.Module, mesh: Mesh) -> nnx.Module:
-  """The model with its arrays on the mesh, by the rules."""
+  """Puts a model's arrays on the mesh, by the rules."""
   skeleton, params, frozen = weights_lib.split(model)
   arrays = {**params, **frozen}
   return skeleton.merge(
@@ -218,12 +218,12 @@ def shard(model: nnx.Module, mesh: Mesh) -> nnx.Module:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-  """The tree, an nnx module for example, with a copy on every device."""
+  """Puts a copy of a tree, an nnx module for example, on every device."""
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def bytes_of(tree: Any) -> tuple[int, int]:
-  """(on one device of this process, in all) of the arrays of a tree."""
+  """Returns a tree's bytes: (on one device of this process, in all)."""
   here = total = 0
   for array in jax.tree.leaves(tree):
     if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -238,7 +238,7 @@ def bytes_of(tree: Any) -> tuple[int, int]:
 
 
 def platform() -> str:
-  """What a program is traced for: "cpu", "gpu", "tpu"; the set mesh says it."""
+  """Returns what a program is traced for: "cpu", "gpu" or "tpu"."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   name = device.platform if device else jax.default_backend()
   return "gpu" if name == "cuda" else name
@@ -247,8 +247,8 @@ def platform() -> str:
 def as_if_plain():
   """A context in which programs are traced for one device without kernels."""
   device = AbstractDevice("cpu", None, "cpu")
-  one = AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
-  return use_abstract_mesh(one)
+  mesh = AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
+  return use_abstract_mesh(mesh)
 
 
 def _free(mesh: AbstractMesh) -> set[str]:
@@ -259,16 +259,16 @@ def _free(mesh: AbstractMesh) -> set[str]:
 
 
 def spec_of(x: jax.Array, *axes: Any) -> PartitionSpec:
-  """How the set mesh splits x; `axes` are those of its first dimensions.
+  """Returns how the set mesh splits x, given axes for its first dimensions.
 
   Axes that someone has split by hand (`shard_map`) are left out.
   """
   mesh = jax.sharding.get_abstract_mesh()
   free = _free(mesh)
-  names = [(one,) if isinstance(one, str) else one or () for one in axes]
+  names = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
   names += [()] * (x.ndim - len(axes))
-  spec = PartitionSpec(*(tuple(a for a in one if a in free) for one in names))
-  return fit(spec, x.shape, mesh)
+  kept = [tuple(axis for axis in group if axis in free) for group in names]
+  return fit(PartitionSpec(*kept), x.shape, mesh)
 
 
 def is_split() -> bool:
@@ -277,9 +277,9 @@ def is_split() -> bool:
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-  """x, split as `spec_of` says; without a mesh, or on one device, x itself.
+  """Splits x as `spec_of` says; without a mesh, or on one device, returns x.
 
-  Else the compiler would follow the weights, and move activations instead.
+  Without this the compiler would follow the weights and move activations.
   """
   if not is_split():
     return x
@@ -287,23 +287,24 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
 
 def gather(model: nnx.Module) -> nnx.Module:
-  """The model as it computes: no weight is split over `fsdp` any more.
+  """Gathers a model's weights, so that none is split over `fsdp` any more.
 
   Stacked layers stay as they are: each is gathered when its turn comes. Left to
-  the compiler, activations would now and then be split by a weight's width, and
-  XLA 0.10 has summed wrongly what was split along two axes at once. The results
-  are named GATHERED for `jax.checkpoint`: the backward pass gathers again.
+  itself, the compiler would now and then split activations by a weight's width,
+  and XLA 0.10 has summed wrongly what was split along two axes at once. The
+  results are named GATHERED for `jax.checkpoint`: the backward pass gathers
+  again.
   """
   if not is_split():
     return model
   skeleton, params, frozen = weights_lib.split(model)
-  places, found = specs(model), {**params, **frozen}
-  for path, array in found.items():
+  weight_specs, arrays = specs(model), {**params, **frozen}
+  for path, array in arrays.items():
     if "/stacked/" not in path:
-      axes = [_without(one, "fsdp") for one in places[path]]
+      axes = [_without(names, "fsdp") for names in weight_specs[path]]
       axes = [None] * (array.ndim - len(axes)) + axes
-      found[path] = checkpoint_name(constrain(array, *axes), GATHERED)
-  return skeleton.merge(found)
+      arrays[path] = checkpoint_name(constrain(array, *axes), GATHERED)
+  return skeleton.merge(arrays)
 
 
 def _without(axes: Any, name: str) -> tuple[str, ...]:
@@ -316,7 +317,7 @@ def _without(axes: Any, name: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """What this process reads: `blocks` of the `count` equal parts of a batch."""
+  """The part of a batch that a process reads: `blocks` of `count` parts."""
 
   blocks: tuple[int, ...] = (0,)
   count: int = 1
@@ -335,24 +336,24 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def share(mesh: Mesh) -> Share:
-  """The rows that this process's devices need, in blocks as large as may be.
+  """Returns the rows that this process's devices need, in the largest blocks.
 
-  Processes that differ in the tensor axis alone need the same ones.
+  Processes that differ in the tensor axis alone need the same rows.
   """
   count = row_parts(mesh)
-  places = rows(mesh).addressable_devices_indices_map((count,)).values()
-  starts = sorted({index[0].indices(count)[0] for index in places})
-  ends = [s for s in starts if s - 1 not in starts]  # where a run starts
-  ends += [s + 1 for s in starts if s + 1 not in starts]  # and ends
-  size = math.gcd(count, *ends)
+  indices = rows(mesh).addressable_devices_indices_map((count,)).values()
+  starts = sorted({index[0].indices(count)[0] for index in indices})
+  edges = [s for s in starts if s - 1 not in starts]  # where a run starts
+  edges += [s + 1 for s in starts if s + 1 not in starts]  # and ends
+  size = math.gcd(count, *edges)
   blocks = sorted({start // size for start in starts})
   return Share(tuple(blocks), count // size)
 
 
 def global_batch(batch: Mapping, mesh: Mesh, part: Share) -> Any:
-  """A tree of this process's rows (on the host) -> of arrays on the mesh."""
+  """Makes arrays on the mesh of a tree of this process's rows on the host."""
 
-  def place(local):
+  def to_mesh(local):
     local = np.asarray(local)
     block = len(local) // len(part.blocks)
 
@@ -364,4 +365,4 @@ def global_batch(batch: Mapping, mesh: Mesh, part: Share) -> Any:
     shape = (block * part.count, *local.shape[1:])
     return jax.make_array_from_callback(shape, rows(mesh), read)
 
-  return jax.tree.map(place, batch)
+  return jax.tree.map(to_mesh, batch)

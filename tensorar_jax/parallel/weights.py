@@ -35,7 +35,7 @@ class Skeleton:
 
 
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
-  """The model `make(rngs)` with shapes in place of its arrays."""
+  """Builds the model `make(rngs)` with shapes in place of its arrays."""
 
   def traced():
     rngs = nnx.Rngs(0)
@@ -48,11 +48,12 @@ def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
 
 
 def name(path: tuple) -> str:
+  """Returns a path of NNX as one string."""
   return "/".join(map(str, path))
 
 
 def split(model: nnx.Module) -> tuple[Skeleton, Weights, Weights]:
-  """(skeleton, trained weights, frozen weights) of a model."""
+  """Splits a model into (skeleton, trained weights, frozen weights)."""
   graphdef, state = nnx.split(model)
   flat = list(nnx.to_flat_state(state))
   abstract = tuple(
@@ -67,6 +68,6 @@ def split(model: nnx.Module) -> tuple[Skeleton, Weights, Weights]:
 
 
 def update(model: nnx.Module, weights: Weights) -> nnx.Module:
-  """A copy of the model with the named weights replaced."""
+  """Returns a copy of the model with the named weights replaced."""
   skeleton, params, frozen = split(model)
   return skeleton.merge({**params, **frozen, **weights})

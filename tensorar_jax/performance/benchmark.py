@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from tensorar_jax.checkpoints import resumable
+from tensorar_jax.checkpoints import files
 from tensorar_jax.experiment import saved
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import sample_files
@@ -164,7 +164,7 @@ def run(
     for _ in range(settings.rounds):
       cases.round()
       found = {**record, **cases.record()}
-      resumable.write_json(folder / "benchmark.json", found)
+      files.write_json(folder / "benchmark.json", found)
   finally:
     if peer:
       peer.close()

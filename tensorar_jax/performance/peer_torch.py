@@ -24,8 +24,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from tensorar_jax.method import drawing
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.nn import layers
 from tensorar_jax.performance import machine, workloads
 from tensorar_jax.performance.workloads import Case, Work
@@ -87,11 +88,11 @@ def check_installed() -> None:
 class Peer:
   """The process of the peer; close it."""
 
-  def __init__(self, sizes: Sizes, config: drawing.SamplingConfig):
+  def __init__(self, sizes: Sizes, config: SamplingConfig):
     check_installed()
     options = dataclasses.asdict(config.sub_token(0))
-    if not config.guided:
-      options["guidance"] = workloads.GUIDANCE
+    guidance = config.guidance if config.guided else workloads.GUIDANCE
+    options["guidance"] = float(np.ravel(guidance)[0])
     self._process = subprocess.Popen(
       [sys.executable, "-m", __spec__.name],
       stdin=subprocess.PIPE,

@@ -7,7 +7,6 @@ again from what is kept of a run.
 from __future__ import annotations
 
 import collections
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorar_jax.checkpoints.files import read_json
 from tensorar_jax.reports import plots
 
 PAGE = "README.md"
@@ -81,7 +81,7 @@ Results = Mapping[str, Any]  # a file of results
 
 def read(folder: pathlib.Path) -> list[dict]:
   """Every file of results; ValueError if there is none."""
-  found = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+  found = [read_json(p) for p in sorted(folder.glob("*.json"))]
   found = [results for results in found if results.get("records")]
   if not found:
     raise ValueError(f"{folder} holds no results yet: run an ablation first.")

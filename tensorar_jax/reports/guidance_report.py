@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 
+from tensorar_jax.checkpoints import files
 from tensorar_jax.evaluation import scores
 from tensorar_jax.evaluation.protocol import NAMES
 from tensorar_jax.reports import plots
@@ -16,7 +16,7 @@ def draw(overview: pathlib.Path) -> pathlib.Path | None:
 
   Nothing is drawn, and None returned, if there are less than two scales.
   """
-  records = json.loads(overview.read_text())
+  records = files.read_json(overview)
   if len(records) < 2:
     return None
   picture = overview.with_suffix(".png")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorar_jax.checkpoints.files import read_json
 from tensorar_jax.data import shapes
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage
@@ -75,7 +75,7 @@ CAPTIONS = {
 def draw(stages: Mapping[str, Stage], workdir: pathlib.Path, command: str):
   """Writes the pictures and report.html from what the work directory holds."""
   path = workdir / "metrics.json"
-  measured = json.loads(path.read_text()) if path.exists() else {}
+  measured = read_json(path, default={})
   found = {
     name: np.load(workdir / name / "samples.npz")
     for name in measured.get("models", {})
@@ -148,7 +148,7 @@ def throughput_points(
   files = sorted((workdir / "benchmark").glob("*/benchmark.json"))
   if not files:
     return {}
-  cases = json.loads(files[-1].read_text())["cases"]
+  cases = read_json(files[-1])["cases"]
   cases = [
     row
     for row in cases
@@ -186,7 +186,7 @@ def _distances(stages, measured, workdir):
     if spread:
       yield name, "Frechet distance", spread
     for path in sorted((workdir / name).glob("against-*.json")):
-      records = json.loads(path.read_text()).values()
+      records = read_json(path).values()
       best = min(
         (r["metrics"]["fid"] for r in records), key=lambda r: r["value"]
       )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +26,28 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tensorar_jax.interfaces import CONV, LINEAR, Batch, Key, Rule
-from tensorar_jax.nn import convolutions
-from tensorar_jax.nn.convolutions import HIGHEST, Conv, Grid, GroupNorm
+from tensorar_jax.nn.convolutions import (
+  HIGHEST,
+  Conv,
+  GroupNorm,
+  residual_blocks,
+)
+from tensorar_jax.nn.image_bytes import from_uint8
+from tensorar_jax.nn.image_tokenizer import (
+  Images,
+  ImageTokenizer,
+  Latents,
+  Levels,
+  Scalar,
+  check_norm_groups,
+)
 
 ENTROPY_TEMPERATURE = 0.01
 MAX_BITS = 30  # of one sub-token: it is an int32
-# Whose weights of a published file are read -> the prefix of their names, and
-# the names to leave: the moving average that the published results are for
-# ("ema"), what the optimiser left ("raw"), and the tokenizer inside the
-# checkpoint of an autoregressive model ("first_stage").
+# Which weights of a published file to read -> (the prefix of their names, the
+# names to skip). "ema" is the moving average, which the published results are
+# for, "raw" the weights that the optimiser trained, and "first_stage" the
+# tokenizer inside the checkpoint of an autoregressive model.
 WEIGHTS = {
   "ema": (
     r"model_ema\.",
@@ -45,18 +58,13 @@ WEIGHTS = {
 }
 
 Bits = tuple[int, ...]  # of each sub-token
-Images = Float[Array, "B h w C"]
-Tokens = Int[Array, "B T F"]
-Latents = Float[Array, "B r c d"]
-Scalar = Float[Array, ""]
 Steps = Iterator[tuple[str, Callable[[Array], Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Levels):
   """Sizes of the network; the defaults are the published ones for 256 x 256.
 
-  Level i is `channels * channel_multipliers[i]` wide, highest resolution first.
   `bits` are those of each sub-token, that is the channels of its group.
   `image_size` (height, width) only sets `grid`; the weights fit other sizes.
   `weights`, a key of WEIGHTS, says which ones `import_rules` are for.
@@ -76,7 +84,7 @@ class Config:
 
   def __post_init__(self):
     widths = (self.channels, *self.widths)
-    convolutions.check_norm_groups(self.norm_groups, widths)
+    check_norm_groups(self.norm_groups, widths)
     self.grid_of(*self.image_size)
     if not self.bits or not all(0 < b <= MAX_BITS for b in self.bits):
       raise ValueError(
@@ -87,16 +95,6 @@ class Config:
       raise ValueError(
         f"weights={self.weights!r}: choose one of {tuple(WEIGHTS)}."
       )
-
-  @property
-  def widths(self) -> tuple[int, ...]:
-    """Channels of every level, from the highest resolution to the lowest."""
-    return tuple(self.channels * m for m in self.channel_multipliers)
-
-  def grid_of(self, height: int, width: int) -> Grid:
-    """Rows and columns of tokens; ValueError where the image does not fit."""
-    side = 2 ** (len(self.channel_multipliers) - 1)
-    return convolutions.token_grid(height, width, side)
 
 
 VARIANTS = {"imagenet_256": Config()}
@@ -113,8 +111,8 @@ def codes_of(latents: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
 
 def tokens_of(latents: Float[Array, "*n d"], bits: Bits) -> Int[Array, "*n F"]:
   """The sub-tokens of latents, or of codes; sum(bits) = d."""
-  places = jnp.asarray([2**c for b in bits for c in range(b)], jnp.int32)
-  values = jnp.where(latents > 0, places, 0)
+  powers = jnp.asarray([2**c for b in bits for c in range(b)], jnp.int32)
+  values = jnp.where(latents > 0, powers, 0)
   groups = jnp.split(values, list(itertools.accumulate(bits))[:-1], axis=-1)
   return jnp.stack([group.sum(-1) for group in groups], axis=-1)
 
@@ -174,22 +172,15 @@ def _joint(p: Float[Array, "x m 2"]) -> Float[Array, "x _"]:
 # --- network ---------------------------------------------------------------
 
 
-class ResidualBlock(nnx.Module):
-  """Two (norm, swish, 3x3) and a skip, 1x1 where the width changes."""
-
-  def __init__(self, inputs: int, width: int, config: Config, rngs: nnx.Rngs):
-    made = {"use_bias": False, "dtype": config.dtype, "rngs": rngs}
-    self.norm1 = GroupNorm(inputs, config.norm_groups, rngs=rngs)
-    self.conv1 = Conv(inputs, width, 3, **made)
-    self.norm2 = GroupNorm(width, config.norm_groups, rngs=rngs)
-    self.conv2 = Conv(width, width, 3, **made)
-    widens = inputs != width
-    self.shortcut = Conv(inputs, width, 1, **made) if widens else None
-
-  def __call__(self, x: Array) -> Array:
-    h = self.conv1(nnx.swish(self.norm1(x)))
-    h = self.conv2(nnx.swish(self.norm2(h)))
-    return h + (x if self.shortcut is None else self.shortcut(x))
+def _blocks(widths: Sequence[int], config: Config, rngs: nnx.Rngs) -> nnx.List:
+  """Residual blocks without biases."""
+  return residual_blocks(
+    widths,
+    norm_groups=config.norm_groups,
+    dtype=config.dtype,
+    rngs=rngs,
+    use_bias=False,
+  )
 
 
 class AdaptiveNorm(nnx.Module):
@@ -228,11 +219,12 @@ class Level(nnx.Module):
 
   def __init__(self, config: Config, decoder: bool, rngs: nnx.Rngs, i: int):
     widths, depth = config.widths, config.num_res_blocks
-    before = (config.channels, *widths), (*widths[1:], widths[-1])
-    inputs = before[decoder][i]
-    path = itertools.pairwise([inputs] + [widths[i]] * depth)
+    if decoder:
+      inputs = (*widths[1:], widths[-1])[i]
+    else:
+      inputs = (config.channels, *widths)[i]
+    self.blocks = _blocks([inputs] + [widths[i]] * depth, config, rngs)
     conv = functools.partial(Conv, widths[i], dtype=config.dtype, rngs=rngs)
-    self.blocks = nnx.List(ResidualBlock(*ab, config, rngs) for ab in path)
     self.norm = AdaptiveNorm(inputs, config, rngs) if decoder else None
     if i == (0 if decoder else len(widths) - 1):
       self.resample = None
@@ -272,15 +264,14 @@ class Stack(nnx.Module):
       self.conv_out = conv(lowest, latent, 1)
     level = functools.partial(Level, config, decoder, rngs)
     self.levels = nnx.List(map(level, range(len(config.widths))))
-    block = functools.partial(ResidualBlock, lowest, lowest, config, rngs)
-    self.mid = nnx.List(block() for _ in range(config.num_res_blocks))
+    self.mid = _blocks([lowest] * (config.num_res_blocks + 1), config, rngs)
     width = highest if decoder else lowest
     self.norm_out = GroupNorm(width, config.norm_groups, rngs=rngs)
 
   def steps(self, codes: Latents | None = None) -> Steps:
-    """Every layer in order, named by its path; one by one they give taps.
+    """Every layer in order, named by its path, for `__call__` and for taps.
 
-    `codes` are what the adaptive norms of a decoder look at.
+    `codes` are those that the adaptive norms of a decoder read.
     """
     mid = [(f"mid/{i}", block) for i, block in enumerate(self.mid)]
     levels = list(enumerate(self.levels))
@@ -299,7 +290,7 @@ class Stack(nnx.Module):
     return x
 
 
-class Model(nnx.Module):
+class Model(ImageTokenizer):
   """The tokenizer; see `interfaces.Tokenizer` and `interfaces.Trainable`."""
 
   uint8_offset = 127.5  # bytes are truncated, not rounded
@@ -312,35 +303,23 @@ class Model(nnx.Module):
     self.decoder = Stack(config, decoder=True, rngs=rngs)
 
   def latents(self, images: Images) -> Latents:
-    """What the quantiser takes the signs of: float32."""
-    self.config.grid_of(*images.shape[1:3])
-    convolutions.check_channels(images, self.config.image_channels)
+    """The latents of images, whose signs are the code: float32."""
+    self.check_images(images)
     return self.encoder(images).astype(jnp.float32)
 
   def pixels(self, codes: Latents) -> Images:
-    """The image behind codes: float32, not clipped."""
+    """The image of codes: float32, not clipped."""
     if codes.shape[1] * codes.shape[2] < 2:
       raise ValueError(
         "a grid of 1x1 tokens: adaptive norms need two; take larger images."
       )
     return self.decoder(codes).astype(jnp.float32)
 
-  def encode(self, images: Images) -> Tokens:
-    """Tokens of images in [-1, 1], of every size the down-sampling divides."""
-    tokens = tokens_of(self.latents(images), self.config.bits)
-    return tokens.reshape(images.shape[0], -1, tokens.shape[-1])
+  def quantize(self, latents: Latents) -> Int[Array, "B r c F"]:
+    return tokens_of(latents, self.config.bits)
 
-  def decode(self, tokens: Tokens, grid: Grid | None = None) -> Images:
-    """Images, not clipped; `grid` is (rows, cols), by default `self.grid`."""
-    grid = grid or self.grid
-    convolutions.check_length(tokens, grid)
-    if tokens.shape[-1] != len(self.vocab_sizes):
-      raise ValueError(
-        f"tokens {tokens.shape}: expected {len(self.vocab_sizes)} sub-tokens in"
-        " the last axis; set bits to the vocabularies of the tokens."
-      )
-    codes = lookup(tokens, self.config.bits)
-    return self.pixels(codes.reshape(-1, *grid, codes.shape[-1]))
+  def lookup(self, tokens: Int[Array, "B r c F"]) -> Latents:
+    return lookup(tokens, self.config.bits)
 
   def loss(self, batch: Batch, rng: Key) -> tuple[Scalar, dict[str, Scalar]]:
     """Mean absolute error plus the quantiser's terms, of uint8 images.
@@ -348,7 +327,7 @@ class Model(nnx.Module):
     The published training adds a perceptual and an adversarial term.
     """
     del rng  # No dropout: the published models train without it.
-    images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+    images = from_uint8(batch["image"])
     codes, terms = quantize(self.latents(images))
     l1 = jnp.mean(jnp.abs(self.pixels(codes) - images))
     spread = terms["entropy"] - terms["codebook_entropy"]
@@ -358,7 +337,7 @@ class Model(nnx.Module):
 
 
 def import_rules(config: Config) -> list[Rule]:
-  """Published names -> paths of `Model`; which, `config.weights` says."""
+  """Published names -> paths of `Model`, for the files of `config.weights`."""
   side, level = r"(?P<side>encoder|decoder)", r"(?P<level>\d+)"
   norm, conv, linear = ("scale", ()), ("kernel", CONV), ("kernel", LINEAR)
   down, up = rf"encoder\.down\.{level}\.", rf"decoder\.up\.{level}\."
@@ -384,8 +363,8 @@ def import_rules(config: Config) -> list[Rule]:
   prefix, unused = WEIGHTS[config.weights]
   rules = [Rule(source, None) for source in unused]
   for source, target, leaf, axes in table:
-    # The names of the average have lost their dots. Its patterns are as sure
-    # without, since in none of them a number follows upon a number.
+    # The names of the average have no dots. The patterns stay unique without
+    # them, since in none of them one number follows another.
     dot = "" if config.weights == "ema" else r"\."
     source = prefix + source.replace(r"\.", dot) + dot
     rules.append(Rule(source + "weight", f"{target}/{leaf}", axes))

@@ -15,30 +15,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from tensorar_jax.interfaces import CONV, Batch, Key, Rule
-from tensorar_jax.nn import convolutions
-from tensorar_jax.nn.convolutions import Conv, Grid, GroupNorm
-
-Images = Float[Array, "B h w C"]
-Tokens = Int[Array, "B T 1"]
-Codes = Int[Array, "B r c"]  # the same on the grid of r rows and c columns
-Latents = Float[Array, "B r c d"]
-Scalar = Float[Array, ""]
+from tensorar_jax.interfaces import CONV, Rule
+from tensorar_jax.nn.convolutions import Conv, GroupNorm, residual_blocks
+from tensorar_jax.nn.image_tokenizer import (
+  Codebook,
+  CodebookTokenizer,
+  Images,
+  Latents,
+  Levels,
+  check_norm_groups,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Levels):
   """Sizes of the network; the defaults are the published ones.
 
-  Level i is `channels * channel_multipliers[i]` wide, highest resolution first.
   `num_res_blocks` is that of each level and of the middle. `image_size`
   (height, width) only sets `grid`; the weights fit other sizes.
   """
@@ -56,61 +55,42 @@ class Config:
 
   def __post_init__(self):
     widths = (self.channels, *self.widths)
-    convolutions.check_norm_groups(self.norm_groups, widths)
+    check_norm_groups(self.norm_groups, widths)
     self.grid_of(*self.image_size)
-
-  @property
-  def widths(self) -> tuple[int, ...]:
-    """Channels of every level, from the highest resolution to the lowest."""
-    return tuple(self.channels * m for m in self.channel_multipliers)
-
-  def grid_of(self, height: int, width: int) -> Grid:
-    """Rows and columns of tokens; ValueError where the image does not fit."""
-    side = 2 ** (len(self.channel_multipliers) - 1)
-    return convolutions.token_grid(height, width, side)
 
 
 VARIANTS: dict[str, Config] = {"f16": Config()}
 SOURCES: dict[str, str] = {"maskgit-vqgan-imagenet-f16-256.bin": "f16"}
 
 
-class ResidualBlock(nnx.Module):
-  """Two (norm, swish, 3x3) and a skip.
-
-  Where the width changes nothing skips: as published, the 1x1 `shortcut` sees
-  the result of the branch and not the block's input.
-  """
-
-  def __init__(self, inputs: int, width: int, config: Config, rngs: nnx.Rngs):
-    conv = functools.partial(
-      Conv, use_bias=False, dtype=config.dtype, rngs=rngs
-    )
-    self.norm1 = GroupNorm(inputs, config.norm_groups, rngs=rngs)
-    self.conv1 = conv(inputs, width, 3)
-    self.norm2 = GroupNorm(width, config.norm_groups, rngs=rngs)
-    self.conv2 = conv(width, width, 3)
-    self.shortcut = conv(width, width, 1) if inputs != width else None
-
-  def __call__(self, x: Array) -> Array:
-    h = self.conv1(nnx.swish(self.norm1(x)))
-    h = self.conv2(nnx.swish(self.norm2(h)))
-    return h + (x if self.shortcut is None else self.shortcut(h))
-
-
-def _blocks(widths, config, rngs) -> nnx.List:
-  """One residual block from each width to the next."""
-  pairs = itertools.pairwise(widths)
-  return nnx.List(ResidualBlock(*pair, config, rngs) for pair in pairs)
+def _blocks(widths: Sequence[int], config: Config, rngs: nnx.Rngs) -> nnx.List:
+  """Residual blocks without biases; as published, they skip the branch."""
+  return residual_blocks(
+    widths,
+    norm_groups=config.norm_groups,
+    dtype=config.dtype,
+    rngs=rngs,
+    use_bias=False,
+    skip_branch=True,
+  )
 
 
 class Level(nnx.Module):
   """Residual blocks of one resolution, and the way to the next one.
 
-  `resample` "down" takes means of 2x2, "up" doubles and convolves.
+  `resample` "down" takes means of 2x2, "up" doubles and convolves, "" does
+  nothing.
   """
 
-  def __init__(self, inputs, width, config, rngs, resample):
-    widths = (inputs, *(width,) * config.num_res_blocks)
+  def __init__(
+    self,
+    inputs: int,
+    width: int,
+    resample: str,
+    config: Config,
+    rngs: nnx.Rngs,
+  ):
+    widths = [inputs] + [width] * config.num_res_blocks
     self.blocks = _blocks(widths, config, rngs)
     self.down = resample == "down"
     up = functools.partial(Conv, upsample=True, dtype=config.dtype, rngs=rngs)
@@ -133,28 +113,29 @@ class Stack(nnx.Module):
   def __init__(self, config: Config, decoder: bool, rngs: nnx.Rngs):
     widths, halvings = config.widths, len(config.widths) - 1
     conv = functools.partial(Conv, dtype=config.dtype, rngs=rngs)
-    ends = config.image_channels, config.code_dim
+    pixel, latent = config.image_channels, config.code_dim
     # A level starts from what the level before it, in its own order, ends with.
     if decoder:
       first, last = widths[-1], widths[0]
-      inputs, resamples = (*widths[1:], first), ("", *("up",) * halvings)
+      inputs, resamples = [*widths[1:], first], [""] + ["up"] * halvings
+      self.conv_in = conv(latent, first, 3)
     else:
       first, last = config.channels, widths[-1]
-      inputs, resamples = (first, *widths[:-1]), (*("down",) * halvings, "")
+      inputs, resamples = [first, *widths[:-1]], ["down"] * halvings + [""]
+      self.conv_in = conv(pixel, first, 3, use_bias=False)
     self.decoder = decoder
-    self.conv_in = conv(ends[decoder], first, 3, use_bias=decoder)
     self.levels = nnx.List(
-      Level(*sizes, config, rngs, resample)
-      for *sizes, resample in zip(inputs, widths, resamples, strict=True)
+      Level(old, new, resample, config, rngs)
+      for old, new, resample in zip(inputs, widths, resamples, strict=True)
     )
-    self.mid = _blocks(
-      (widths[-1],) * (config.num_res_blocks + 1), config, rngs
-    )
+    lowest = [widths[-1]] * (config.num_res_blocks + 1)
+    self.mid = _blocks(lowest, config, rngs)
     self.norm_out = GroupNorm(last, config.norm_groups, rngs=rngs)
-    self.conv_out = conv(last, ends[not decoder], 3 if decoder else 1)
+    outputs, size = (pixel, 3) if decoder else (latent, 1)
+    self.conv_out = conv(last, outputs, size)
 
   def steps(self) -> Iterator[tuple[str, Callable[[Array], Array]]]:
-    """Every part in order, named by its path; one by one they give taps."""
+    """Every part in order, named by its path, for `__call__` and for taps."""
     levels = [(f"levels/{i}", level) for i, level in enumerate(self.levels)]
     mid = [(f"mid/{i}", block) for i, block in enumerate(self.mid)]
     yield "conv_in", self.conv_in
@@ -167,86 +148,36 @@ class Stack(nnx.Module):
     return x
 
 
-class Quantizer(nnx.Module):
-  """The codebook: nearest row, look-up, and the losses that train both sides.
-
-  codebook    mean |W_k - sg z|^2     times codebook_weight
-  commitment  mean |sg W_k - z|^2
-
-  The published weight is on the codebook, where others have it on commitment.
-  """
-
-  def __init__(self, config: Config, rngs: nnx.Rngs):
-    shape = (config.codebook_size, config.code_dim)
-    bound = 1 / config.codebook_size
-    self.codebook = nnx.Param(
-      jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-    )
-    self.config = config
-
-  def lookup(self, codes: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-    """The rows of codes; one beyond the codebook gives NaN."""
-    return jnp.take(self.codebook[...], codes, axis=0, mode="fill")
-
-  def nearest(self, latents: Latents) -> Codes:
-    """The code of each latent."""
-    return convolutions.nearest_rows(latents, self.codebook[...])
-
-  def __call__(self, latents: Latents) -> tuple[Codes, Latents, dict]:
-    """Codes, rows with straight-through gradient, losses times weights."""
-    stop = jax.lax.stop_gradient
-    codes = self.nearest(stop(latents))
-    rows = self.lookup(codes)
-    codebook = jnp.mean((rows - stop(latents)) ** 2)
-    losses = {"codebook": self.config.codebook_weight * codebook}
-    losses["commitment"] = jnp.mean((stop(rows) - latents) ** 2)
-    return codes, latents + stop(rows - latents), losses
-
-
-class Model(nnx.Module):
+class Model(CodebookTokenizer):
   """The tokenizer; see `interfaces.Tokenizer` and `interfaces.Trainable`.
 
   The network itself works on [0, 1]; images come and go in [-1, 1].
   """
 
-  uint8_offset = 127.5  # Bytes are cut off, not rounded, as published.
+  uint8_offset = 127.5  # Bytes are truncated, not rounded, as published.
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
     self.grid = config.grid_of(*config.image_size)
     self.vocab_sizes = (config.codebook_size,)
     self.encoder = Stack(config, decoder=False, rngs=rngs)
-    self.quantizer = Quantizer(config, rngs)
+    shape = (config.codebook_size, config.code_dim)
+    bound = 1 / config.codebook_size
+    self.quantizer = Codebook(
+      jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound),
+      # The published weight is on the codebook; others have it on commitment.
+      codebook_weight=config.codebook_weight,
+    )
     self.decoder = Stack(config, decoder=True, rngs=rngs)
 
   def latents(self, images: Images) -> Latents:
-    """What the quantiser sees: float32."""
-    self.config.grid_of(*images.shape[1:3])
-    convolutions.check_channels(images, self.config.image_channels)
+    """The latents of images: float32."""
+    self.check_images(images)
     return self.encoder((images + 1) / 2).astype(jnp.float32)
 
   def pixels(self, latents: Latents) -> Images:
-    """The image behind quantised latents: float32, not clipped."""
+    """The image of quantised latents: float32, not clipped."""
     return 2 * self.decoder(latents).astype(jnp.float32) - 1
-
-  def encode(self, images: Images) -> Tokens:
-    """Tokens of images in [-1, 1], of every size the down-sampling divides."""
-    codes = self.quantizer.nearest(self.latents(images))
-    return codes.reshape(images.shape[0], -1, 1)
-
-  def decode(self, tokens: Tokens, grid: Grid | None = None) -> Images:
-    """Images, not clipped; `grid` is (rows, cols), by default `self.grid`."""
-    grid = grid or self.grid
-    convolutions.check_length(tokens, grid)
-    return self.pixels(self.quantizer.lookup(tokens.reshape(-1, *grid)))
-
-  def loss(self, batch: Batch, rng: Key) -> tuple[Scalar, dict[str, Scalar]]:
-    """Mean squared error plus the quantiser's losses, of uint8 images."""
-    del rng  # No dropout: the published model trains without it.
-    images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-    _, latents, losses = self.quantizer(self.latents(images))
-    mse = jnp.mean((self.pixels(latents) - images) ** 2)
-    return mse + sum(losses.values()), losses | {"mse": mse}
 
 
 def import_rules(config: Config) -> list[Rule]:
@@ -259,7 +190,7 @@ def import_rules(config: Config) -> list[Rule]:
     rf"{side}\.(?P<end>conv_in|conv_out)": "{side}/{end}",
     rf"decoder\.up\.{level}\.upsample_conv": "decoder/levels/{level}/upsample",
   }
-  bare = {}  # convolutions without
+  bare = {}  # convolutions without a bias
   for source, target in (
     (rf"{side}\.mid\.{n}", "{side}/mid/{n}"),
     (

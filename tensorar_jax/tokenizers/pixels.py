@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tensorar_jax.interfaces import Rule
+from tensorar_jax.nn.image_tokenizer import check_channels, check_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,7 @@ class Model(nnx.Module):
   def encode(self, images: Float[Array, "B h w C"]) -> Int[Array, "B T C"]:
     """The level of every pixel; values outside [-1, 1] are clipped."""
     channels = self.config.image_channels
-    if images.shape[-1] != channels:
-      raise ValueError(
-        f"images have {images.shape[-1]} channels (shape {images.shape}), the"
-        f" tokenizer expects {channels}; convert the images or set"
-        " image_channels."
-      )
+    check_channels(images, channels)
     top = self.config.levels - 1
     levels = jnp.round((images.astype(jnp.float32) + 1.0) / 2.0 * top)
     levels = jnp.clip(levels, 0, top).astype(jnp.int32)
@@ -77,10 +73,6 @@ class Model(nnx.Module):
   ) -> Float[Array, "B h w C"]:
     """Images in [-1, 1]; `grid` (height, width) where not `self.grid`."""
     rows, cols = grid = grid or self.grid
-    if tokens.shape[1] != rows * cols:
-      raise ValueError(
-        f"{tokens.shape[1]} tokens per image do not fill the grid {grid};"
-        " pass the grid (height, width) that encoded them."
-      )
+    check_length(tokens, grid)
     levels = tokens.reshape(tokens.shape[0], rows, cols, tokens.shape[-1])
     return levels.astype(jnp.float32) / (self.config.levels - 1) * 2.0 - 1.0

@@ -14,24 +14,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from tensorar_jax.interfaces import CONV, Batch, Key, Rule
-from tensorar_jax.nn import convolutions
-from tensorar_jax.nn.convolutions import HIGHEST, Conv, Grid, GroupNorm
+from tensorar_jax.interfaces import CONV, Rule
+from tensorar_jax.nn.convolutions import (
+  HIGHEST,
+  Conv,
+  GroupNorm,
+  residual_blocks,
+)
+from tensorar_jax.nn.image_tokenizer import (
+  Codebook,
+  CodebookTokenizer,
+  Codes,
+  Images,
+  Latents,
+  Levels,
+  Scalar,
+  check_norm_groups,
+)
 
 ENTROPY_TEMPERATURE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """What a layout of published files calls the parts of the network."""
+  """The names of the parts of the network in a layout of published files."""
 
   prefix: str = ""
   down: str = "conv_blocks"
@@ -40,34 +53,30 @@ class Names:
   mid: tuple[str, ...] = ("0", "1", "2")
 
 
-# What a file is -> the layouts it may have, of which export writes the first: a
-# file of the tokenizer alone, or that of a model which makes images with it, by
-# its authors or converted for transformers.
-WEIGHTS = {"tokenizer": (Names(),)}
+# What a file holds -> the layouts it may have; export writes the first. A file
+# holds the tokenizer alone, or a model that makes images with it, as its
+# authors published it or converted for transformers.
+WEIGHTS: dict[str, tuple[Names, ...]] = {"tokenizer": (Names(),)}
 WEIGHTS["model"] = (
-  Names(r"gen_vision_model\."),
+  Names(prefix=r"gen_vision_model\."),
   Names(
-    *(r"model\.vqmodel\.", "down", "up", "block"),
+    prefix=r"model\.vqmodel\.",
+    down="down",
+    up="up",
+    residual="block",
     mid=("block_1", "attn_1", "block_2"),
   ),
   Names(),
 )
 
-Images = Float[Array, "B h w C"]
-Tokens = Int[Array, "B T 1"]
-Codes = Int[Array, "B r c"]  # the same on the grid of r rows and c columns
-Latents = Float[Array, "B r c d"]
-Scalar = Float[Array, ""]
-
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Levels):
   """Sizes of the network; the defaults are LlamaGen's VQ-16.
 
-  Level i is `channels * channel_multipliers[i]` wide, highest resolution first.
   `image_size` (height, width) only sets `grid`; the weights fit other sizes.
   About 0.01 of `entropy_weight` keeps a small codebook in use. `weights` is a
-  key of WEIGHTS, what the file is of; `uint8_offset` is that of `Tokenizer`.
+  key of WEIGHTS, the kind of file; `uint8_offset` is that of `Tokenizer`.
   """
 
   channels: int = 128
@@ -88,21 +97,11 @@ class Config:
   def __post_init__(self):
     if self.weights not in WEIGHTS:
       raise ValueError(
-        f"weights={self.weights!r}: expected one of {tuple(WEIGHTS)}, what"
-        " the file is of."
+        f"weights={self.weights!r}: expected one of {tuple(WEIGHTS)}, the"
+        " kinds of published files."
       )
-    convolutions.check_norm_groups(self.norm_groups, self.widths)
+    check_norm_groups(self.norm_groups, self.widths)
     self.grid_of(*self.image_size)
-
-  @property
-  def widths(self) -> tuple[int, ...]:
-    """Channels of every level, from the highest resolution to the lowest."""
-    return tuple(self.channels * m for m in self.channel_multipliers)
-
-  def grid_of(self, height: int, width: int) -> Grid:
-    """Rows and columns of tokens; ValueError where the image does not fit."""
-    side = 2 ** (len(self.channel_multipliers) - 1)
-    return convolutions.token_grid(height, width, side)
 
 
 VARIANTS = {
@@ -116,24 +115,6 @@ SOURCES: dict[str, str] = {  # published file -> variant
   "vq_ds16_t2i.pt": "vq16",
   "vq_ds8_c2i.pt": "vq8",
 }
-
-
-class ResidualBlock(nnx.Module):
-  """Two (norm, swish, 3x3) and a skip, 1x1 where the width changes."""
-
-  def __init__(self, inputs: int, width: int, config: Config, rngs: nnx.Rngs):
-    made = {"dtype": config.dtype, "rngs": rngs}
-    self.norm1 = GroupNorm(inputs, config.norm_groups, rngs=rngs)
-    self.conv1 = Conv(inputs, width, 3, **made)
-    self.norm2 = GroupNorm(width, config.norm_groups, rngs=rngs)
-    self.conv2 = Conv(width, width, 3, **made)
-    widens = inputs != width
-    self.shortcut = Conv(inputs, width, 1, **made) if widens else None
-
-  def __call__(self, x: Array) -> Array:
-    h = self.conv1(nnx.swish(self.norm1(x)))
-    h = self.conv2(nnx.swish(self.norm2(h)))
-    return h + (x if self.shortcut is None else self.shortcut(x))
 
 
 class AttentionBlock(nnx.Module):
@@ -163,33 +144,37 @@ class Stack(nnx.Module):
   """
 
   def __init__(self, config: Config, decoder: bool, rngs: nnx.Rngs):
-    made = {"config": config, "rngs": rngs}
-    ends = config.image_channels, config.latent_channels
     widths = config.widths[::-1] if decoder else config.widths
     lowest, depth = config.widths[-1], config.num_res_blocks + decoder
     width = lowest if decoder else config.channels
-    conv = functools.partial(Conv, dtype=config.dtype, rngs=rngs)
-    # As published, the halving ones pad at the bottom and the right only.
+    made = {"dtype": config.dtype, "rngs": rngs}
+    blocks = functools.partial(
+      residual_blocks, norm_groups=config.norm_groups, **made
+    )
+    conv = functools.partial(Conv, **made)
+    # As published, halving convolutions pad at the bottom and the right only.
     halve = {"strides": 2, "padding": ((0, 1), (0, 1))}
     resample = {"upsample": True} if decoder else halve
+    inputs, outputs = config.image_channels, config.latent_channels
+    if decoder:
+      inputs, outputs = outputs, inputs
     self.decoder = decoder
-    self.conv_in = conv(ends[decoder], width, 3)
+    self.conv_in = conv(inputs, width, 3)
     self.levels, self.resamples = nnx.List(), nnx.List()
     for i, level_width in enumerate(widths):
-      path = itertools.pairwise([width] + [level_width] * depth)
-      self.levels.append(nnx.List(ResidualBlock(*ab, **made) for ab in path))
+      self.levels.append(blocks([width] + [level_width] * depth))
       width = level_width
       if i < len(widths) - 1:
         self.resamples.append(conv(width, width, 3, **resample))
-    block = functools.partial(ResidualBlock, lowest, lowest, **made)
-    attention = functools.partial(AttentionBlock, lowest, **made)
+    attention = functools.partial(AttentionBlock, lowest, config, rngs)
     self.attentions = nnx.List(attention() for _ in range(depth))
-    self.mid = nnx.List([block(), attention(), block()])
+    same = [lowest, lowest]
+    self.mid = nnx.List([*blocks(same), attention(), *blocks(same)])
     self.norm_out = GroupNorm(width, config.norm_groups, rngs=rngs)
-    self.conv_out = conv(width, ends[not decoder], 3)
+    self.conv_out = conv(width, outputs, 3)
 
   def steps(self) -> Iterator[tuple[str, Callable[[Array], Array]]]:
-    """Every layer in order, named by its path; one by one they give taps."""
+    """Every layer in order, named by its path, for `__call__` and for taps."""
     mid = [(f"mid/{i}", block) for i, block in enumerate(self.mid)]
     lowest = 0 if self.decoder else len(self.levels) - 1
     yield "conv_in", self.conv_in
@@ -211,50 +196,30 @@ class Stack(nnx.Module):
     return x
 
 
-def _unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-  """Rows of unit length; a zero row stays zero and its gradient finite."""
-  return x / jnp.sqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
+class Quantizer(Codebook):
+  """A codebook of unit rows, with a third loss that keeps all in use.
 
-
-class Quantizer(nnx.Module):
-  """The codebook: nearest row, look-up, and the losses that train both sides.
-
-  codebook    mean |W_k - sg z|^2      (z and W_k of unit length throughout)
-  commitment  mean |sg W_k - z|^2                  times commitment_weight
-  entropy     mean_z H(p(k|z)) - H(mean_z p(k|z))  times entropy_weight
+  entropy   mean_z H(p(k|z)) - H(mean_z p(k|z))   times entropy_weight
   """
 
   def __init__(self, config: Config, rngs: nnx.Rngs):
     shape = (config.codebook_size, config.code_dim)
-    rows = jax.random.uniform(rngs.params(), shape, minval=-1.0)
-    self.codebook = nnx.Param(_unit(rows))
-    self.config = config
+    super().__init__(
+      jax.random.uniform(rngs.params(), shape, minval=-1.0),
+      unit_length=True,
+      commitment_weight=config.commitment_weight,
+    )
+    self.entropy_weight = config.entropy_weight
 
-  def lookup(self, codes: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-    """The unit rows of codes; one beyond the codebook gives NaN."""
-    return _unit(jnp.take(self.codebook[...], codes, axis=0, mode="fill"))
+  def further_losses(self, z: Latents) -> dict[str, Scalar]:
+    if not self.entropy_weight:
+      return {}
+    return {"entropy": self.entropy_weight * self._entropy(z)}
 
-  def nearest(self, latents: Latents) -> Codes:
-    """The code of each latent, whatever its length."""
-    table = _unit(self.codebook[...])
-    return convolutions.nearest_rows(_unit(latents), table)
-
-  def __call__(self, latents: Latents) -> tuple[Codes, Latents, dict]:
-    """Codes, rows with straight-through gradient, losses times weights."""
-    stop = jax.lax.stop_gradient
-    codes = self.nearest(stop(latents))
-    unit, rows = _unit(latents), self.lookup(codes)
-    commitment = jnp.mean((stop(rows) - unit) ** 2)
-    losses = {"commitment": self.config.commitment_weight * commitment}
-    losses["codebook"] = jnp.mean((rows - stop(unit)) ** 2)
-    if weight := self.config.entropy_weight:
-      losses["entropy"] = weight * self._entropy(unit)
-    return codes, unit + stop(rows - unit), losses
-
-  def _entropy(self, unit: Latents) -> Scalar:
+  def _entropy(self, z: Latents) -> Scalar:
     """Low when every z is sure of its code and all codes are used alike."""
-    table = _unit(self.codebook[...])
-    dots = jnp.einsum("brcd,kd->brck", unit, table, precision=HIGHEST)
+    table = self.scaled(self.codebook[...])
+    dots = jnp.einsum("brcd,kd->brck", z, table, precision=HIGHEST)
     # Of -|z - W_k|^2 = 2 z W_k - 2, the softmax does not see the constant.
     log_p = jax.nn.log_softmax(2 * dots / ENTROPY_TEMPERATURE)
     p = jnp.exp(log_p)
@@ -262,7 +227,7 @@ class Quantizer(nnx.Module):
     return jnp.sum(mean_p * jnp.log(mean_p + 1e-5)) - (p * log_p).sum(-1).mean()
 
 
-class Model(nnx.Module):
+class Model(CodebookTokenizer):
   """The tokenizer; see `interfaces.Tokenizer` and `interfaces.Trainable`."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -270,51 +235,34 @@ class Model(nnx.Module):
     self.uint8_offset = config.uint8_offset
     self.grid = config.grid_of(*config.image_size)
     self.vocab_sizes = (config.codebook_size,)
-    ends = config.latent_channels, config.code_dim
-    self.encoder = Stack(config, decoder=False, rngs=rngs)
     made = {"dtype": config.dtype, "rngs": rngs}
-    self.to_code = Conv(*ends, 1, **made)
+    self.encoder = Stack(config, decoder=False, rngs=rngs)
+    self.to_code = Conv(config.latent_channels, config.code_dim, 1, **made)
     self.quantizer = Quantizer(config, rngs)
-    self.from_code = Conv(*ends[::-1], 1, **made)
+    self.from_code = Conv(config.code_dim, config.latent_channels, 1, **made)
     self.decoder = Stack(config, decoder=True, rngs=rngs)
 
   def latents(self, images: Images) -> Latents:
-    """What the quantiser sees: float32, not yet normalised."""
-    self.config.grid_of(*images.shape[1:3])
-    convolutions.check_channels(images, self.config.image_channels)
+    """The latents of images: float32, not yet normalised."""
+    self.check_images(images)
     return self.to_code(self.encoder(images)).astype(jnp.float32)
 
   def pixels(self, latents: Latents) -> Images:
-    """The image behind quantised latents: float32, not clipped."""
+    """The image of quantised latents: float32, not clipped."""
     return self.decoder(self.from_code(latents)).astype(jnp.float32)
 
-  def encode(self, images: Images) -> Tokens:
-    """Tokens of images in [-1, 1], of every size the down-sampling divides."""
-    codes = self.quantizer.nearest(self.latents(images))
-    return codes.reshape(images.shape[0], -1, 1)
-
-  def decode(self, tokens: Tokens, grid: Grid | None = None) -> Images:
-    """Images, not clipped; `grid` is (rows, cols), by default `self.grid`."""
-    grid = grid or self.grid
-    convolutions.check_length(tokens, grid)
-    return self.pixels(self.quantizer.lookup(tokens.reshape(-1, *grid)))
-
-  def loss(self, batch: Batch, rng: Key) -> tuple[Scalar, dict[str, Scalar]]:
-    """Mean squared error plus the quantiser's losses, of uint8 images."""
-    del rng  # No dropout: the published models train without it.
-    images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-    codes, latents, losses = self.quantizer(self.latents(images))
-    mse = jnp.mean((self.pixels(latents) - images) ** 2)
+  def metrics(
+    self, codes: Codes, losses: dict[str, Scalar]
+  ) -> dict[str, Scalar]:
     used = jnp.bincount(codes.ravel(), length=self.config.codebook_size) > 0
-    metrics = {
+    return {
       "commitment": losses["commitment"],
       "codebook_usage": used.mean(),
     }
-    return mse + sum(losses.values()), metrics | {"mse": mse}
 
 
 def import_rules(config: Config) -> list[Rule]:
-  """Published names -> paths of `Model`; which, `config.weights` says."""
+  """Published names -> paths of `Model`, for the files of `config.weights`."""
   last = len(config.channel_multipliers) - 1
   first, *others = WEIGHTS[config.weights]
   aliases = [rule for names in others for rule in _rules(names, last)]
@@ -344,10 +292,10 @@ def _rules(names: Names, last: int) -> list[Rule]:
     norms[rf"{side}\.norm_out"] = f"{side}/norm_out"
     convs[rf"{side}\.(?P<end>conv_in|conv_out)"] = f"{side}/{{end}}"
     convs[rf"{level}{resample}\.conv"] = f"{side}/resamples/{{level}}"
-    place = f"{side}/levels/{{level}}/{{n}}"
-    convs[rf"{level}{res}{n}\.nin_shortcut"] = f"{place}/shortcut"
+    path = f"{side}/levels/{{level}}/{{n}}"
+    convs[rf"{level}{res}{n}\.nin_shortcut"] = f"{path}/shortcut"
     parts = {
-      rf"{level}{res}{n}": place,
+      rf"{level}{res}{n}": path,
       rf"{blocks}{lowest}\.attn\.{n}": f"{side}/attentions/{{n}}",
     }
     for i, name in enumerate(names.mid):

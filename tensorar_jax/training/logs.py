@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging as py_logging
-import os
 import pathlib
 import re
 
 import jax
 import numpy as np
 from absl import logging
+
+from tensorar_jax.checkpoints import files
 
 
 def log_to_console() -> None:
@@ -91,9 +92,8 @@ class TrainLog:
     """Forgets rows after `step`, which will be computed again."""
     rows = [row for row in read_trace(self._path) if row["step"] <= step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    temporary = self._path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, self._path)
+    with files.replacing(self._path) as partial:
+      partial.write_text(text)
 
   def write(
     self, step: int, scalars: dict[str, float], speeds: dict[str, float]

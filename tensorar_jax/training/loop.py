@@ -24,7 +24,6 @@ from absl import logging
 from clu import parameter_overview
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from tensorar_jax.checkpoints import orbax_io, torch_import
 from tensorar_jax.data import codes, pipeline, sources
@@ -33,6 +32,7 @@ from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.interfaces import Batch
 from tensorar_jax.method import objective
 from tensorar_jax.nn import layers
+from tensorar_jax.nn.image_bytes import from_uint8
 from tensorar_jax.parallel import preemption, processes, sharding, weights
 from tensorar_jax.training import logs, optimizer, throughput, train_step
 
@@ -50,11 +50,6 @@ class Task:
   context: Any
   prepare: Callable[[Batch], dict]
   tokens: int
-
-
-def to_float(images: Array) -> Array:
-  """uint8 images as float32 in [-1, 1]."""
-  return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def make_task(
@@ -81,7 +76,7 @@ def make_task(
     rng_drop, rng_order, rng = jax.random.split(rng, 3)
     tokens = batch.get("tokens")
     if tokens is None:
-      tokens = tokenizer.encode(to_float(batch["image"]))
+      tokens = tokenizer.encode(from_uint8(batch["image"]))
     tokens = jax.lax.stop_gradient(tokens)
     cond = batch["cond"]
     cond = conditioning.drop(rng_drop, cond, config.condition_dropout)

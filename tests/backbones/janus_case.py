@@ -10,8 +10,8 @@ import numpy as np
 import tensorar_jax as tj
 from tensorar_jax.checkpoints import torch_export
 from tensorar_jax.conditioning import conditions
-from tensorar_jax.generation import batches
 from tensorar_jax.method import drawing
+from tensorar_jax.nn import image_bytes
 from tests import programs
 
 # Fields of a language model's config.json -> ours, with upstream's defaults.
@@ -43,8 +43,10 @@ def sizes(folder):
       "vocab_size": vq["num_embeddings"],
     }
     network = [
-      *(vq["base_channels"], vq["channel_multiplier"]),
-      *(vq["num_res_blocks"], vq["latent_channels"]),
+      vq["base_channels"],
+      vq["channel_multiplier"],
+      vq["num_res_blocks"],
+      vq["latent_channels"],
     ]
   else:
     part = lambda name: content[f"gen_{name}_config"]["params"]
@@ -88,7 +90,8 @@ class Case:
       length=max(map(len, ids)), vocab_size=self.fields["text_vocab_size"]
     )
     ids = [one for one in ids for _ in range(rows)]
-    return reads.encode_ids(ids, int(self.io["pad_id"]))
+    pad = int(self.io["pad_id"])
+    return reads.encode(conditions.prompt_rows(ids, pad, reads.length))
 
   def logits(self, hidden):
     zeros = jnp.zeros((*hidden.shape[:-1], 1), jnp.int32)
@@ -117,7 +120,7 @@ class Case:
 
   def bytes(self, pixels):
     images = jnp.asarray(pixels.transpose(0, 2, 3, 1))
-    return np.asarray(batches.to_uint8(images, self.tokenizer.uint8_offset))
+    return np.asarray(image_bytes.to_uint8(images, self.tokenizer.uint8_offset))
 
 
 def compare(got, want, tolerance, name):

@@ -65,7 +65,8 @@ def teacher_forced(case, p):
   x = programs.embed(case.model, tokens[:, :-1])
   states, hidden = programs.states(case.model, cond, x)
   found = {"layers": states, "hidden": hidden}
-  found["inputs_embeds"] = jnp.concatenate([case.model.start(cond), x], axis=1)
+  prefix = case.model.embed_condition(cond)
+  found["inputs_embeds"] = jnp.concatenate([prefix, x], axis=1)
   found["logits_all"] = case.logits(hidden)
   found["pixels"] = case.pixels(codes)
   forward = programs.forward(case.model, cond, x)
@@ -192,6 +193,7 @@ def test_every_parameter_of_a_manifest_is_counted(parity, file, variant):
   assert decodes + sizes["encoder"] + sizes["to_code"] == 71_883_403
   left = shapes.keys() - names
   assert left <= {
-    *("language_model.lm_head.weight", "lm_head.weight"),
+    "language_model.lm_head.weight",
+    "lm_head.weight",
     "gen_vision_model.quantize.codebook_used",
   }

@@ -182,7 +182,7 @@ def filters(case):
     for top_k, top_p in case.input("filter_settings")
   ]
   return {
-    f"filter_out_{i}": drawing.filter_logits(logits, config)
+    f"filter_out_{i}": drawing.filter_logits(logits, config.sub_token(0))
     for i, config in enumerate(configs)
   }
 

@@ -13,7 +13,7 @@ import tensorar_jax as tj
 from tensorar_jax.backbones import rar
 from tensorar_jax.checkpoints import torch_export, torch_import
 from tensorar_jax.conditioning import conditions
-from tensorar_jax.method import drawing, losses
+from tensorar_jax.method import losses
 from tensorar_jax.parallel import weights
 from tests import programs, tiny
 from tests.contract import families
@@ -127,7 +127,7 @@ class Case:
         jax.random.key(0),
         config,
       )
-      factors = drawing.guidance_scales(config, self.model.num_tokens)
+      factors = config.guidance_scales(self.model.num_tokens)
       out[setting["name"]] = setting, factors, samples
     return out
 
@@ -165,9 +165,14 @@ ARRAYS = {  # name -> (ours, largest difference allowed)
   "grad_total_norm": (lambda c: np.linalg.norm(c.grad_norms()), GRADS),
 }
 for _name in (
-  *("cls_token", "pos_embed", "target_aware_pos_embed"),
-  *("timesteps_embeddings", "embeddings.weight", "lm_head.weight"),
-  *("blocks.0.attn.qkv.weight", "blocks.0.attn.q_norm.weight"),
+  "cls_token",
+  "pos_embed",
+  "target_aware_pos_embed",
+  "timesteps_embeddings",
+  "embeddings.weight",
+  "lm_head.weight",
+  "blocks.0.attn.qkv.weight",
+  "blocks.0.attn.q_norm.weight",
   "blocks.0.adaLN_modulation.1.weight",
   "adaln_before_head.adaLN_modulation.1.weight",
 ):

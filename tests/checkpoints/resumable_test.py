@@ -48,10 +48,10 @@ def test_every_shard_is_one_process_s(tmp_path):
 def test_a_claimed_folder_is_of_one_set_of_settings(tmp_path):
   folder = tmp_path / "new" / "folder"
   settings = {"a": [1, 2], "b": {"c": None}}
-  resumable.claim(folder, settings, "tokens")
-  resumable.claim(folder, settings, "tokens")
+  resumable.claim_settings(folder, settings, "tokens")
+  resumable.claim_settings(folder, settings, "tokens")
   with pytest.raises(ValueError, match="holds other tokens:\n  b.c: was None"):
-    resumable.claim(folder, {"a": [1, 2], "b": {"c": 3}}, "tokens")
+    resumable.claim_settings(folder, {"a": [1, 2], "b": {"c": 3}}, "tokens")
   assert [p.name for p in folder.iterdir()] == [resumable.SETTINGS]
 
 

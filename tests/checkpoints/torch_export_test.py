@@ -18,6 +18,7 @@ from tensorar_jax.interfaces import Rule
 from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
 from tests import tiny
+from tests.tokenizers import common
 
 RULES = llamagen.import_rules(tiny.CONFIG)
 UNUSED = re.compile(r"quantize\.codebook_used|freqs_cis|.*kv_cache.*")
@@ -47,16 +48,7 @@ def gpt(folder):
 def tokenizer(folder):
   """(model class, config, rules) of a fixture of the tokenizer."""
   meta = json.loads((folder / "meta.json").read_text())
-  config = vq.Config(
-    channels=meta["ch"],
-    channel_multipliers=tuple(meta["ch_mult"]),
-    num_res_blocks=meta["num_res_blocks"],
-    latent_channels=meta["z_channels"],
-    code_dim=meta["codebook_embed_dim"],
-    codebook_size=meta["codebook_size"],
-    norm_groups=meta["norm_groups"],
-    image_size=(64, 64),
-  )
+  config = vq.Config(**common.vq_config(meta, image_size=(64, 64)))
   return vq.Model, config, vq.import_rules(config)
 
 

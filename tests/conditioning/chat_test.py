@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tensorar_jax as tj
-from tensorar_jax.conditioning import chat
+from tensorar_jax.conditioning import chat, conditions
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import ConditioningConfig, PromptOptions
 from tests.conditioning import tiny_chat
@@ -35,8 +35,15 @@ def test_a_prompt_stands_in_its_template(encode):
   assert ids.dtype == np.int32 and ids.shape == (2, 15, 2)
   words = names(encode, ids[0, mask[0], 0])
   assert words == [
-    *(chat.BEGIN, "<|User|>", ":", "a", "cat", "\n\n"),
-    *("<|Assistant|>", ":", chat.IMAGE),
+    chat.BEGIN,
+    "<|User|>",
+    ":",
+    "a",
+    "cat",
+    "\n\n",
+    "<|Assistant|>",
+    ":",
+    chat.IMAGE,
   ]
   null = names(encode, ids[0, mask[0], 1])
   assert null == [chat.BEGIN, *[chat.PAD] * 7, chat.IMAGE]
@@ -74,7 +81,8 @@ def test_prompts_become_the_condition_of_a_backbone(encode):
   out = tj.generate(base, cond, prompts.null(cond), rng, config)
   ids, mask = encode(PROMPTS)
   short = tj.PromptConditioning(length=13, vocab_size=13)
-  one = short.encode_ids([ids[1, mask[1], 0].tolist()], encode.pad)
+  own = [ids[1, mask[1], 0].tolist()]
+  one = short.encode(conditions.prompt_rows(own, encode.pad, length=13))
   alone = tj.generate(base, one, short.null(one), rng, config)
   np.testing.assert_array_equal(alone.tokens[0], out.tokens[1])
 

@@ -98,7 +98,8 @@ PROMPTS = conditions.PromptConditioning(length=5, vocab_size=13)
 
 
 def test_prompts_stand_beside_their_null_prompts():
-  cond = PROMPTS.encode_ids([[1, 7, 8, 2], np.array([1, 2])], pad=3)
+  ids = [[1, 7, 8, 2], np.array([1, 2])]
+  cond = PROMPTS.encode(conditions.prompt_rows(ids, pad=3, length=5))
   np.testing.assert_array_equal(
     cond["text"],
     [
@@ -127,4 +128,4 @@ def test_bad_prompts_are_refused():
     PROMPTS.encode((ids[..., 0], mask))
   for few in ([1], [1] * 6):
     with pytest.raises(ValueError, match=f"prompt 1 has {len(few)} ids: exp"):
-      PROMPTS.encode_ids([[1, 2], few], pad=3)
+      conditions.prompt_rows([[1, 2], few], pad=3, length=5)

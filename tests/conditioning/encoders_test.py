@@ -55,7 +55,7 @@ def test_captions_become_the_condition_of_a_backbone(encode):
   np.testing.assert_array_equal(cond["text"][0, 3:], features[0, :4])
   backbone = tiny.backbone(text_width=encode.width, text_length=encode.length)
   backbone.check(cond)
-  assert backbone.start(cond).shape == (2, 7, 16)
+  assert backbone.embed_condition(cond).shape == (2, 7, 16)
 
 
 def test_many_captions_come_in_batches(encode, monkeypatch):
@@ -95,7 +95,7 @@ def test_incomplete_folders_are_refused(parity, tmp_path):
   with pytest.raises(ValueError, match="dtype='float16': expected one of"):
     tj.import_text_encoder(folder, dtype="float16")
   for name, words in (
-    ("config.json", "config.json: not readable"),
+    ("config.json", "config.json: no such file. Download it again"),
     ("model.safetensors", "found none of .*model.safetensors.index.json"),
     ("tokenizer.json", "The text encoder's own tokenizer.json"),
   ):
@@ -117,4 +117,4 @@ def test_a_tokenizer_of_another_model_is_refused(encode):
   with pytest.raises(
     ValueError, match="knows 129 tokens, the text encoder 128"
   ):
-    encoders.TextEncoder(encode.model, other)
+    encoders.T5Encoder(encode.model, other)

@@ -44,7 +44,7 @@ def test_no_two_captions_look_alike():
   }
   features, mask = encode(sorted(captions))
   assert len({text.tobytes() for text in features}) == len(captions)
-  table = np.concatenate([[*encode.words.values()], encode.places])
+  table = np.concatenate([[*encode.words.values()], encode.positions])
   gram = table @ table.T / 64
   assert abs(gram - np.eye(len(gram))).max() < 0.6
   TextConditioning(64, 8).encode((features, mask))

@@ -9,7 +9,7 @@ from flax import nnx
 from tensorar_jax import interfaces
 from tensorar_jax.checkpoints import torch_import
 from tensorar_jax.conditioning import conditions
-from tensorar_jax.method import drawing, sampling, windows
+from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import layers
 from tensorar_jax.parallel import weights
@@ -110,7 +110,7 @@ def test_it_wraps_and_samples(name):
   base = families.backbone(name)
   model = TensorAR(base, window=3, rngs=nnx.Rngs(0))
   cond = families.cond(name)
-  config = drawing.SamplingConfig(guidance=2.0)
+  config = sampling.SamplingConfig(guidance=2.0)
   args = (cond, conditions.null(cond), jax.random.key(0), config)
   out = sampling.generate(model, *args)
   want = sampling.generate(TensorAR(base), *args)

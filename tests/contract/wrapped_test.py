@@ -9,7 +9,7 @@ from flax import nnx
 
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.generation import batches
-from tensorar_jax.method import drawing, noising, objective, sampling, windows
+from tensorar_jax.method import noising, objective, sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import weights
 from tensorar_jax.training import train_step
@@ -94,10 +94,10 @@ def test_training_lowers_the_loss_of_every_slot(name):
   # Eight images to learn by heart.
   tokens = families.tokens(base.vocab_sizes, batch=8, length=base.num_tokens)
   cond = families.cond(name, range(8))
-  configs = noising.NoiseConfig(), objective.LossConfig()
 
   def loss(model, context, batch, rng, step):
-    return objective.tensorar_loss(model, cond, tokens, rng, *configs)
+    noise, config = noising.NoiseConfig(), objective.LossConfig()
+    return objective.tensorar_loss(model, cond, tokens, rng, noise, config)
 
   tx = optax.adam(1e-2)
   skeleton, state = train_step.init_state(model, tx, 0, ema=False)
@@ -116,7 +116,7 @@ def test_sampled_tokens_become_images(name):
   tokenizer = families.tokenizer(families.TOKENIZER_OF[name])
   assert tokenizer.vocab_sizes == base.vocab_sizes
   model = TensorAR(base, window=3, rngs=nnx.Rngs(0))
-  config = drawing.SamplingConfig(guidance=2.0, guidance_power=1.0, top_k=3)
+  config = sampling.SamplingConfig(guidance=2.0, guidance_power=1.0, top_k=3)
   cond = families.cond(name)
   out = sampling.generate(
     model, cond, conditions.null(cond), jax.random.key(0), config

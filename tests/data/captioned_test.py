@@ -12,7 +12,9 @@ from flax import nnx
 from PIL import Image
 
 from tensorar_jax.conditioning import conditions
-from tensorar_jax.data import codes, images, sources, tokenize, webdataset
+from tensorar_jax.data import codes, images, sources, tokenize
+from tensorar_jax.data.sources import webdataset
+from tensorar_jax.nn import image_bytes
 from tensorar_jax.tokenizers import pixels
 from tests.data import tokenize_test
 
@@ -252,7 +254,7 @@ def test_texts_are_stored_without_padding(folder, tokenizer, tmp_path):
   for name in want:
     np.testing.assert_array_equal(cond[name], want[name])
   crop = images.center_crop(source[9]["image"], SIZE)[None]
-  tokens = tokenizer.encode(jnp.asarray(images.normalise(crop)))
+  tokens = tokenizer.encode(jnp.asarray(image_bytes.normalise(crop)))
   np.testing.assert_array_equal(batch["tokens"][3:], tokens)
   rows = sum(min(7, len(caption)) for caption in GOOD.values())
   assert stored.records[0][-6:] == np.asarray(features)[0, 6].tobytes()

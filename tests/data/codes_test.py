@@ -298,7 +298,7 @@ def test_shards_without_or_with_a_bad_manifest(folder):
   file = folder / "manifest.json"
   manifest = json.loads(file.read_text())
   for text, message in (
-    ("{", "no JSON"),
+    ("{", "cannot be read as JSON"),
     ("[]", "lacks all keys"),
     ('{"format": 1}', "lacks .*'shards', 'vocab_sizes'"),
     (json.dumps(manifest | {"format": 2}), "of format 2; expected 1"),

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tensorar_jax.data import images, sources
+from tensorar_jax.nn import image_bytes
 
 
 def picture(height, width, channels=3, seed=0):
@@ -27,7 +28,7 @@ def test_parity_of_crop_and_normalisation(parity):
   for i, size in enumerate(sizes):
     crop = images.center_crop(io_[f"crop_in_{i}"], size)
     np.testing.assert_array_equal(crop, io_[f"crop_out_{i}"])
-    chw = images.normalise(crop).transpose(2, 0, 1)
+    chw = image_bytes.normalise(crop).transpose(2, 0, 1)
     np.testing.assert_array_equal(chw, io_[f"norm_out_{i}"])
     assert chw.dtype == np.float32
   ours = {f"crop_{end}_{i}" for end in ("in", "out") for i in range(len(sizes))}
@@ -52,7 +53,7 @@ def test_parity_of_the_recipes(parity, case):
   flip = images.Recipe("flip", size)(image)
   np.testing.assert_array_equal(flip[0], io_["src_center_crop"])
   np.testing.assert_array_equal(flip[1], io_["src_center_crop"][:, ::-1])
-  nchw = images.normalise(center).transpose(0, 3, 1, 2)
+  nchw = image_bytes.normalise(center).transpose(0, 3, 1, 2)
   np.testing.assert_array_equal(nchw, io_["src_normalised"])
 
 

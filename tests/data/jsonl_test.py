@@ -10,7 +10,8 @@ import pickle
 import numpy as np
 import pytest
 
-from tensorar_jax.data import codes, jsonl, pipeline, sources
+from tensorar_jax.data import codes, pipeline, sources
+from tensorar_jax.data.sources import jsonl
 from tensorar_jax.parallel import sharding
 
 NUM_LINES, TOKENS, VOCAB = 23, 9, 11
@@ -273,7 +274,7 @@ def test_missing_and_empty_files(file):
   file.write_text("")
   with pytest.raises(ValueError, match=f"{file} is empty; expected lines"):
     load(file)
-  with pytest.raises(ValueError, match="known are .*'jsonl:<file>'"):
+  with pytest.raises(ValueError, match="known are: .*jsonl:<file>"):
     sources.load("jsonl:", "train")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tensorar_jax.data import pipeline, sources
+from tensorar_jax.data.sources import tfds
 from tensorar_jax.parallel import sharding
 
 NUM_IMAGES = 23
@@ -197,7 +198,7 @@ def test_bad_options_are_errors(source, options, message):
 
 
 def test_images_of_different_sizes_are_an_error(source):
-  uneven = sources.LazySource(source, (None, None, 3), num_classes=2)
+  uneven = tfds.LazySource(source, (None, None, 3), num_classes=2)
   for read in (
     lambda: pipeline.train_iterator(uneven, batch_size=2, seed=0),
     lambda: pipeline.batches(uneven, 2),

@@ -8,6 +8,7 @@ import pytest
 import scipy.ndimage
 
 from tensorar_jax.data import pipeline, shapes, sources
+from tensorar_jax.data.sources import shapes as shapes_source
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_splits_share_no_scene():
 
 
 def test_batches_carry_captions():
-  source = shapes.ShapesSource(0, 12)
+  source = shapes_source.ShapesSource(0, 12)
   iterator = pipeline.train_iterator(source, batch_size=6, seed=0)
   key = lambda one: (one["image"].tobytes(), one["caption"], int(one["label"]))
   found = []

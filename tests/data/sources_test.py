@@ -1,11 +1,15 @@
 """Digits, Fashion-MNIST prepared for real, and the errors of both."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from sklearn import datasets
 
 from tensorar_jax.data import sources
+from tensorar_jax.data.sources import tfds as tfds_source
 
 FASHION_MNIST = "tfds:fashion_mnist"
 
@@ -112,9 +116,9 @@ def test_the_decoded_split_is_read_back(data_dir):
 
 def test_a_split_too_large_for_memory_stays_lazy(data_dir, monkeypatch):
   eager = sources.load(FASHION_MNIST, "test[:13]", data_dir=data_dir)
-  monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 13 * 28 * 28 - 1)
+  monkeypatch.setattr(tfds_source, "IN_MEMORY_BYTES", 13 * 28 * 28 - 1)
   lazy = sources.load(FASHION_MNIST, "test[:13]", data_dir=data_dir)
-  assert isinstance(lazy, sources.LazySource)
+  assert isinstance(lazy, tfds_source.LazySource)
   assert isinstance(lazy, sources.Source)
   assert len(lazy) == 13
   assert lazy.image_shape == (28, 28, 1)
@@ -139,7 +143,7 @@ def test_unknown_splits_and_names_list_the_known_ones(data_dir, tmp_path):
     sources.load(FASHION_MNIST, "nope", data_dir=data_dir)
   with pytest.raises(ValueError, match="'nope'.*'train' and 'test'"):
     sources.load("digits", "nope")
-  with pytest.raises(ValueError, match="'fashion_mnist'.*'digits' and 'tfds:"):
+  with pytest.raises(ValueError, match="'fashion_mnist'.*digits; .*tfds:<"):
     sources.load("fashion_mnist", "train")
   with pytest.raises(ValueError, match="fashion_mnits not found(?s:.)*cifar10"):
     sources.load("tfds:fashion_mnits", "train", data_dir=str(tmp_path))
@@ -155,7 +159,7 @@ def test_a_set_without_labels_is_refused_before_any_download(
 
 
 def test_neither_network_nor_package(tmp_path, monkeypatch, no_network):
-  monkeypatch.setattr(sources, "DEBIAN_FOLDER", tmp_path / "missing")
+  monkeypatch.setattr(tfds_source, "DEBIAN_FOLDER", tmp_path / "missing")
   with pytest.raises(
     ValueError,
     match="Connect to the network.*apt-get install dataset-fashion-mnist",
@@ -175,3 +179,32 @@ def test_neither_network_nor_package(tmp_path, monkeypatch, no_network):
 def test_arrays_are_checked(images, labels):
   with pytest.raises(ValueError, match="expected images uint8"):
     sources.ArraySource(images, labels, num_classes=2)
+
+
+NEW_SOURCE = """
+from tensorar_jax.data.sources import digits
+
+USAGE = "noise:<seed>"
+
+
+def load(argument, split, data_dir):
+  assert (argument, data_dir) == ("a:3", "there")
+  return digits.load("", split, data_dir)
+"""
+
+
+def test_a_new_file_is_a_new_source(tmp_path, monkeypatch):
+  (tmp_path / "noise.py").write_text(NEW_SOURCE)
+  monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path)])
+  source = sources.load("noise:a:3", "test", data_dir="there")
+  assert len(source) == 297
+  for name in ("noise", "noise:", "digits:3", "nois:3"):
+    with pytest.raises(ValueError, match="known are: .*; noise:<seed>; "):
+      sources.load(name, "test")
+
+
+def test_the_library_of_data_sets_is_imported_only_when_it_is_read():
+  code = "import sys; from tensorar_jax.data import pipeline, sources;"
+  code += " sources.load('digits', 'test');"
+  code += " assert 'tensorflow_datasets' not in sys.modules"
+  subprocess.run([sys.executable, "-c", code], check=True)

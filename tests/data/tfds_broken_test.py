@@ -12,6 +12,8 @@ from flax import nnx
 from PIL import Image
 
 from tensorar_jax.data import images, pipeline, sources, tokenize
+from tensorar_jax.data.sources import tfds as tfds_source
+from tensorar_jax.nn import image_bytes
 from tensorar_jax.tokenizers import pixels
 
 NUM_IMAGES, SIZE = 11, 7
@@ -73,13 +75,13 @@ def data_dir(tmp_path_factory) -> str:
 
 
 @pytest.fixture(params=["any_size", "one_size"])
-def source(request, data_dir) -> sources.LazySource:
+def source(request, data_dir) -> tfds_source.LazySource:
   name = f"tfds:broken_pictures/{request.param}"
   return sources.load(name, "train", data_dir=data_dir)
 
 
 def test_broken_examples_are_named(source):
-  assert isinstance(source, sources.LazySource)
+  assert isinstance(source, tfds_source.LazySource)
   assert isinstance(source, sources.Source)
   for i, name in enumerate(FILE_NAMES):
     if i not in BROKEN:
@@ -117,7 +119,7 @@ def test_tokenize_skips_and_lists_them(source, tmp_path, caplog):
   batch = stored.fetch(np.arange(len(good)), np.zeros(len(good), int))
   np.testing.assert_array_equal(batch["label"], np.array(good) % 2)
   crops = np.stack([images.center_crop(picture(i), SIZE) for i in good])
-  expected = tokenizer.encode(jnp.asarray(images.normalise(crops)))
+  expected = tokenizer.encode(jnp.asarray(image_bytes.normalise(crops)))
   np.testing.assert_array_equal(batch["tokens"], expected)
 
 
@@ -152,7 +154,7 @@ class Examples:
 
 
 def test_a_failing_disk_is_no_broken_image():
-  source = sources.LazySource(Examples(), (None, None, 3), num_classes=5)
+  source = tfds_source.LazySource(Examples(), (None, None, 3), num_classes=5)
   with pytest.raises(
     images.BrokenImageError, match="images, example 0: cannot"
   ):

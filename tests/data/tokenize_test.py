@@ -17,6 +17,9 @@ from flax import nnx
 from PIL import Image
 
 from tensorar_jax.data import images, shards, sources, tokenize
+from tensorar_jax.data.sources import folder as folder_source
+from tensorar_jax.data.sources import tokens as tokens_source
+from tensorar_jax.nn import image_bytes
 from tensorar_jax.tokenizers import pixels
 from tests.tokenizers import vq_test
 
@@ -58,7 +61,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture
-def source(folder) -> images.ImageFolder:
+def source(folder) -> folder_source.ImageFolder:
   return sources.load(f"folder:{folder}", "train")
 
 
@@ -83,7 +86,7 @@ class Killed(Exception):
 class Killing:
   """The same source, until it is asked for `at`."""
 
-  source: images.ImageFolder
+  source: folder_source.ImageFolder
   at: int
 
   def __getattr__(self, name):
@@ -119,7 +122,7 @@ def test_every_image_is_there_in_order(source, tokenizer, whole):
     batch = stored.fetch(positions, np.full(len(good), variant))
     crops = [images.center_crop(source[i]["image"], SIZE) for i in good]
     crops = np.stack(crops)[:, :, :: -1 if variant else 1]
-    expected = tokenizer.encode(jnp.asarray(images.normalise(crops)))
+    expected = tokenizer.encode(jnp.asarray(image_bytes.normalise(crops)))
     np.testing.assert_array_equal(batch["tokens"], expected)
     np.testing.assert_array_equal(batch["label"], np.array(good) // 8)
   stored.check()
@@ -168,7 +171,7 @@ def test_a_killed_run_continues(source, tokenizer, whole, tmp_path, at):
   done = sorted(tmp_path.glob("*.array_record"))
   assert len(done) == at // OPTIONS["shard_size"]
   with pytest.raises(ValueError, match="manifest.json is missing"):
-    shards.open_shards(tmp_path)
+    tokens_source.open_shards(tmp_path)
   stamps = {file: file.stat().st_mtime_ns for file in done}
   (tmp_path / "tokens-00004-of-00005.array_record.partial").write_text("old")
   tokenize.tokenize(source, tokenizer, tmp_path, **OPTIONS)
@@ -189,7 +192,7 @@ def test_a_lost_shard_is_made_again(source, tokenizer, tmp_path, whole):
   tokenize.tokenize(source, tokenizer, tmp_path, **OPTIONS)
   (tmp_path / "tokens-00001-of-00005.array_record").unlink()
   with pytest.raises(ValueError, match="tokens-00001.* is missing"):
-    shards.open_shards(tmp_path)
+    tokens_source.open_shards(tmp_path)
   tokenize.tokenize(source, tokenizer, tmp_path, **OPTIONS)
   assert contents(tmp_path) == contents(whole)
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from tensorar_jax.demo import page, service
 from tensorar_jax.generation import batches
-from tensorar_jax.method import drawing, sampling
+from tensorar_jax.method import sampling
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import sharding
 from tensorar_jax.tokenizers import pixels
@@ -41,7 +41,7 @@ def load(name, checkpoint=None):
   tokenizer = pixels.Model(config, rngs=nnx.Rngs(0))
   model = tiny.wrapped(STAGES[name].tensorar.window)
   return service.Loaded(
-    model, tokenizer, tiny.CLASSES, None, drawing.SamplingConfig(), mesh
+    model, tokenizer, tiny.CLASSES, None, sampling.SamplingConfig(), mesh
   )
 
 
@@ -85,7 +85,7 @@ def test_trained_stages_can_be_chosen(studio):
 def test_images_are_those_of_any_other_batch(studio):
   drawn = studio.draw(service.Asked("wrapped", 4, "", 7, "1.5", 2))
   loaded = load("wrapped")
-  config = drawing.SamplingConfig(guidance=1.5)
+  config = sampling.SamplingConfig(guidance=1.5)
   (out,) = batches.generate(
     loaded.model, tiny.CLASSES, np.array([4, 4]), 7, config, 2
   )

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tensorar_jax.conditioning import captions, encoders, t5
 from tensorar_jax.experiment import build
-from tensorar_jax.method import drawing, sampling
+from tensorar_jax.method import sampling
 from tensorar_jax.nn import attention, layers
 from tensorar_jax.parallel import sharding, weights
 from tensorar_jax.training import loop, optimizer, train_step
@@ -108,7 +108,7 @@ def sample_on(mesh) -> dict:
   """Guided samples of eight images, their logits, and what devices say."""
   model, cond = tiny.wrapped(3), tiny.cond(8)
   null = tiny.CLASSES.null(cond)
-  config = drawing.SamplingConfig(guidance=1.5, return_logits=True)
+  config = sampling.SamplingConfig(guidance=1.5, return_logits=True)
   if mesh.size > 1:
     model = sharding.shard(model, mesh)
     cond, null = jax.device_put((cond, null), sharding.rows(mesh))
@@ -153,9 +153,9 @@ def encode_on(mesh) -> dict:
     tiny_text.tokenizer().save(str(file))
     tokenizer = captions.CaptionTokenizer(file, 7)
   texts = ["a cat", "a red cat on a mat", "red"]  # no number that divides
-  want, _ = encoders.TextEncoder(model, tokenizer)(texts)
+  want, _ = encoders.T5Encoder(model, tokenizer)(texts)
   model = sharding.shard(model, mesh)
-  got, _ = encoders.TextEncoder(model, tokenizer, mesh)(texts)
+  got, _ = encoders.T5Encoder(model, tokenizer, mesh)(texts)
   assert got.shape == want.shape
   difference = np.abs(np.array(got) - np.array(want)).max()
   here, total = sharding.bytes_of(model)

@@ -13,6 +13,8 @@ import pytest
 
 import tensorar_jax as tj
 from tensorar_jax.generation import batches
+from tensorar_jax.nn import image_bytes
+from tests.tokenizers import common
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +34,6 @@ def settings(folder):
 
 def sizes(path):
   return json.loads((path.parent / "config.json").read_text())
-
-
-def import_tokenizer(path):
-  meta = sizes(path)
-  return tj.import_tokenizer(
-    "maskgit_vq",
-    str(path),
-    channels=meta["hidden_channels"],
-    channel_multipliers=meta["channel_mult"],
-    num_res_blocks=meta["num_res_blocks"],
-    code_dim=meta["z_channels"],
-    codebook_size=meta["codebook_size"],
-    image_channels=meta["num_channels"],
-    image_size=(meta["resolution"],) * 2,
-  )
 
 
 def import_backbone(path):
@@ -73,9 +60,9 @@ def assert_bytes_agree(got, want):
 
 
 def test_bytes_of_the_decoded_images(folder, io, settings):
-  tokenizer = import_tokenizer(folder / settings["tokenizer"])
+  tokenizer = common.published_maskgit_vq(folder / settings["tokenizer"])
   images = jnp.asarray(2 * io["images_float"].transpose(0, 2, 3, 1) - 1)
-  got = np.asarray(batches.to_uint8(images, tokenizer.uint8_offset))
+  got = np.asarray(image_bytes.to_uint8(images, tokenizer.uint8_offset))
   assert_bytes_agree(got, io["images_uint8"])
   saved = np.load(folder / "adm_samples.npz")
   np.testing.assert_array_equal(saved["arr_0"], io["images_uint8"])
@@ -83,7 +70,7 @@ def test_bytes_of_the_decoded_images(folder, io, settings):
 
 def test_class_ids_to_images(folder, io, settings):
   backbone = import_backbone(folder / settings["generator"])
-  tokenizer = import_tokenizer(folder / settings["tokenizer"])
+  tokenizer = common.published_maskgit_vq(folder / settings["tokenizer"])
   classes = tj.ClassConditioning(
     sizes(folder / settings["generator"])["condition_num_classes"]
   )

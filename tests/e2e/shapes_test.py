@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tensorar_jax.data import shapes
+from tensorar_jax.data.sources.shapes import open_shapes
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -52,7 +53,7 @@ def test_the_report_shows_captions_and_looks(finished):
     assert (workdir / name).stat().st_size > 1000, name
   stored = np.load(workdir / "tensorar" / "samples.npz")
   assert stored["images"].shape == (2 * 12, 32, 32, 3)
-  test = shapes.open_shapes("test")
+  test = open_shapes("test")
   labels = map(int, stored["labels"])
   names = [test.scene(label).prompt.caption for label in labels]
   assert stored["names"][stored["labels"]].tolist() == names

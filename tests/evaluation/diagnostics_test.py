@@ -10,8 +10,8 @@ import scipy.stats
 
 from tensorar_jax.evaluation import diagnostics
 from tensorar_jax.method import sampling, windows
-from tensorar_jax.method.drawing import SamplingConfig
 from tensorar_jax.method.noising import NoiseConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import weights
 from tests import programs, tiny

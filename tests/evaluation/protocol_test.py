@@ -10,7 +10,7 @@ import pytest
 from tensorar_jax.evaluation import protocol
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import npz, sample_files
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.reports import guidance_report
 
 

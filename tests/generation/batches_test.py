@@ -4,7 +4,8 @@ import pytest
 from flax import nnx
 
 from tensorar_jax.generation import batches
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
+from tensorar_jax.nn import image_bytes
 from tensorar_jax.tokenizers import pixels, vq
 from tests import tiny
 
@@ -47,7 +48,7 @@ def test_a_large_batch_is_decoded_in_parts_and_in_order():
 def test_uint8_truncates_and_clips():
   values = jax.numpy.asarray([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])
   values = values[:, None, None, None]
-  got = batches.to_uint8(values, 128.0)[:, 0, 0, 0]
+  got = image_bytes.to_uint8(values, 128.0)[:, 0, 0, 0]
   np.testing.assert_array_equal(got, [0, 0, 128, 255, 255, 255])
-  got = batches.to_uint8(values, 127.5)[:, 0, 0, 0]
+  got = image_bytes.to_uint8(values, 127.5)[:, 0, 0, 0]
   np.testing.assert_array_equal(got, [0, 0, 127, 254, 255, 255])

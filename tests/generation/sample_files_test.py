@@ -16,7 +16,7 @@ from PIL import Image
 
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.generation import batches, npz, sample_files
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.tokenizers import pixels
 from tensorar_jax.training import loop
 from tests import tiny, tiny_configs
@@ -53,7 +53,7 @@ def never(labels, first):
 
 
 def write(folder, how=draw, **options) -> bool:
-  place = sample_files.claim(folder, folder, SETTINGS)
+  place = sample_files.choose_place(folder, folder, SETTINGS)
   show = functools.partial(
     *(sample_files._save_overview, folder, parts()[1]),
     sample_files.Request(NUM_IMAGES),
@@ -102,7 +102,7 @@ def test_a_killed_run_continues(whole, tmp_path, die_at):
     write(tmp_path, functools.partial(draw, die_at=die_at))
   done = sorted(tmp_path.glob("images-*.npy"))
   assert len(done) == die_at // SHARD_SIZE
-  assert len(list(tmp_path.glob("*.partial"))) == 1
+  assert not list(tmp_path.glob("*.partial"))
   stamps = {file: file.stat().st_mtime_ns for file in done}
   drawn = []
 
@@ -121,9 +121,9 @@ def test_killed_while_it_is_put_together(whole, tmp_path, monkeypatch, step):
   def die(*args):
     raise Killed
 
-  place = sample_files.claim(tmp_path, tmp_path, SETTINGS)
+  place = sample_files.choose_place(tmp_path, tmp_path, SETTINGS)
   with monkeypatch.context() as patch:
-    where = {"join": npz, "write_json": sample_files.resumable}[step]
+    where = {"join": npz, "write_json": sample_files.files}[step]
     patch.setattr(where, step, die)
     with pytest.raises(Killed):
       write(tmp_path)
@@ -170,7 +170,7 @@ def test_a_complete_folder_is_left_alone(whole):
 # Eight devices draw all but the end; then the process dies at once.
 KILLED = """
 import os, pathlib, sys, jax
-from tests.evaluation import sample_files_test as test
+from tests.generation import sample_files_test as test
 assert jax.local_device_count() == 8
 def dying(labels, first):
   for batch in test.draw(labels, first):
@@ -195,7 +195,7 @@ def test_eight_devices_and_one_draw_the_same_after_a_real_kill(whole, tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
   labels, size = np.arange(3000) % 5, (128, 128)
-  place = sample_files.claim(tmp_path, tmp_path, SETTINGS)
+  place = sample_files.choose_place(tmp_path, tmp_path, SETTINGS)
   settings = {"shard_size": 500}
   how = functools.partial(draw, batch_size=100, size=size)
   list(how(labels[:100], 0))  # compiles
@@ -225,10 +225,10 @@ def test_what_is_not_of_a_run_is_never_touched(tmp_path):
   (tmp_path / "a.npz").write_text("mine")
   for output in ("folder", "a.npz"):
     with pytest.raises(ValueError, match="is there already, and not from"):
-      sample_files.claim(tmp_path / output, tmp_path, SETTINGS)
+      sample_files.choose_place(tmp_path / output, tmp_path, SETTINGS)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "folder"]
   with pytest.raises(ValueError, match="2 processes.*--output"):
-    sample_files.claim(None, tmp_path, SETTINGS, process_count=2)
+    sample_files.choose_place(None, tmp_path, SETTINGS, process_count=2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tensorar_jax.method import noising, objective, windows
+from tensorar_jax.method import noising, windows
 from tensorar_jax.method.noising import NoiseConfig
 from tests import tiny
 
@@ -88,7 +88,7 @@ def test_every_kind_leaves_slot_zero_alone(kind):
   model = tiny.wrapped(3)
   clean, valid = windows.unfold(tiny.tokens(), 3)
   config = NoiseConfig(kind=kind, schedule=[0, 1.0, 1.0], draft_fraction=0.5)
-  noised, extra = objective.corrupt(
+  noised, extra = noising.corrupt(
     model, tiny.cond(), clean[:, :-1], valid[:-1], jax.random.key(1), config
   )
   np.testing.assert_array_equal(noised[:, :, 0], clean[:, :-1, 0])
@@ -144,7 +144,7 @@ def test_drafts_come_from_the_models_own_predictions():
   probs = jax.nn.softmax(model.logits(hidden, clean)[0])[0, :8]
   want = np.asarray(probs)
   draw = jax.jit(
-    lambda rng: objective.corrupt(
+    lambda rng: noising.corrupt(
       model, cond, clean[:, :-1], valid[:-1], rng, config
     )[0]
   )

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from tensorar_jax.method import drawing, sampling, windows
-from tensorar_jax.method.drawing import SamplingConfig
+from tensorar_jax.method.drawing import TokenConfig
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import layers
 from tensorar_jax.parallel import sharding
@@ -133,9 +134,9 @@ def test_guidance_combines_and_the_interval_switches_it_off():
   want = want.at[:, 4:].set(rows[0][:, 4:])
   np.testing.assert_allclose(out.logits[0], want, atol=1e-3)
   np.testing.assert_array_equal(
-    drawing.guidance_scales(
-      SamplingConfig(guidance=3.0, guidance_interval=(2, 4)), 6
-    )[:, 0],
+    SamplingConfig(guidance=3.0, guidance_interval=(2, 4)).guidance_scales(6)[
+      :, 0
+    ],
     [1, 1, 3, 3, 1, 1],
   )
 
@@ -144,7 +145,7 @@ def test_power_cosine_guidance_is_the_published_schedule(parity):
   io = np.load(parity / "rar" / "schedules" / "io.npz")
   for i, (scale, power, steps) in enumerate(io["cfg_params"]):
     config = SamplingConfig(guidance=scale, guidance_power=power)
-    got = drawing.guidance_scales(config, int(steps))[:, 0]
+    got = config.guidance_scales(int(steps))[:, 0]
     np.testing.assert_allclose(got, io[f"cfg_{i:02d}"], rtol=1e-6)
 
 
@@ -157,9 +158,7 @@ def test_settings_may_differ_between_sub_tokens():
   assert (first.top_k, second.top_k) == (0, 3)
   assert first.top_p == second.top_p == 1.0
   assert config.guided and hash(config) == hash(config)
-  np.testing.assert_allclose(
-    drawing.guidance_scales(config, 3, 2), [[1.9, 2.0]] * 3
-  )
+  np.testing.assert_allclose(config.guidance_scales(3, 2), [[1.9, 2.0]] * 3)
   config.check(2)
   with pytest.raises(ValueError, match="this model has 1 sub-tokens"):
     generate(tiny.wrapped(2), top_p=(0.9, 1.0))
@@ -193,17 +192,17 @@ def test_draws_follow_the_filtered_distribution():
     return np.bincount(draws, minlength=5) / 4000
 
   np.testing.assert_allclose(
-    frequencies(SamplingConfig()), [0.4, 0.3, 0.15, 0.1, 0.05], atol=1e-3
+    frequencies(TokenConfig()), [0.4, 0.3, 0.15, 0.1, 0.05], atol=1e-3
   )
   np.testing.assert_allclose(
-    frequencies(SamplingConfig(top_k=2)), [4 / 7, 3 / 7, 0, 0, 0], atol=1e-3
+    frequencies(TokenConfig(top_k=2)), [4 / 7, 3 / 7, 0, 0, 0], atol=1e-3
   )
   np.testing.assert_allclose(
-    frequencies(SamplingConfig(top_p=0.5)), [4 / 7, 3 / 7, 0, 0, 0], atol=1e-3
+    frequencies(TokenConfig(top_p=0.5)), [4 / 7, 3 / 7, 0, 0, 0], atol=1e-3
   )
   sharp = np.asarray([0.4, 0.3, 0.15, 0.1, 0.05]) ** 2
   np.testing.assert_allclose(
-    frequencies(SamplingConfig(), 0.5), sharp / sharp.sum(), atol=1e-3
+    frequencies(TokenConfig(), 0.5), sharp / sharp.sum(), atol=1e-3
   )
 
 
@@ -211,7 +210,7 @@ def test_ties_survive_top_k_and_the_first_of_them_top_p():
   logits = jnp.asarray([[1.0, -0.0, 0.0, -1.0], [2.0, 2.0, 2.0, -jnp.inf]])
 
   def kept(**options):
-    out = drawing.filter_logits(logits, SamplingConfig(**options))
+    out = drawing.filter_logits(logits, TokenConfig(**options))
     return np.isfinite(out).astype(int).tolist()
 
   assert kept(top_k=2) == [[1, 1, 1, 0], [1, 1, 1, 0]]
@@ -270,7 +269,7 @@ def test_bad_calls_say_what_to_do():
 def test_no_removed_token_is_ever_drawn():
   """Float32 sums of thousands of terms are not monotone."""
   logits = jax.random.normal(jax.random.key(0), (4, 16384)) * 2
-  config = SamplingConfig(top_k=2000)
+  config = TokenConfig(top_k=2000)
   even = np.linspace(0, 1 - 2**-24, 4000, dtype=np.float32)
   draw = lambda u, row: drawing.draw_token(u, row, 1.0, config)
   for row in logits:

@@ -85,7 +85,7 @@ def _gradient_reaches(model, beta, kind):
   @jax.jit
   def logits(tokens):
     inputs, valid = windows.unfold(tokens, model.window)
-    noised, _ = objective.corrupt(
+    noised, _ = noising.corrupt(
       model, cond, inputs[:, :-1], valid[:-1], jax.random.key(5), noise
     )
     hidden = model(cond, noised, valid[:-1])
@@ -118,10 +118,10 @@ def test_window_of_all_tokens_trains_and_pads_at_the_end():
   """Property 3: predictions n > T - k see PAD and give it no loss."""
   model = tiny.wrapped(9)
   tokens, cond = tiny.tokens(), tiny.cond()
-  configs = noising.NoiseConfig(), objective.LossConfig("uniform")
+  noise, config = noising.NoiseConfig(), objective.LossConfig("uniform")
   loss, metrics = jax.jit(
     lambda model, rng: objective.tensorar_loss(
-      model, cond, tokens, rng, *configs
+      model, cond, tokens, rng, noise, config
     )
   )(model, jax.random.key(0))
   assert np.isfinite(loss)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tensorar_jax.nn import convolutions
+from tensorar_jax.nn import convolutions, image_tokenizer
 
 
 def test_conv_is_initialised_as_in_pytorch():
@@ -57,17 +57,17 @@ def test_nearest_rows_are_nearest():
 
 
 def test_checks_name_value_expectation_and_remedy():
-  assert convolutions.token_grid(12, 20, 4) == (3, 5)
+  assert image_tokenizer.token_grid(12, 20, 4) == (3, 5)
   for height, width in ((10, 20), (12, 0), (2, 4)):
     with pytest.raises(ValueError, match=f"{height}x{width}: .* of 4; crop"):
-      convolutions.token_grid(height, width, 4)
-  convolutions.check_norm_groups(2, (4, 6))
+      image_tokenizer.token_grid(height, width, 4)
+  image_tokenizer.check_norm_groups(2, (4, 6))
   with pytest.raises(ValueError, match=r"norm_groups=4 .*\[6\]; .* example 2"):
-    convolutions.check_norm_groups(4, (4, 6))
+    image_tokenizer.check_norm_groups(4, (4, 6))
   images, tokens = jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 14, 1))
-  convolutions.check_channels(images, 3)
+  image_tokenizer.check_channels(images, 3)
   with pytest.raises(ValueError, match="expected 1 channels .*; convert"):
-    convolutions.check_channels(images, 1)
-  convolutions.check_length(tokens, (2, 7))
+    image_tokenizer.check_channels(images, 1)
+  image_tokenizer.check_length(tokens, (2, 7))
   with pytest.raises(ValueError, match=r"expected 15 .* \(3, 5\); pass"):
-    convolutions.check_length(tokens, (3, 5))
+    image_tokenizer.check_length(tokens, (3, 5))

@@ -87,20 +87,23 @@ def convolve(strides=2, **options):
     (jax.vmap(jnp.matmul), (jnp.stack([X] * 7), jnp.stack([W] * 7)), 7 * XW),
     (
       lambda x, w: jax.lax.scan(lambda c, _: (c @ w, None), x, length=11),
-      *((X, W), 11 * XW),
+      (X, W),
+      11 * XW,
     ),
     (lambda x, w: loop(0, 4, lambda i, c: c @ w, x), (X, W), 4 * XW),
     (
       lambda x, w: jax.lax.cond(
-        *(x[0, 0] > 0, lambda: (x @ w).sum(), lambda: (x[:1] @ w).sum())
+        x[0, 0] > 0, lambda: (x @ w).sum(), lambda: (x[:1] @ w).sum()
       ),
-      *((X, W), XW),
+      (X, W),
+      XW,
     ),
     (sharded, (X, W), XW),
     (blockwise, (X, W), XW),
     (
       lambda x, w: jax.lax.while_loop(lambda c: c[0, 0] < 1, jnp.cos, x @ w),
-      *((X, W), XW),
+      (X, W),
+      XW,
     ),
     # 4 x 4 outputs of 6 features from 3 x 3 x 4 inputs; in 2 groups, half.
     (

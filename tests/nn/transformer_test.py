@@ -28,10 +28,10 @@ class Prompted(transformer.CausalTransformer):
       rngs,
     )
 
-  def start(self, cond):
+  def embed_condition(self, cond):
     return cond["text"]
 
-  def place(self, cond, x, rows):
+  def position_inputs(self, cond, x, rows):
     assert set(cond) <= {"text", "is_padding"}
     # The table has as many zero rows as the longest prefix here.
     return x, self.config.rotation(rows, prefix=5)
@@ -77,7 +77,7 @@ def test_what_stands_in_the_padding_does_not_matter(model):
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
-def test_cache_equals_forward_behind_padding(model, unrolled):
+def test_cache_equals_forward_after_padding(model, unrolled):
   cond, x = prompts(2, 0, 4), draw(1, 3, 8)
   want = programs.forward(model, cond, x)
   assert want.shape == (3, 9, CONFIG.width)

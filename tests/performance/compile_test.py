@@ -130,7 +130,7 @@ def test_the_target_decides_how_layers_are_decoded():
   device = types.SimpleNamespace(platform="tpu")
   place = types.SimpleNamespace(device_set=[device])
   cond = {"label": types.SimpleNamespace(sharding=place)}
-  assert sampling._place(cond) == ("tpu", None)
+  assert sampling._platform_and_mesh(cond) == ("tpu", None)
 
 
 # libtpu is an optional extra of 200 MB: where it is, it is asked as well.

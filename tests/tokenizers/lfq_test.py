@@ -16,10 +16,11 @@ import pytest
 from flax import nnx
 
 from tensorar_jax.checkpoints import torch_export, torch_import
-from tensorar_jax.generation import batches
+from tensorar_jax.nn import image_bytes
 from tensorar_jax.parallel import weights as weights_lib
 from tensorar_jax.tokenizers import lfq
 from tests.contract import families
+from tests.tokenizers.common import nchw, nhwc
 
 FIXTURES = {"raw": "lfq_tokenizer", "ema": "lfq_tokenizer"}
 FIXTURES |= {"first_stage": "gpt"}
@@ -73,14 +74,6 @@ class Arrays(dict):
   def __getitem__(self, name):
     self.read.add(name)
     return super().__getitem__(name)
-
-
-def nhwc(x):
-  return jnp.asarray(x).transpose(0, 2, 3, 1)
-
-
-def nchw(x):
-  return np.asarray(x).transpose(0, 3, 1, 2)
 
 
 def one_token(tokens) -> np.ndarray:
@@ -286,7 +279,7 @@ def test_parity_inside_an_autoregressive_checkpoint(parity):
     images = decode(model, jnp.asarray(np.stack(pair, -1), jnp.int32))
     errors[name] = np.abs(nchw(images) - io[f"out/{name}_image"])
     if name == "greedy_cfg":
-      pixels = np.asarray(batches.to_uint8(images, model.uint8_offset), int)
+      pixels = np.asarray(image_bytes.to_uint8(images, model.uint8_offset), int)
       assert np.abs(pixels - io["out/greedy_cfg_uint8"]).max() <= 1
   errors = {name: float(error.max()) for name, error in errors.items()}
   print(errors)

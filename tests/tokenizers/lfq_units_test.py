@@ -6,13 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from tensorar_jax import interfaces
 from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import lfq
+from tests.tokenizers import common
 
 SIZES = {"channels": 4, "channel_multipliers": (1, 2, 3), "num_res_blocks": 1}
 SIZES |= {"bits": (2, 3), "norm_groups": 2, "image_channels": 1}
@@ -113,30 +113,10 @@ def test_bfloat16_stays_close(tiny):
 
 def test_training_reconstructs_and_keeps_codes_in_use():
   """Discs of many places and sizes."""
-  rng = np.random.default_rng(0)
-  y, x, r = rng.uniform((2, 2, 1), (10, 10, 4), (32, 3)).T[..., None, None]
-  rows, cols = np.mgrid[:12, :12]
-  images = np.clip(255 * (r - np.hypot(rows - y, cols - x)), 0, 255)
-  images = jnp.asarray(images[..., None], jnp.uint8)
+  images = common.discs()
   sizes = SIZES | {"channels": 8, "channel_multipliers": (1, 2)}
   config = lfq.Config(**sizes, image_size=(12, 12))
-  graph, params = nnx.split(drawn(config))
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-3))
-
-  @jax.jit
-  def step(params, state, rng):
-    def loss(params):
-      return nnx.merge(graph, params).loss({"image": images}, rng)
-
-    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, state = optimizer.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, metrics
-
-  state, history = optimizer.init(params), []
-  for key in jax.random.split(jax.random.key(0), 40):
-    params, state, metrics = step(params, state, key)
-    history.append({k: float(v) for k, v in metrics.items()})
-  print(history[0], history[-1])
+  history = common.train(drawn(config), images)
   terms = {"l1", "commitment", "entropy", "codebook_entropy"}
   assert set(history[-1]) == terms
   median = float(np.abs(images / 127.5 - np.median(images) / 127.5).mean())
@@ -160,7 +140,7 @@ def test_errors_name_value_expectation_and_remedy(tiny):
     tiny.encode(jnp.zeros((2, 12, 20, 3)))
   with pytest.raises(ValueError, match=r"expected 15 .* \(3, 5\); pass"):
     tiny.decode(jnp.zeros((2, 14, 2), jnp.int32))
-  with pytest.raises(ValueError, match="expected 2 sub-tokens .* set bits"):
+  with pytest.raises(ValueError, match="expected 2 sub-tokens .*; set"):
     tiny.decode(jnp.zeros((2, 15, 1), jnp.int32))
   with pytest.raises(ValueError, match="1x1 .* take larger images"):
     tiny.decode(jnp.zeros((2, 1, 2), jnp.int32), grid=(1, 1))

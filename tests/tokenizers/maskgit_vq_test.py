@@ -7,7 +7,6 @@ and of one size: a second, short network in PyTorch stands in for the others.
 
 import dataclasses
 import functools
-import json
 import math
 
 import jax
@@ -17,13 +16,14 @@ import pytest
 import torch
 from flax import nnx
 
-import tensorar_jax as tj
 from tensorar_jax import interfaces
 from tensorar_jax.checkpoints import torch_export, torch_import
-from tensorar_jax.generation import batches
+from tensorar_jax.nn import image_bytes
 from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import maskgit_vq
 from tests.contract import families
+from tests.tokenizers import common
+from tests.tokenizers.common import nchw, nhwc
 
 FILE = "maskgit-vqgan-imagenet-f16-256.bin"
 INPUTS = {"image_sq"}
@@ -64,14 +64,6 @@ encode = nnx.jit(maskgit_vq.Model.encode)
 latents_of = nnx.jit(maskgit_vq.Model.latents)
 
 
-def nhwc(x):
-  return np.asarray(x).transpose(0, 2, 3, 1)
-
-
-def nchw(x):
-  return np.asarray(x).transpose(0, 3, 1, 2)
-
-
 @pytest.fixture(scope="module")
 def folder(parity):
   return parity / "rar" / "maskgit_vqgan"
@@ -84,20 +76,7 @@ def io(folder):
 
 @pytest.fixture(scope="module")
 def published(folder):
-  """The fixture's checkpoint, through the public API."""
-  meta = json.loads((folder / "config.json").read_text())
-  return tj.import_tokenizer(
-    "maskgit_vq",
-    str(folder / FILE),
-    channels=meta["hidden_channels"],
-    channel_multipliers=meta["channel_mult"],
-    num_res_blocks=meta["num_res_blocks"],
-    code_dim=meta["z_channels"],
-    codebook_size=meta["codebook_size"],
-    image_channels=meta["num_channels"],
-    image_size=(meta["resolution"],) * 2,
-    codebook_weight=meta["commitment_cost"],
-  )
+  return common.published_maskgit_vq(folder / FILE)
 
 
 def means(stack, x) -> dict[str, np.ndarray]:
@@ -133,7 +112,7 @@ def computed(published, io) -> dict[str, np.ndarray]:
     "margin_sq": margins(latents, model.quantizer.codebook).reshape(2, 16),
     "decoded_raw_sq": nchw(decoded + 1) / 2,
     "decoded_sq": nchw(jnp.clip(decoded, -1, 1) + 1) / 2,
-    "uint8_sq": batches.to_uint8(decoded, model.uint8_offset),
+    "uint8_sq": image_bytes.to_uint8(decoded, model.uint8_offset),
   }
   encoder = means(model.encoder, (images + 1) / 2)
   decoder = means(model.decoder, rows)

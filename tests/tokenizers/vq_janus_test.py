@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import tensorar_jax as tj
 from tensorar_jax.checkpoints import torch_export, torch_import
-from tensorar_jax.generation import batches
+from tensorar_jax.nn import image_bytes
 from tensorar_jax.tokenizers import vq
 from tests.backbones.janus_case import compare
+from tests.tokenizers.common import nchw
 
 GRIDS = ("sq", "rect")
+TWO_ROUNDINGS = {"sq_dec_level0", "rect_dec_level0"}
 INPUTS = {f"{grid}_{name}" for grid in GRIDS for name in ("indices", "image")}
 
 
@@ -39,10 +42,6 @@ def model(folder):
   )
 
 
-def nchw(x):
-  return np.asarray(x).transpose(0, 3, 1, 2)
-
-
 @jax.jit
 def decoded(model, codes):
   """(code rows, taps, images) of codes on a grid."""
@@ -63,6 +62,16 @@ def encoded(model, images):
   return hidden, latents, codes, rows, model.pixels(rows)
 
 
+def exact(model):
+  """The model in float64: what it computes, without its rounding."""
+  graphdef, state = nnx.split(model)
+  model = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(float), state))
+  for _, module in nnx.iter_modules(model):
+    if getattr(module, "dtype", None):
+      module.dtype = jnp.float64
+  return model
+
+
 def margins(model, latents):
   """How much nearer the nearest code is than the next one."""
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -79,7 +88,7 @@ def computed(model, io, grid):
   size = io[f"{grid}_codes"].shape[2:]
   rows, taps, images = decoded(model, io[f"{grid}_indices"].reshape(-1, *size))
   hidden, latents, codes, chosen, again = encoded(model, image)
-  uint8 = batches.to_uint8(images, model.uint8_offset)
+  uint8 = image_bytes.to_uint8(images, model.uint8_offset)
   found = {
     "codes": nchw(rows),
     "dec_mid": nchw(taps["mid/2"]),
@@ -104,16 +113,38 @@ def test_parity(model, folder):
   for grid in GRIDS:
     found |= computed(model, io, grid)
   for name, array in found.items():
-    errors[name] = compare(array, io[name], tolerances[name], name)
+    if name not in TWO_ROUNDINGS:
+      errors[name] = compare(array, io[name], tolerances[name], name)
   print({name: float(f"{error:.2g}") for name, error in errors.items()})
   assert found.keys() | INPUTS == {*io.files}
+
+
+@pytest.mark.parametrize("name", sorted(TWO_ROUNDINGS))
+def test_parity_where_attention_magnifies_rounding(model, folder, name):
+  """Both sides are as near to the exact values as one may be to the other.
+
+  Attention at the lowest resolution makes ten times as much of the rounding of
+  the convolutions before it. How much that is differs between processors; the
+  two float32 results can lie on either side of the exact one.
+  """
+  io = np.load(folder / "io.npz")
+  tolerance = json.loads((folder / "tolerances.json").read_text())[name]
+  grid = name.partition("_")[0]
+  size = io[f"{grid}_codes"].shape[2:]
+  codes = io[f"{grid}_indices"].reshape(-1, *size)
+  ours = nchw(decoded(model, codes)[1]["resamples/0"])
+  with jax.enable_x64(True):
+    truth = nchw(decoded(exact(model), codes)[1]["resamples/0"])
+  assert truth.dtype == np.float64
+  compare(io[name], truth, tolerance, name)
+  compare(ours, truth, tolerance, name)
 
 
 def test_bytes_are_cut_off_and_not_rounded(model):
   assert model.uint8_offset == vq.VARIANTS["janus"].uint8_offset == 127.5
   assert vq.VARIANTS["vq16"].uint8_offset == 128.0
   half = jnp.full((1, 1, 1, 3), 0.9 / 127.5 - 1.0)
-  assert batches.to_uint8(half, model.uint8_offset).max() == 0
+  assert image_bytes.to_uint8(half, model.uint8_offset).max() == 0
 
 
 def test_a_file_of_the_tokenizer_alone_is_either_kind(model, folder):

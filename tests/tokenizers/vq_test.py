@@ -15,13 +15,14 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from tensorar_jax import interfaces
 from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
+from tests.tokenizers import common
+from tests.tokenizers.common import nchw, nhwc
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "parity"
 PARITY = pathlib.Path(os.environ.get("TENSORAR_PARITY", FIXTURES)) / "llamagen"
@@ -80,30 +81,17 @@ def load(case: str) -> tuple[nnx.Module, dict[str, np.ndarray]]:
   folder = parity_folder(case)
   meta = json.loads((folder / "meta.json").read_text())
   io = dict(np.load(folder / "io.npz"))
-  config = vq.Config(
-    channels=meta["ch"],
-    channel_multipliers=tuple(meta["ch_mult"]),
-    num_res_blocks=meta["num_res_blocks"],
-    latent_channels=meta["z_channels"],
-    code_dim=meta["codebook_embed_dim"],
-    codebook_size=meta["codebook_size"],
-    norm_groups=meta["norm_groups"],
+  fields = common.vq_config(
+    meta,
     image_size=io["image"].shape[2:],
     commitment_weight=meta["commit_loss_beta"],
     entropy_weight=meta["entropy_loss_ratio"],
   )
+  config = vq.Config(**fields)
   saved = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
   model = fill(config, {name: value.numpy() for name, value in saved.items()})
   nnx.update(model, jax.tree.map(jnp.asarray, nnx.state(model)))
   return model, io
-
-
-def nhwc(x):
-  return jnp.asarray(x).transpose(0, 2, 3, 1)
-
-
-def nchw(x):
-  return np.asarray(x).transpose(0, 3, 1, 2)
 
 
 def activations(stack, x) -> dict[str, jax.Array]:
@@ -343,30 +331,10 @@ def test_bfloat16_stays_close(tiny):
 
 def test_training_reconstructs_and_keeps_the_codebook_in_use():
   """Discs of many places and sizes, from a codebook of 11 rows."""
-  rng = np.random.default_rng(0)
-  y, x, r = rng.uniform((2, 2, 1), (10, 10, 4), (32, 3)).T[..., None, None]
-  rows, cols = np.mgrid[:12, :12]
-  images = np.clip(255 * (r - np.hypot(rows - y, cols - x)), 0, 255)
-  images = jnp.asarray(images[..., None], jnp.uint8)
+  images = common.discs()
   config = SIZES | {"channels": 8, "channel_multipliers": (1, 2)}
   config = vq.Config(**config | {"image_size": (12, 12)}, entropy_weight=0.01)
-  graph, params = nnx.split(drawn(config))
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-3))
-
-  @jax.jit
-  def step(params, state, rng):
-    def loss(params):
-      return nnx.merge(graph, params).loss({"image": images}, rng)
-
-    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, state = optimizer.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, metrics
-
-  state, history = optimizer.init(params), []
-  for key in jax.random.split(jax.random.key(0), 40):
-    params, state, metrics = step(params, state, key)
-    history.append({k: float(v) for k, v in metrics.items()})
-  print(history[0], history[-1])
+  history = common.train(drawn(config), images)
   assert set(history[-1]) == {"mse", "codebook_usage", "commitment"}
   variance = float(np.var(images / 127.5))
   assert history[-1]["mse"] < 0.5 * variance

@@ -2,14 +2,14 @@
 
   000000.jpg  000000.txt  000001.jpg  000001.json  ...
 
-Consecutive members with one key, the name up to the first dot behind the last
+Consecutive members with one key, the name up to the first dot after the last
 slash, are a sample: an image, and a caption in `.txt` or as "caption" of
-`.json`. Tars stay as they are: only the place of each image and caption is in
-memory. Those of a large folder are looked up once and kept in it, in
+`.json`. Tars stay as they are: only the position of each image and caption is
+in memory. Those of a large folder are looked up once and kept in it, in
 `webdataset.index.npz`, as long as names, sizes and times of change stay.
 
-A tar that is cut or damaged gives the samples before the damage; the others
-are read as if nothing were wrong, and `damaged` says what is missing where.
+A tar that is cut or damaged gives the samples before the damage; the other tars
+are read as usual. `damaged` lists the damage.
 """
 
 from __future__ import annotations
@@ -25,28 +25,36 @@ import tarfile
 import time
 import zipfile
 from concurrent import futures
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from absl import logging
 from jaxtyping import Bool, Int64
 
-from tensorar_jax.data import cache, captions, images
+from tensorar_jax.data import cache, images, splits
+from tensorar_jax.data.sources import captions
 
+USAGE = "webdataset:<path> of images with captions in tar files"
 INDEX = "webdataset.index.npz"
-_WORTH_KEEPING = 2**26  # bytes; the members of less are found in no time
+_WORTH_KEEPING = 2**26  # bytes; in smaller tars members are found at once
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<kind>[^/]*)")
 _CAPTIONS = (".txt", ".json")
 _EXPECTED = (
   "KEY.jpg (or .png, .webp, ...) and KEY.txt (or .json with a caption)"
 )
-_NONE = (0, -1)  # the place of what is missing
+_NONE = (0, -1)  # start and size of a missing part
 _DAMAGED_INDEX = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
+def load(argument: str, split: str, data_dir: str | None) -> WebDataset:
+  """The samples of `<argument>/<split>`, or of `argument` without splits."""
+  del data_dir
+  return open_webdataset(splits.split_folder(argument, split))
+
+
 @dataclasses.dataclass(frozen=True)
-class WebDataset:
-  """Captioned images by position, decoded when asked for; see `sources`.
+class WebDataset(captions.Captioned):
+  """Captioned images by position, decoded when asked for.
 
   Attributes:
     files: the tars, in the order of their names.
@@ -63,28 +71,30 @@ class WebDataset:
   places: Int64[np.ndarray, "n 4"]
   is_json: Bool[np.ndarray, " n"]
   damaged: tuple[dict[str, Any], ...]
-  num_classes: ClassVar[None] = None
-  image_shape: ClassVar[tuple[None, None, int]] = (None, None, 3)
 
   def __len__(self) -> int:
     return len(self.places)
 
-  def __getitem__(self, position: SupportsIndex) -> dict[str, Any]:
+  def __getitem__(self, position: SupportsIndex, /) -> dict[str, Any]:
     position = int(position)
     tar = int(np.searchsorted(self.ends, position, side="right"))
     file, places = self.files[tar], self.places[position].tolist()
-    start = self.ends[tar - 1] if tar else 0
-    where = f"{file.name}, sample {position - start}"
+    first = self.ends[tar - 1] if tar else 0
+    where = f"{file.name}, sample {position - first}"
     # Opened each time: threads and processes then have nothing to share.
     with file.open("rb") as opened:
-      parts = [_read(opened, *places[i : i + 2]) for i in (0, 2)]
-    for what, part in zip(("image", "caption"), parts):
+      parts = {
+        "image": _read(opened, start=places[0], size=places[1]),
+        "caption": _read(opened, start=places[2], size=places[3]),
+      }
+    for name, part in parts.items():
       if part is None:
-        reason = f"the {what} is missing; expected {_EXPECTED}"
+        reason = f"the {name} is missing; expected {_EXPECTED}"
         raise images.BrokenSampleError(where, reason)
-    caption = captions.decode(parts[1], where, bool(self.is_json[position]))
+    is_json = bool(self.is_json[position])
+    caption = captions.decode(parts["caption"], where, is_json)
     try:
-      image = images.decode_image(parts[0])
+      image = images.decode_image(parts["image"])
     except images.BrokenImageError as error:
       raise images.BrokenImageError(where, error.reason) from error
     return {"image": image, "caption": caption}
@@ -118,11 +128,13 @@ def open_webdataset(folder: pathlib.Path) -> WebDataset:
       " compressed ones have to be unpacked to .tar first"
     )
   ends, places, is_json, damaged = _places(folder, files)
-  damaged = tuple(json.loads(str(one)) for one in damaged)
+  damaged = tuple(json.loads(str(entry)) for entry in damaged)
   for tar in damaged:
     logging.warning(
       "%s: %s; %d samples before that are used",
-      *(folder / tar["name"], tar["reason"], tar["num_samples"]),
+      folder / tar["name"],
+      tar["reason"],
+      tar["num_samples"],
     )
   if not len(places):
     first = f"{damaged[0]['name']}: {damaged[0]['reason']}" if damaged else ""
@@ -136,15 +148,22 @@ def open_webdataset(folder: pathlib.Path) -> WebDataset:
       f"no sample in the {len(files)} tars of {folder} has an image and a"
       f" caption: {files[0].name} has members {kinds}; expected {_EXPECTED}"
     )
-  return WebDataset(folder, files, ends, places, is_json, damaged)
+  return WebDataset(
+    folder=folder,
+    files=files,
+    ends=ends,
+    places=places,
+    is_json=is_json,
+    damaged=damaged,
+  )
 
 
 def _kinds(file: pathlib.Path) -> str:
-  """What kinds of member there are, as "3 x .jpg, 3 x .cls"."""
+  """Counts the kinds of members, as "3 x .jpg, 3 x .cls"."""
   with tarfile.open(file, "r:") as tar:
     names = [member.name for member in tar]
-  found = collections.Counter(_split(name)[1] or name for name in names)
-  return ", ".join(f"{n} x {kind}" for kind, n in found.most_common(5))
+  kinds = collections.Counter(_split(name)[1] or name for name in names)
+  return ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5))
 
 
 def _digest(value) -> str:
@@ -155,7 +174,7 @@ def _digest(value) -> str:
 
 
 def _places(folder: pathlib.Path, files: tuple[pathlib.Path, ...]):
-  """(ends, places, is_json, damaged), from the cache or else into it."""
+  """(ends, places, is_json, damaged), from the cache, written if need be."""
   stats = [(file.name, file.stat()) for file in files]
   stamp = _digest([(n, s.st_size, s.st_mtime_ns) for n, s in stats])
   index, names = folder / INDEX, ("ends", "places", "is_json", "damaged")
@@ -167,25 +186,28 @@ def _places(folder: pathlib.Path, files: tuple[pathlib.Path, ...]):
     pass
   except _DAMAGED_INDEX as error:
     logging.warning("%s is damaged and will be replaced: %s", index, error)
-  started, found = time.monotonic(), []
+  started, scanned = time.monotonic(), []
   with futures.ThreadPoolExecutor() as pool:
-    for done, one in enumerate(pool.map(_scan, files), start=1):
-      found.append(one)
+    for done, tar in enumerate(pool.map(_scan, files), start=1):
+      scanned.append(tar)
       message = "%s: looked through %d of %d tars"
       logging.log_every_n_seconds(
         logging.INFO, message, 5, folder, done, len(files)
       )
-  counts, places, is_json, damaged = zip(*found)
+  counts, places, is_json, damaged = zip(*scanned)
   arrays = {
     "ends": np.cumsum(counts, dtype=np.int64),
     "places": np.concatenate(places),
     "is_json": np.concatenate(is_json),
-    "damaged": np.array([json.dumps(one) for one in damaged if one], str),
+    "damaged": np.array([json.dumps(tar) for tar in damaged if tar], str),
   }
   seconds = time.monotonic() - started
   logging.info(
     "%s: %d samples in %d tars found in %.1f s",
-    *(folder, sum(counts), len(files), seconds),
+    folder,
+    sum(counts),
+    len(files),
+    seconds,
   )
   if sum(stat.st_size for _, stat in stats) >= _WORTH_KEEPING:
     cache.save(index, stamp=np.array(stamp), **arrays)
@@ -193,7 +215,7 @@ def _places(folder: pathlib.Path, files: tuple[pathlib.Path, ...]):
 
 
 def _scan(file: pathlib.Path):
-  """(number of samples, places, is_json, what is wrong or None) of a tar."""
+  """Scans a tar: (number of samples, places, is_json, its damage or None)."""
   samples: list[dict[str, tuple[int, int]]] = []
   size, end, key, problem = file.stat().st_size, 0, None, None
   try:
@@ -241,11 +263,16 @@ def _parts(sample: dict[str, tuple[int, int]]):
 
 
 def _wrong_end(file: pathlib.Path, end: int) -> str | None:
-  """Python takes whatever is no header for the end, a block of zeros."""
+  """What is wrong at the end of the members of a tar, or None.
+
+  Python takes any block that is no header for the end, a block of zeros.
+  """
   with file.open("rb") as opened:
     opened.seek(end)
     block = opened.read(512)
   if block == bytes(512):
     return None
-  what = "a damaged member" if len(block) == 512 else "the end of the file"
-  return f"{what} at byte {end}, where a member or the mark of the end belongs"
+  problem = "a damaged member" if len(block) == 512 else "the end of the file"
+  return (
+    f"{problem} at byte {end}, where a member or the mark of the end belongs"
+  )

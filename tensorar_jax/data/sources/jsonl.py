@@ -2,11 +2,11 @@
 
   {"class_id": 7, "tokens": [95, 14, 78, ...]}
 
-Each line is one crop of an image and knows nothing of the others: an epoch
-passes over all ten crops of an image, or over an image and its mirror image. A
-published file has 12.8 M lines and stays on disk. Only the place of each line
-is in memory; those of a large file are looked up once and kept beside it, in
-`<file>.lines.npz`, which holds as long as its size and time of change do.
+Each line is one crop of an image, and nothing tells which lines are of one
+image: an epoch passes over all ten crops of an image, or over an image and its
+mirror image. A published file has 12.8 M lines and stays on disk. Only where
+each line starts is in memory; for a large file that is looked up once and kept
+beside it, in `<file>.lines.npz`, as long as its size and time of change stay.
 """
 
 from __future__ import annotations
@@ -17,19 +17,31 @@ import os
 import pathlib
 import time
 import zipfile
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from absl import logging
 from jaxtyping import Int64
 
-from tensorar_jax.data import cache, codes
+from tensorar_jax.data import cache, codes, splits
 
+USAGE = "jsonl:<file> of published lines of tokens"
 _CHUNK = 2**24  # bytes looked through at once for the ends of lines
-_PARSING_ERRORS = (ValueError, LookupError, TypeError)
-_PARSING_ERRORS += (OverflowError, RecursionError)
-_WORTH_KEEPING = 2**26  # bytes; the lines of less are found in no time
+_PARSING_ERRORS = (
+  ValueError,
+  LookupError,
+  TypeError,
+  OverflowError,
+  RecursionError,
+)
+_WORTH_KEEPING = 2**26  # bytes; in smaller files lines are found at once
 _FORM = '{"class_id": integer, "tokens": [integers]}'
+
+
+def load(argument: str, split: str, data_dir: str | None) -> JsonLines:
+  """The lines of the file `argument`; its split may have any plain name."""
+  del data_dir
+  return open_jsonl(splits.whole_file(argument, split))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +53,11 @@ class JsonLines:
   num_tokens: int
   vocab_sizes: tuple[int, ...] | None = None
   num_classes: int | None = None
-  num_variants: ClassVar[int] = 1
+
+  @property
+  def num_variants(self) -> int:
+    """1: nothing says which lines are of one image."""
+    return 1
 
   def __len__(self) -> int:
     return len(self.starts) - 1
@@ -89,7 +105,7 @@ def open_jsonl(file: pathlib.Path) -> JsonLines:
   with file.open("rb") as first:
     _, tokens = _parse(first.readline(), f"{file}, line 1")
   source = JsonLines(file, _line_starts(file), len(tokens))
-  # Now rather than hours later: blank lines, and the last of half a copy.
+  # Finds blank lines, and the end of half a copy, before training starts.
   shortest = int(np.diff(source.starts).argmin())
   suspects = np.array([shortest, len(source) - 1])
   source.fetch(suspects, np.zeros(2, int))
@@ -97,7 +113,7 @@ def open_jsonl(file: pathlib.Path) -> JsonLines:
 
 
 def _parse(line: bytes, where: str) -> tuple[int, Int64[np.ndarray, "T 1"]]:
-  """(label, tokens) of a line, if it has the form; no value is checked."""
+  """Parses a line to (label, tokens); checks its form, not the values."""
   try:
     content = json.loads(line)
     label, tokens = content["class_id"], content["tokens"]
@@ -117,7 +133,7 @@ def _parse(line: bytes, where: str) -> tuple[int, Int64[np.ndarray, "T 1"]]:
 
 
 def _line_starts(file: pathlib.Path) -> Int64[np.ndarray, " lines_and_end"]:
-  """Where each line starts, from the cache or else into it."""
+  """The start of each line, from the cache, which is written if need be."""
   stat = file.stat()
   stamp = np.array([stat.st_size, stat.st_mtime_ns])
   index = file.with_name(f"{file.name}.lines.npz")
@@ -139,12 +155,13 @@ def _line_starts(file: pathlib.Path) -> Int64[np.ndarray, " lines_and_end"]:
 
 
 def _find_lines(file: pathlib.Path) -> Int64[np.ndarray, " lines_and_end"]:
-  found, place = [np.zeros(1, np.int64)], 0
+  """Reads the whole file for the start of each line, and its size."""
+  starts, size = [np.zeros(1, np.int64)], 0
   with file.open("rb", buffering=0) as unread:
     while chunk := unread.read(_CHUNK):
       ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
-      found.append(ends + (place + 1))
-      place += len(chunk)
-  starts = np.concatenate(found)
+      starts.append(ends + (size + 1))
+      size += len(chunk)
+  starts = np.concatenate(starts)
   # The last line may lack its end.
-  return starts if starts[-1] == place else np.append(starts, place)
+  return starts if starts[-1] == size else np.append(starts, size)
