@@ -62,7 +62,7 @@ def load_texts(name, checkpoint):
   backbone = tiny.backbone(text_width=7, text_length=5)
   model = TensorAR(backbone, window=3, rngs=nnx.Rngs(0))
   return dataclasses.replace(
-    load("wrapped"), model=model, encode=Lengths(), conditioning=tiny.TEXTS
+    load("wrapped"), model=model, encode=Lengths(), conditions=tiny.TEXTS
   )
 
 
