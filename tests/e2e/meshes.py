@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from tensorar_jax.conditioning import captions, encoders, t5
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import initial_weights
 from tensorar_jax.method import sampling
 from tensorar_jax.nn import attention, layers
 from tensorar_jax.parallel import sharding, weights
@@ -67,7 +67,7 @@ def train_on(family, mesh) -> dict:
   tx = optimizer.make(
     optimizer.OptimConfig(learning_rate=1e-2, eps=1e-3), STEPS
   )
-  model = build.initial_model(config, pathlib.Path(), mesh)
+  model = initial_weights.initial_model(config, pathlib.Path(), mesh)
   skeleton, state = train_step.init_state(model, tx, 0, True, mesh)
   largest = largest_array()
   # All weights random: a zero head would hide mistakes.
