@@ -130,7 +130,7 @@ def test_a_killed_run_continues(finished):
   assert len(before) == 2
   after = names(output / "digits.json")
   assert {name: after[name] for name in before} == before
-  assert list(after) == sorted(name for name, _, _ in ablation.runs())
+  assert list(after) == sorted(run.record for run in ablation.runs())
   assert len(after) == 2 * 3
   centre = [after[f"centre/seed{seed}"]["metrics"] for seed in range(2)]
   assert centre[0]["frechet"] != centre[1]["frechet"]
