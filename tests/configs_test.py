@@ -20,8 +20,13 @@ NAMES = sorted({path.stem for path in FILES} - {"published"})
 
 # The others differ in sizes only.
 TRACED = (
-  *("digits", "fashion_mnist", "llamagen_b", "llamagen_t2i"),
-  *("open_magvit2_b", "rar_b", "janus_pro_1b"),
+  "digits",
+  "fashion_mnist",
+  "llamagen_b",
+  "llamagen_t2i",
+  "open_magvit2_b",
+  "rar_b",
+  "janus_pro_1b",
 )
 
 

@@ -54,7 +54,7 @@ def saved(folder):
   return {path.name for path in (folder / "checkpoints").iterdir()}
 
 
-def test_sigterm_saves_behind_any_step_and_the_rest_is_the_same(
+def test_sigterm_saves_after_any_step_and_the_rest_is_the_same(
   trained, tmp_path, monkeypatch
 ):
   """The checkpoint of step 3 cuts a row of the log in two."""
@@ -205,7 +205,7 @@ def test_the_console_shows_what_this_project_says_of_checkpoints():
   assert list(map(bool, shown.values())) == [True, False]
 
 
-def test_a_run_behind_a_damaged_checkpoint_ends_as_a_sound_one(
+def test_a_run_after_a_damaged_checkpoint_ends_as_a_sound_one(
   trained, tmp_path
 ):
   """It was complete; what refers to its last checkpoint still finds it."""
