@@ -116,17 +116,17 @@ def slot_rows(models: Models) -> Iterable[list[str]]:
     for j in range(window):
       row = [NAMES[recipe], str(window), str(j)]
       row += [
-        spread(found["cross_entropy"][kind][j] for found in diagnostics)
+        spread(seed["cross_entropy"][kind][j] for seed in diagnostics)
         for kind in kinds
       ]
       if j == 0:
         yield [*row, "", "", ""]
         continue
       row += [
-        spread(found["window_accuracy"][kind][j - 1] for found in diagnostics)
+        spread(seed["window_accuracy"][kind][j - 1] for seed in diagnostics)
         for kind in kinds
       ]
-      yield [*row, spread(found["copy_rate"][j - 1] for found in diagnostics)]
+      yield [*row, spread(seed["copy_rate"][j - 1] for seed in diagnostics)]
 
 
 def markdown(results: Mapping[str, dict]) -> str:
@@ -150,15 +150,15 @@ def markdown(results: Mapping[str, dict]) -> str:
 
 def groups(results: Mapping[str, dict]) -> dict[str, dict]:
   """Returns the picture's points: each model, and the base at its entropy."""
-  found = {}
+  grouped = {}
   for data, models in by_model(results).items():
-    points = found.setdefault(data, {})
+    points = grouped.setdefault(data, {})
     for (window, recipe), seeds in models.items():
       name = NAMES[recipe] + (f", k = {window}" if window > 1 else "")
       points[name] = [[record["metrics"] for record in seeds.values()]]
       if window > 1:
         points[name].append([record["matched"] for record in seeds.values()])
-  return found
+  return grouped
 
 
 def render(results: Mapping[str, dict], folder: pathlib.Path) -> None:

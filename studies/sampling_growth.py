@@ -68,12 +68,12 @@ def by_length(width: int, layers: int, rounds: int) -> list[dict]:
   return [
     {
       "tokens": side**2,
-      "seconds": float(np.median(found)),
-      "milliseconds_a_token": 1e3 * float(np.median(found)) / side**2,
-      "lowest": min(found),
-      "highest": max(found),
+      "seconds": float(np.median(times)),
+      "milliseconds_a_token": 1e3 * float(np.median(times)) / side**2,
+      "lowest": min(times),
+      "highest": max(times),
     }
-    for side, found in seconds.items()
+    for side, times in seconds.items()
   ]
 
 

@@ -123,18 +123,18 @@ def run_to_the_end(command: list[str], log: pathlib.Path) -> None:
 def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
   """Lists what differs in the results of two work directories."""
   stages = sorted(path.parent.name for path in a.glob("*/checkpoints"))
-  found = [] if stages else [f"nothing was trained in {a}"]
+  different = [] if stages else [f"nothing was trained in {a}"]
   for stage in stages:
     texts = [(path / stage / "log.jsonl").read_bytes() for path in (a, b)]
-    found += [f"{stage}/log.jsonl"] * (texts[0] != texts[1])
+    different += [f"{stage}/log.jsonl"] * (texts[0] != texts[1])
     left, right = (_bits(orbax_io.find(path / stage)) for path in (a, b))
-    found += [
+    different += [
       f"{stage}: {name}"
       for name in sorted(left.keys() | right.keys())
       if left.get(name) != right.get(name)
     ]
-    found += [f"{stage}: left {path}" for path in unfinished(b)]
-  return found
+    different += [f"{stage}: left {path}" for path in unfinished(b)]
+  return different
 
 
 def _bits(path: pathlib.Path) -> dict[str, bytes]:
@@ -151,13 +151,13 @@ def _bits(path: pathlib.Path) -> dict[str, bytes]:
     state = reader.restore(
       path / "state", args=ocp.args.PyTreeRestore(restore_args=args)
     )
-  found = {
+  arrays = {
     jax.tree_util.keystr(name): np.asarray(leaf).tobytes()
     for name, leaf in jax.tree_util.tree_leaves_with_path(state)
   }
   data = ocp.JsonCheckpointHandler().restore(path / "data")
   return {
-    **found,
+    **arrays,
     "name": path.name.encode(),
     "data": json.dumps(data).encode(),
   }
@@ -194,17 +194,17 @@ def main(argv: list[str]) -> None:
     left = (time.monotonic() - started) / i * (len(moments) - i) + alone
     print(f"{i}/{len(moments)} {what}, ETA {logs.duration(left)}", flush=True)
   run_to_the_end(command, log)
-  found = differences(straight, killed)
+  different = differences(straight, killed)
   record = {
     "config": config,
     "interruptions": dict(sorted(done.items())),
-    "different": found,
+    "different": different,
     "seconds": {"alone": alone, "killed": time.monotonic() - started},
   }
   (folder / "soak.json").write_text(json.dumps(record, indent=2) + "\n")
   print(json.dumps(record, indent=2))
-  print("DIFFERENT" if found else f"equal bit for bit; {folder}/soak.json")
-  sys.exit(1 if found else 0)
+  print("DIFFERENT" if different else f"equal bit for bit; {folder}/soak.json")
+  sys.exit(1 if different else 0)
 
 
 if __name__ == "__main__":

@@ -112,3 +112,21 @@ def lineage(stage: Stage, workdir: pathlib.Path) -> dict[str, str]:
     role: orbax_io.read_meta(resolve(init, workdir)).get("id", "")
     for role, init in parents(stage).items()
   }
+
+
+def check_lineage(stage: Stage, folder: pathlib.Path) -> dict[str, str]:
+  """Returns a stage's `lineage`, which must be that of its checkpoints.
+
+  Raises:
+    ValueError: a parent was trained again since.
+  """
+  now = lineage(stage, folder.parent)
+  if not orbax_io.steps(folder / "checkpoints"):
+    return now
+  before = orbax_io.run_meta(folder).get("lineage")
+  if before != now:
+    raise ValueError(
+      f"{folder} was trained from other weights than its parents now have:"
+      f" {before} then, {now} now. Move the folder away to train it again."
+    )
+  return now

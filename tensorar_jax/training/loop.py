@@ -62,6 +62,7 @@ class Training:
   Attributes:
     folder: of the stage.
     config: when to stop, to log and to save.
+    mesh: that its arrays are split over.
     task: what it trains on.
     data: endless iterator over this process's part of the batches.
     meter: runs the steps and times them.
@@ -74,6 +75,7 @@ class Training:
 
   folder: pathlib.Path
   config: TrainConfig
+  mesh: Mesh
   task: Task
   data: grain.DatasetIterator
   meter: throughput.Meter
@@ -221,8 +223,7 @@ def fit(
   if stage.source:
     published.import_stage(stage, folder)
     return
-  mesh = sharding.make_mesh(stage.mesh)
-  training = _prepare(stage, folder, mesh, profile)
+  training = _prepare(stage, folder, profile)
   if training is None:
     logging.info("%s: done, %d steps", folder.name, stage.train.num_steps)
     return
@@ -230,25 +231,23 @@ def fit(
     with (
       contextlib.closing(training.checkpoints),
       contextlib.closing(training.meter),
-      jax.set_mesh(mesh),
+      jax.set_mesh(training.mesh),
     ):
       training.run(stop_asked)
     processes.wait_for_all(folder.name)
 
 
 def _prepare(
-  stage: Stage,
-  folder: pathlib.Path,
-  mesh: Mesh,
-  profile: throughput.Steps | None,
+  stage: Stage, folder: pathlib.Path, profile: throughput.Steps | None
 ) -> Training | None:
   """Restores a stage's training, or begins it; None if it is complete."""
   config = stage.train
   origin = {
     "config": saved.claim(folder, stage),
-    "lineage": _lineage(stage, folder),
+    "lineage": saved.check_lineage(stage, folder),
   }
   model = build.abstract_model(stage)
+  mesh = sharding.make_mesh(stage.mesh)
   sharding.check_batch(mesh, config.batch_size, config.accumulate)
   tx, layout = make_layout(stage, model, mesh)
   checkpoints = orbax_io.Checkpoints(
@@ -273,6 +272,7 @@ def _prepare(
   return Training(
     folder=folder,
     config=config,
+    mesh=mesh,
     task=task,
     data=data,
     meter=throughput.Meter(folder, step, count_flops, profile),
@@ -282,20 +282,6 @@ def _prepare(
     state=state,
     pending=meta["pending"],
   )
-
-
-def _lineage(stage: Stage, folder: pathlib.Path) -> dict[str, str]:
-  """Reads the ids of the parents' weights, which must not have changed."""
-  lineage = saved.lineage(stage, folder.parent)
-  if not orbax_io.steps(folder / "checkpoints"):
-    return lineage
-  before = orbax_io.run_meta(folder).get("lineage")
-  if before != lineage:
-    raise ValueError(
-      f"{folder} was trained from other weights than its parents now have:"
-      f" {before} then, {lineage} now. Move the folder away to train it again."
-    )
-  return lineage
 
 
 def _task_and_data(
