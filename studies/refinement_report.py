@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tensorar_jax.reports import ablation_report, plots
+from tensorar_jax.evaluation import metrics, tables
+from tensorar_jax.reports import plots
 
 NAMES = {
   "continued": "base, trained on",
@@ -15,13 +16,7 @@ NAMES = {
   "categorical": "TensorAR, published recipe",
   "drafts": "TensorAR, own drafts as noise",
 }
-COLUMNS = {
-  "frechet": "distance ↓",
-  "accuracy": "class accuracy ↑",
-  "precision": "precision ↑",
-  "recall": "recall ↑",
-  "entropy": "entropy",
-}
+COLUMNS = ("frechet", "accuracy", "precision", "recall", "entropy")
 PLANES = (("recall", "precision"), ("entropy", "frechet"))
 # The seeds of one model, {seed: record}, by (window, recipe).
 Models = dict[tuple[int, str], dict[str, dict]]
@@ -42,13 +37,18 @@ def spread(values: Iterable[float], sign: bool = False) -> str:
   """Mean, and the standard deviation if there is more than one value."""
   values = list(values)
   places = 2 if sign or abs(np.mean(values or 0)) >= 10 else 3
-  return ablation_report.spread(values, places, "+" * sign)
+  return tables.mean_of(values, places, "+" * sign)
 
 
 def lines(models: Models) -> Iterable[list[str]]:
   """The cells of the comparison: each model, then the base at its entropy."""
   yield [
-    *("model", "k", "guidance", *COLUMNS.values()),
+    *(
+      "model",
+      "k",
+      "guidance",
+      *(metrics.find(name).heading for name in COLUMNS),
+    ),
     *("distance − base's", "− base's at equal entropy"),
   ]
   base = models.get((1, "continued"), {})
@@ -76,9 +76,14 @@ def lines(models: Models) -> Iterable[list[str]]:
 def slot_lines(models: Models) -> Iterable[list[str]]:
   """The cells of the diagnostics, a line per model and slot."""
   yield [
-    *("model", "k", "slot", "cross-entropy behind training noise"),
-    *("behind own drafts", "right in the training windows"),
-    *("right among own drafts", "committed = draft of slot looks ago"),
+    "model",
+    "k",
+    "slot",
+    "cross-entropy, training noise",
+    "cross-entropy, own drafts",
+    "right in the training windows",
+    "right among own drafts",
+    "committed = draft of that many looks before",
   ]
   for (window, recipe), seeds in models.items():
     found = [record["diagnostics"] for record in seeds.values()]
@@ -107,8 +112,8 @@ def markdown(results: Mapping[str, dict]) -> str:
       f" {settings['num_images']:,} images per model, at the guidance that a"
       f" scan of {settings['scan_images']:,} chose. Distances to a base are"
       " differences within a seed. Entropy in nats per committed token.",
-      ablation_report.table(list(lines(models))),
-      ablation_report.table(list(slot_lines(models))),
+      tables.markdown(list(lines(models))),
+      tables.markdown(list(slot_lines(models))),
     ]
   return "\n\n".join(parts) + "\n"
 

@@ -221,21 +221,6 @@ class Gaussian:
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-  """The Frechet distance between the Gaussians of two feature sets."""
-  return a.gaussian.distance(b.gaussian)
-
-
-def gaussian_distance(
-  mean_a: np.ndarray,
-  covariance_a: np.ndarray,
-  mean_b: np.ndarray,
-  covariance_b: np.ndarray,
-) -> float:
-  """The same from means `[D]` and covariances `[D, D]`, as in a stored file."""
-  return Gaussian(mean_a, covariance_a).distance(Gaussian(mean_b, covariance_b))
-
-
 def inception_score(logits: Matrix, split_size: int = 5000) -> float:
   """The Inception Score of classifier logits `[n, classes]`.
 
@@ -262,18 +247,6 @@ def inception_score(logits: Matrix, split_size: int = 5000) -> float:
   return float(np.mean(scores))
 
 
-def precision_recall(
-  real: Matrix, fake: Matrix, k: int = 3
-) -> tuple[float, float]:
-  """Precision and recall of `fake [n, D]` against `real [m, D]`.
-
-  Exact k-nearest-neighbour manifolds. Beyond the inputs, memory grows with n +
-  m only: distances are made in blocks of 2048 x 2048.
-  """
-  in_real, in_fake = manifold_members(real, fake, k)
-  return float(in_real.mean()), float(in_fake.mean())
-
-
 def manifold_members(
   real: Matrix,
   fake: Matrix,
@@ -282,7 +255,15 @@ def manifold_members(
 ) -> tuple[Bool[np.ndarray, " m"], Bool[np.ndarray, " n"]]:
   """Which fake points lie in the real manifold, which real ones in the fake.
 
-  `reach_real` are the squared radii of the real points, where they are known.
+  Their shares are precision and recall, of `fake [n, D]` against `real [m, D]`,
+  by exact k-nearest-neighbour manifolds. Beyond the inputs, memory grows with
+  n + m only: distances are made in blocks of 2048 x 2048.
+
+  Args:
+    real: features of the reference.
+    fake: features of the samples.
+    k: a ball reaches the k-th nearest other point.
+    reach_real: the squared radii of the real points, where they are known.
   """
   real, fake = _matrix(real, "real"), _matrix(fake, "fake")
   if real.shape[1] != fake.shape[1]:

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 
 from tensorar_jax.evaluation.prompt_scores import (
-  TABLES,
+  BENCHMARKS,
   PromptScores,
   read_lines,
 )
 
-CATEGORIES = TABLES["dpg"][0]
+CATEGORIES = BENCHMARKS["dpg"].categories
 PROMPTS = 1065
 IMAGES = 4
 TOLERANCE = 1e-6  # between what is printed and what is computed

@@ -30,7 +30,14 @@ import numpy as np
 from absl import logging
 
 from tensorar_jax.checkpoints import files, hub, resumable
-from tensorar_jax.evaluation import adm, extractor, inception, scores
+from tensorar_jax.evaluation import (
+  adm,
+  extractor,
+  inception,
+  metrics,
+  tables,
+)
+from tensorar_jax.evaluation.metrics import METRICS, FeatureSet
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import npz, sample_files
 from tensorar_jax.method.drawing import Guidance, guidance_text
@@ -41,13 +48,8 @@ SHARD_SIZE = 512  # images: what a killed run may lose
 # A bigger batch is no faster on a CPU, and takes gigabytes.
 BATCH_PER_DEVICE = {"cpu": 16}
 KINDS = ("pool", "spatial", "logits")
-NAMES = {  # of a metric -> as papers have it, whether higher is better
-  "frechet": ("fid", "FID", False),
-  "spatial_frechet": ("sfid", "sFID", False),
-  "inception_score": ("inception_score", "IS", True),
-  "precision": ("precision", "precision", True),
-  "recall": ("recall", "recall", True),
-}
+# What distances are called in the features of Inception.
+INCEPTION_NAMES = {"frechet": "fid", "spatial_frechet": "sfid"}
 NOTES = (
   "std is over bootstrap resamples of the images, interval is value -+ 1.96 of"
   " it; network, manifolds and the reference's statistics are taken as exact.",
@@ -95,7 +97,7 @@ class Judge:
     self.widths = {kind: row.shape[1] for kind, row in rows.items()}
     self.network = _identity(network) if named else {"file": None}
     self.reference = _identity(reference) | {"shape": self.file.shape}
-    self._features: scores.FeatureSet | None = None
+    self._features: FeatureSet | None = None
 
   def measure(
     self, samples: str | os.PathLike, folder: str | os.PathLike
@@ -164,11 +166,11 @@ class Judge:
 
   def _extract(
     self, file: npz.SampleFile, folder: pathlib.Path, kinds: Sequence[str]
-  ) -> scores.FeatureSet | None:
+  ) -> FeatureSet | None:
     """The features, from shards as far as they are there."""
     stored = _gaussians(file)
     if not len(file):
-      return scores.FeatureSet(stored=stored)
+      return FeatureSet(stored=stored)
     name = "features-{}.npz"
     shards = resumable.shards(folder, name, len(file), SHARD_SIZE)
     missing = resumable.to_do(shards, *self.share)
@@ -190,9 +192,9 @@ class Judge:
       with np.load(shard) as part:
         for kind, array in arrays.items():
           array[positions.start : positions.stop] = part[kind]
-    return scores.FeatureSet(**arrays, stored=stored)
+    return FeatureSet(**arrays, stored=stored)
 
-  def _reference(self, folder: pathlib.Path) -> scores.FeatureSet | None:
+  def _reference(self, folder: pathlib.Path) -> FeatureSet | None:
     """The reference's features, kept beside it or else in `folder`."""
     if self._features is None:
       known = {"reference": self.reference, "inception": self.network}
@@ -208,19 +210,17 @@ class Judge:
       self._features = self._extract(self.file, beside, kinds)
     return self._features
 
-  def _metrics(
-    self, real: scores.FeatureSet, fake: scores.FeatureSet
-  ) -> dict[str, dict]:
+  def _metrics(self, real: FeatureSet, fake: FeatureSet) -> dict[str, dict]:
     """{name: {"value", "std", "interval"}}; without a bootstrap the value."""
-    compared = scores.Comparison(real, fake)
+    compared = metrics.Comparison(real, fake)
     errors = {}
     if self.bootstrap:
       errors = compared.errors(self.bootstrap)
     found = {}
     for name, value in compared.values().items():
-      found[NAMES[name][0]] = entry = {"value": value}
+      found[INCEPTION_NAMES.get(name, name)] = entry = {"value": value}
       if name in errors:
-        half = scores.Z95 * errors[name]
+        half = metrics.Z95 * errors[name]
         entry |= {"std": errors[name], "interval": [value - half, value + half]}
     return found
 
@@ -277,34 +277,22 @@ def place_of(
   return folder / f"against-{pathlib.Path(reference).stem}"
 
 
-# --- tables ------------------------------------------------------------------
-
-
-def cells(record: dict) -> list[str]:
-  """The numbers of a record, in the order of NAMES: value [interval]."""
-  found = []
-  for name, _, _ in NAMES.values():
-    entry = record["metrics"].get(name)
-    found.append("" if entry is None else _number(name, entry))
-  return found
-
-
-def _number(name: str, entry: dict) -> str:
-  places = 4 if name in ("precision", "recall") else 2
-  text = f"{entry['value']:.{places}f}"
-  if "interval" in entry:
-    low, high = entry["interval"]
-    text += f" [{low:.{places}f}, {high:.{places}f}]"
-  return text
+def columns() -> list[metrics.Metric]:
+  """The metrics of a record, in the order of tables and pictures."""
+  measured = [name for name, metric in METRICS.items() if metric.measure]
+  return metrics.in_order([INCEPTION_NAMES.get(n, n) for n in measured])
 
 
 def table(records: dict[str, dict]) -> str:
-  """A line for each record under its name, in Markdown."""
-  heads = [f"{label} {'↑' if up else '↓'}" for _, label, up in NAMES.values()]
-  rows = [["samples", "images", *heads], ["---"] * (2 + len(heads))]
+  """A Markdown table with a line for each record, under its name."""
+  rows = [["samples", "images", *(metric.heading for metric in columns())]]
   for name, record in records.items():
-    rows.append([name, f"{record['num_images']:,}", *cells(record)])
-  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    numbers = [
+      tables.with_interval(record["metrics"].get(metric.name), metric.decimals)
+      for metric in columns()
+    ]
+    rows.append([name, f"{record['num_images']:,}", *numbers])
+  return tables.markdown(rows)
 
 
 # --- a trained stage ---------------------------------------------------------

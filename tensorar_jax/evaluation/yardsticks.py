@@ -19,7 +19,7 @@ from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import pipeline, shapes, sources
 from tensorar_jax.data.sources.shapes import open_shapes
-from tensorar_jax.evaluation import scores
+from tensorar_jax.evaluation import metrics, prompt_scores
 from tensorar_jax.evaluation import shapes as shapes_scorer
 from tensorar_jax.experiment import build, saved
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage, choose
@@ -134,7 +134,7 @@ class ByClassifier:
     for name in settings.models:
       requests.check_classes(name, stages[name])
 
-  def features(self, images: Images) -> scores.FeatureSet:
+  def features(self, images: Images) -> metrics.FeatureSet:
     """`pool` [n, num_features], in batches of one compiled shape."""
     graphdef, state = nnx.split(self.classifier)
     size = min(500, len(images))
@@ -144,7 +144,7 @@ class ByClassifier:
       pad = [(0, size - len(part))] + [(0, 0)] * 3
       found = _features(graphdef, state, np.pad(part, pad))
       out.append(np.asarray(found)[: len(part)])
-    return scores.FeatureSet(pool=np.concatenate(out))
+    return metrics.FeatureSet(pool=np.concatenate(out))
 
   def conditions(self, stage: Stage) -> Conditioning:
     return build.conditioning(stage.conditioning)
@@ -164,7 +164,7 @@ class ByClassifier:
     """Every metric of a set of images against the real training images."""
     fake = self.features(images)
     right = np.argmax(self.classifier.classify(fake.pool), -1) == labels
-    found = scores.Comparison(self.real, fake).values()
+    found = metrics.Comparison(self.real, fake).values()
     return {**found, "accuracy": float(np.mean(right))}
 
   def held_out(self, limit: int) -> dict[str, np.ndarray]:
@@ -212,7 +212,7 @@ class ByReading:
       " that the caption names is read, as often and in the colour and place"
       " that it says. Overall is their mean.",
       "\u00b1 is the standard error and metrics.json has the 95 % interval, by"
-      f" resampling prompts {scores.RESAMPLES} times.",
+      f" resampling prompts {prompt_scores.RESAMPLES} times.",
       "The guidance scan is on other prompts and shows how many are wrong.",
     ]
 
@@ -257,7 +257,9 @@ class ByReading:
       own = right[:, kinds == category]  # [seeds, prompts]
       by_seed[category] = own.mean(axis=1)
       seeds = np.full(own.shape[1], len(own))
-      resampled[category] = scores.resample_prompts(own.sum(axis=0), seeds, rng)
+      resampled[category] = prompt_scores.resample_prompts(
+        own.sum(axis=0), seeds, rng
+      )
     for found in (by_seed, resampled):
       found["overall"] = np.mean(list(found.values()), axis=0)
     return {

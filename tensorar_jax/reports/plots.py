@@ -5,12 +5,14 @@ matplotlib is imported where it is used: importing this module costs nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from tensorar_jax.evaluation.metrics import Metric
 from tensorar_jax.generation.pictures import INK, MUTED, Named, Path_
 
 
@@ -166,32 +168,40 @@ def save_planes(
   figure.savefig(path, format="png")
 
 
-def save_scan(
-  path: Path_,
-  scales: Sequence[str],
-  metrics: Mapping[str, tuple[Sequence[float], Sequence[float], bool]],
-  title: str,
-) -> None:
-  """A PNG with a panel per metric over a scan of scales.
+@dataclasses.dataclass(frozen=True)
+class ScanCurve:
+  """A metric over a scan: values, and half the widths of their intervals.
 
-  `metrics[name]` holds the value at each scale, half the width of its interval
-  (0 where it has none), and whether higher is better; the best is marked.
+  A half is 0 where a value has no interval.
   """
+
+  metric: Metric
+  values: Sequence[float]
+  halves: Sequence[float]
+
+
+def save_scan(
+  path: Path_, scales: Sequence[str], curves: Sequence[ScanCurve], title: str
+) -> None:
+  """A PNG with a panel per metric over guidance scales, its best one marked."""
   from matplotlib.figure import Figure
 
-  if not metrics or not scales:
+  if not curves or not scales:
     raise ValueError("there is no scan; expected a scale and a metric or more.")
-  size = (3.6 * len(metrics), 3.4)
+  size = (3.6 * len(curves), 3.4)
   figure = Figure(figsize=size, dpi=110, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
-  panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-  at = np.arange(len(scales))
-  for axes, (name, (values, halves, higher)) in zip(panels, metrics.items()):
-    axes.errorbar(at, values, yerr=halves, marker="o", lw=1.2, capsize=3)
-    best = int((np.argmax if higher else np.argmin)(values))
-    axes.plot(best, values[best], "o", ms=9, mfc="none", mec="C1", mew=2)
-    tidy(axes, f"{name} {'↑' if higher else '↓'}")
-    axes.set_xticks(at, scales)
+  panels = figure.subplots(1, len(curves), squeeze=False)[0]
+  x = np.arange(len(scales))
+  for axes, curve in zip(panels, curves):
+    values = curve.values
+    axes.errorbar(x, values, yerr=curve.halves, marker="o", lw=1.2, capsize=3)
+    higher = curve.metric.higher_is_better
+    if higher is not None:
+      best = int((np.argmax if higher else np.argmin)(values))
+      axes.plot(best, values[best], "o", ms=9, mfc="none", mec="C1", mew=2)
+    tidy(axes, curve.metric.heading)
+    axes.set_xticks(x, scales)
     axes.set_xlabel("guidance scale", fontsize=9, color=MUTED)
   figure.savefig(path, format="png")
 

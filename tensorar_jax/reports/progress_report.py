@@ -8,9 +8,10 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Mapping
 
+from tensorar_jax.evaluation import metrics
 from tensorar_jax.evaluation.progress import Found
 from tensorar_jax.experiment.schema import Stage
-from tensorar_jax.reports import plots, run_report
+from tensorar_jax.reports import plots
 
 PICTURE = "progress.png"
 
@@ -39,7 +40,7 @@ def draw(
     return  # another process has them
   shared = [m for m in rows[0] if all(m in row for row in rows)]
   panels = {
-    run_report.metric_title(metric): {
+    metrics.find(metric).heading: {
       name: {
         steps_before(stages, name) + step: row[metric]
         for step, row in steps.items()

@@ -102,7 +102,7 @@ def test_statistics_in_a_file_count(folder, network, expected, tmp_path):
   want = expected["layout_stats"]
   for name in ("fid", "sfid"):
     assert found[name] == pytest.approx(want[name], rel=1e-6)
-  assert found.keys() == {k for k, _, _ in protocol.NAMES.values()}
+  assert found.keys() == {metric.name for metric in protocol.columns()}
 
 
 def test_numbers_depend_on_nothing_but_the_images(
