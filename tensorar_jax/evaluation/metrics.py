@@ -211,7 +211,11 @@ class Metric:
     return self.label + arrows[self.higher_is_better]
 
 
-_ENTRIES = (
+def by_name(*entries: Metric) -> dict[str, Metric]:
+  return {metric.name: metric for metric in entries}
+
+
+METRICS = by_name(
   Metric(
     "frechet",
     "Fréchet distance",
@@ -259,7 +263,6 @@ _ENTRIES = (
   Metric("entropy", "entropy"),
   Metric("cross_entropy", "cross-entropy", is_detail=True),
 )
-METRICS = {metric.name: metric for metric in _ENTRIES}
 
 
 def find(name: str) -> Metric:
