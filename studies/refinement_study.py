@@ -232,12 +232,12 @@ class Study:
       self._train(parent)
     loop.fit(self.stages[name], self.folder / name)
 
-  def _sampler(self, name: str, temperature: float) -> evaluate.Sampler:
+  def _sampler(self, name: str, temperature: float) -> evaluate.LoadedSubject:
     stage = self.stages[name]
     sampling = dataclasses.replace(stage.sampling, temperature=temperature)
     stage = dataclasses.replace(stage, sampling=sampling)
     subject = evaluate.Subject(name, stage, self.folder / name)
-    return evaluate.Sampler(subject, self.settings.batch_size)
+    return evaluate.LoadedSubject(subject, self.settings.batch_size)
 
   def _entropy(self, name: str, temperature: float, scale: float) -> float:
     """Of a stage at another temperature, for the classes of the diagnostics."""

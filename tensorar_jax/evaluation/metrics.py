@@ -261,7 +261,7 @@ METRICS = by_name(
     for name in shapes.CATEGORIES
   ),
   Metric("entropy", "entropy"),
-  Metric("cross_entropy", "cross-entropy", is_detail=True),
+  Metric("cross_entropy", "cross entropy", is_detail=True),
 )
 
 
