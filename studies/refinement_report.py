@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tensorar_jax.reports import ablation_report, plots
+from tensorar_jax.evaluation import metrics, tables
+from tensorar_jax.reports import plots
 
 NAMES = {
   "continued": "base, trained on",
@@ -15,13 +16,7 @@ NAMES = {
   "categorical": "TensorAR, published recipe",
   "drafts": "TensorAR, own drafts as noise",
 }
-COLUMNS = {
-  "frechet": "distance ↓",
-  "accuracy": "class accuracy ↑",
-  "precision": "precision ↑",
-  "recall": "recall ↑",
-  "entropy": "entropy",
-}
+COLUMNS = ("frechet", "accuracy", "precision", "recall", "entropy")
 PLANES = (("recall", "precision"), ("entropy", "frechet"))
 # The seeds of one model, {seed: record}, by (window, recipe).
 Models = dict[tuple[int, str], dict[str, dict]]
@@ -49,7 +44,7 @@ def spread(values: Iterable[float], sign: bool = False) -> str:
   """Writes the mean, and of several values the standard deviation."""
   values = list(values)
   places = 2 if sign or abs(np.mean(values or 0)) >= 10 else 3
-  return ablation_report.spread(values, places, "+" * sign)
+  return tables.mean_of(values, places, "+" * sign)
 
 
 def comparison_rows(models: Models) -> Iterable[list[str]]:
@@ -58,7 +53,7 @@ def comparison_rows(models: Models) -> Iterable[list[str]]:
     "model",
     "k",
     "guidance",
-    *COLUMNS.values(),
+    *(metrics.find(name).heading for name in COLUMNS),
     "distance − base's",
     "− base's at equal entropy",
   ]
@@ -102,11 +97,11 @@ def slot_rows(models: Models) -> Iterable[list[str]]:
     "model",
     "k",
     "slot",
-    "cross-entropy given training noise",
-    "given own drafts",
+    "cross-entropy, training noise",
+    "cross-entropy, own drafts",
     "right in the training windows",
     "right among own drafts",
-    "committed = draft of slot looks ago",
+    "committed = draft of that many looks before",
   ]
   kinds = ("training_noise", "own_drafts")
   for (window, recipe), seeds in models.items():
@@ -142,8 +137,8 @@ def markdown(results: Mapping[str, dict]) -> str:
       f" {settings['num_images']:,} images per model, at the guidance that a"
       f" scan of {settings['scan_images']:,} chose. Distances to a base are"
       " differences within a seed. Entropy in nats per committed token.",
-      ablation_report.table(list(comparison_rows(models))),
-      ablation_report.table(list(slot_rows(models))),
+      tables.markdown(list(comparison_rows(models))),
+      tables.markdown(list(slot_rows(models))),
     ]
   return "\n\n".join(parts) + "\n"
 

@@ -237,13 +237,13 @@ class Study:
       self._train(parent)
     loop.fit(self.stages[name], self.folder / name)
 
-  def _sampler(self, name: str, temperature: float) -> evaluate.Sampler:
+  def _sampler(self, name: str, temperature: float) -> evaluate.LoadedSubject:
     """Loads a stage to sample from it at another temperature."""
     stage = self.stages[name]
     sampling = dataclasses.replace(stage.sampling, temperature=temperature)
     stage = dataclasses.replace(stage, sampling=sampling)
     subject = evaluate.Subject(name, stage, self.folder / name)
-    return evaluate.Sampler(subject, self.settings.batch_size)
+    return evaluate.LoadedSubject(subject, self.settings.batch_size)
 
   def _entropy(self, name: str, temperature: float, scale: float) -> float:
     """Measures a stage's entropy at a temperature, on the held-out classes."""

@@ -103,8 +103,7 @@ def tokenize_images(
   options: Tokenize, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
   """Carries out --mode=tokenize."""
-  import jax
-
+  from tensorar_jax.checkpoints import resumable
   from tensorar_jax.data import codes, sources, tokenize
   from tensorar_jax.experiment import build
   from tensorar_jax.parallel import sharding
@@ -132,8 +131,7 @@ def tokenize_images(
     recipe=options.recipe,
     image_size=rows,
     crop_range=options.crop_range,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    worker=resumable.Worker.of_this_process(),
     text=text_encoder,
   )
 

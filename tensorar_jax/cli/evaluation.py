@@ -44,8 +44,7 @@ class Reference:
 
   def judge(self) -> Judge:
     """Loads network and reference; each of several processes has a share."""
-    import jax
-
+    from tensorar_jax.checkpoints import resumable
     from tensorar_jax.evaluation import protocol
 
     return protocol.Judge(
@@ -53,7 +52,7 @@ class Reference:
       self.inception,
       bootstrap=self.bootstrap,
       batch_size=self.batch_size,
-      share=(jax.process_index(), jax.process_count()),
+      worker=resumable.Worker.of_this_process(),
     )
 
 
@@ -169,7 +168,7 @@ def measure_file(options: Evaluate) -> None:
       f"{needless[0]} with --samples: the images are drawn already."
     )
   samples = pathlib.Path(options.samples)
-  folder = options.output or protocol.place_of(samples, options.reference)
+  folder = options.output or protocol.default_folder(samples, options.reference)
   record = options.judge().measure(samples, folder)
   if record:
     print(protocol.table({samples.name: record}))

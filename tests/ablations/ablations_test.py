@@ -267,7 +267,7 @@ def test_a_row_compares_within_a_seed_and_stands_beside_the_papers():
   rows = [dict(name=n.upper(), variant=n) | paper for n in ("a", "b", "c")]
   axis = {"title": "axis", "rows": rows, "timed": False}
   head, a, b, c, base = ablation_report.cells(results, axis)
-  assert head[:4] == ["axis", "papers' FID ↓", "distance ↓", "recall ↑"]
+  assert head[:4] == ["axis", "papers' FID ↓", "Fréchet distance ↓", "recall ↑"]
   assert a[:3] == ["A", "4.70", "4.50 ± 0.71"] and a[4] == "+2.00 ± 1.41"
   assert b[2] == "9.00" and b[4] == "+8.00"
   assert c == ["C", "4.70", "", "", "", ""]  # not measured yet

@@ -93,7 +93,7 @@ def draw(browser, stage):
   box.click()
   wait(browser, lambda b: find(b, "[role=option]", stage))[0].click()
   browser.find_element("id", "draw").click()
-  wait(browser, lambda b: find(b, "#said", f"{stage} (k"))
+  wait(browser, lambda b: find(b, "#status", f"{stage} (k"))
 
 
 def picture(browser, css):

@@ -52,7 +52,7 @@ def test_everything_promised_is_there(finished):
     assert found["base_entropy"] == metrics["models"]["base"]["entropy"]
     noise = found["cross_entropy"]["training_noise"]
     assert noise[0] == metrics["models"][name]["cross_entropy"]
-  assert "Behind its own drafts" in (workdir / "report.html").read_text()
+  assert "Given its own drafts" in (workdir / "report.html").read_text()
   assert "continued" in done.stdout and "report.html" in done.stdout
   assert "ETA" in done.stderr and "tokens/s" in done.stderr
   assert list((workdir / "tensorar" / "tensorboard").iterdir())
