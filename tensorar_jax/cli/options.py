@@ -151,7 +151,7 @@ def groups_of(options: type) -> dict[str, list[tuple[str, Flag]]]:
 
 def summary(options: type) -> str:
   """The first paragraph of a docstring on one line."""
-  return " ".join(inspect.getdoc(options).split("\n\n")[0].split())
+  return " ".join((inspect.getdoc(options) or "").split("\n\n")[0].split())
 
 
 def changed(options: Shared, group: type) -> list[str]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,9 @@ def measure(
     noise: what it was trained with.
     batch_size: images per call; `n` need not be a multiple.
   """
-  found = {"window": model.window}
-  found |= free_running(model, conditioning, batch["label"], config, batch_size)
+  found: dict[str, Any] = {"window": model.window}
+  labels = np.asarray(batch["label"])
+  found |= free_running(model, conditioning, labels, config, batch_size)
   return found | held_out(model, conditioning, batch, config, noise, batch_size)
 
 
@@ -79,10 +81,11 @@ def free_running(
   for out in batches.generate(
     model, conditioning, labels, SEED, config, batch_size
   ):
+    assert out.logits is not None  # asked for
     committed = tuple(one[:, :, 0] for one in out.logits)
     entropies.append(np.asarray(entropy(committed, config)))
     drafts.append(np.asarray(out.drafts))
-  found = {"entropy": float(np.mean(np.concatenate(entropies)))}
+  found: dict[str, Any] = {"entropy": float(np.mean(np.concatenate(entropies)))}
   if model.window > 1:
     found["copy_rate"] = copy_rate(np.concatenate(drafts))
   return found

@@ -54,6 +54,8 @@ class FeatureSet:
   @functools.cached_property
   def radii(self) -> np.ndarray:
     """The squared radii of the manifold; at least 4 images are needed."""
+    if self.pool is None:
+      raise ValueError("precision and recall need the features `pool`.")
     return adm.squared_radii(self.pool)
 
 
@@ -130,8 +132,10 @@ class Comparison:
 
   @functools.cached_property
   def _members(self) -> tuple[np.ndarray, np.ndarray]:
-    real, fake = self.real, self.fake
-    return adm.manifold_members(real.pool, fake.pool, reach_real=real.radii)
+    real, fake = self.real.pool, self.fake.pool
+    if real is None or fake is None:
+      raise ValueError("precision and recall need the features `pool` of both.")
+    return adm.manifold_members(real, fake, reach_real=self.real.radii)
 
 
 _DISTANCES = {"frechet": "pool", "spatial_frechet": "spatial"}

@@ -147,8 +147,10 @@ class Sampler:
     )
     # The None at the end takes the last batch out.
     ahead = itertools.pairwise(itertools.chain(started, [None]))
-    for (images, out, count), _ in ahead:
-      yield np.asarray(images)[:count], _cut(out, count)
+    for batch, _ in ahead:
+      if batch is not None:
+        images, out, count = batch
+        yield np.asarray(images)[:count], _cut(out, count)
 
 
 def _cut(out: sampling.Samples, count: int) -> sampling.Samples:

@@ -27,7 +27,10 @@ class Layout(Protocol):
   `source` is what the benchmark says of the prompt: a line, or an id.
   """
 
-  counts: Collection[int]  # images of a prompt that the layout takes
+  @property
+  def counts(self) -> Collection[int]:
+    """How many images of a prompt the layout takes."""
+    ...
 
   def names(self, number: int, source: str, count: int) -> list[str]:
     """The files of prompt `number` with `count` images."""

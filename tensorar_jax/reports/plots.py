@@ -17,6 +17,7 @@ from tensorar_jax.generation.pictures import INK, MUTED, Named, Path_
 def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
   """A PNG of training curves: cross-entropies above, all other stages below."""
   from matplotlib.figure import Figure
+  from matplotlib.layout_engine import ConstrainedLayoutEngine
 
   if not traces:
     raise ValueError("traces is empty; expected a stage at least: add one.")
@@ -35,8 +36,8 @@ def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
   groups = [(large, 3, 3.4), (rest, 4, 2.2)]
   groups = [(p, math.ceil(len(p) / n), tall) for p, n, tall in groups if p]
   heights = [lines * tall for _, lines, tall in groups]
-  figure = Figure(figsize=(14, sum(heights)), dpi=100, layout="constrained")
-  figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+  layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+  figure = Figure(figsize=(14, sum(heights)), dpi=100, layout=layout)
   parts = figure.subfigures(len(groups), height_ratios=heights, squeeze=False)
   for (panels, lines, _), part in zip(groups, parts[:, 0]):
     grid = part.subplots(lines, math.ceil(len(panels) / lines), squeeze=False)

@@ -57,8 +57,9 @@ class Trace:
   """
 
   def __init__(self, folder: pathlib.Path, steps: Steps | None = None):
-    wanted = steps and processes.is_first()
-    self._first, self._last = steps if wanted else (0, 0)
+    self._first, self._last = 0, 0
+    if steps and processes.is_first():
+      self._first, self._last = steps
     self._folder, self._runs = folder, False
 
   def before(self, step: int, newest: Any) -> None:

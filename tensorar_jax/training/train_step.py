@@ -6,6 +6,7 @@ made there, or read from a checkpoint, part by part.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +63,7 @@ def state_layout(
   """Shapes and shardings of the state; the model may be abstract."""
   _, params, frozen = weights.split(model)
   state = jax.eval_shape(
-    lambda *arrays: _first_state(*arrays, tx, 0, ema), params, frozen
+    lambda p, f: _first_state(p, f, tx, 0, ema), params, frozen
   )
   return sharding.layout(state, model, mesh)
 
@@ -86,11 +87,11 @@ def init_state(
 
   def others(params):
     state = _first_state(params, {}, tx, seed, ema)
-    return state.replace(params=None, frozen=None)
+    return dataclasses.replace(state, params=None, frozen=None)
 
-  place = place.replace(params=None, frozen=None)
+  place = dataclasses.replace(place, params=None, frozen=None)
   state = jax.jit(others, out_shardings=place)(params)
-  return skeleton, state.replace(params=params, frozen=frozen)
+  return skeleton, dataclasses.replace(state, params=params, frozen=frozen)
 
 
 def make_train_step(
@@ -136,8 +137,12 @@ def make_train_step(
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
     scalars = {**scalars, "grad_norm": optax.tree.norm(grads)}
-    state = state.replace(
-      step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      ema=ema,
     )
     return state, scalars
 
