@@ -21,16 +21,9 @@ def fine_tuned(**sections) -> dict:
   )
 
 
-def wrapped() -> dict:
-  return dict(window=4, depth=1, mlp_ratio=0.25, output_residual="first")
-
-
 def get_config() -> ConfigDict:
   config = ConfigDict()
-  config.seed = 0
-  config.data = dict(
-    name="digits", train_split="train", test_split="test", flip=False
-  )
+  config.data = dict(name="digits")
   config.tokenizer = dict(name="pixels", image_size=(8, 8), levels=17)
   config.conditioning = dict(name="class", num_classes=10)
   config.backbone = dict(
@@ -43,34 +36,10 @@ def get_config() -> ConfigDict:
     num_classes=10,
     mlp_multiple=32,
   )
-  config.tensorar = dict(window=1)
-  config.noise = dict(
-    kind="categorical",
-    schedule="exponential",
-    schedule_start=0,
-    draft_fraction=0.5,
-  )
-  config.loss = dict(weights="rdm", condition_dropout=0.1)
-  config.optim = dict(
-    learning_rate=1e-3,
-    schedule="constant",
-    warmup_steps=0,
-    weight_decay=0.05,
-    clip_norm=1.0,
-    ema_decay=0.0,
-  )
+  config.optim = dict(learning_rate=1e-3)
   config.train = dict(
-    batch_size=64,
-    num_steps=300,
-    log_every=25,
-    checkpoint_every=100,
-    keep=2,
-    accumulate=1,
-    remat="none",
-    keep_every=0,
+    batch_size=64, num_steps=300, log_every=25, checkpoint_every=100
   )
-  config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.sampling = dict(temperature=1.0, guidance=1.0, top_k=0, top_p=1.0)
   config.classifier = dict(image_size=(8, 8), num_classes=10)
 
   config.stages = dict(
@@ -84,8 +53,8 @@ def get_config() -> ConfigDict:
       train=dict(num_steps=700),
     ),
     continued=fine_tuned(),
-    tensorar=fine_tuned(tensorar=wrapped()),
-    drafts=fine_tuned(tensorar=wrapped(), noise=dict(kind="drafts")),
+    tensorar=fine_tuned(tensorar=dict(window=4)),
+    drafts=fine_tuned(tensorar=dict(window=4), noise=dict(kind="drafts")),
   )
   config.evaluation = dict(
     classifier="classifier",
@@ -95,6 +64,5 @@ def get_config() -> ConfigDict:
     num_images=900,
     seeds=3,
     batch_size=300,
-    real_images=10_000,
   )
   return config

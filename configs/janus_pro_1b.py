@@ -19,6 +19,8 @@ top-k, as published.
 
 from ml_collections import ConfigDict
 
+from configs import published
+
 IMAGES = 27_000_000
 STEPS = IMAGES // 256
 
@@ -30,42 +32,14 @@ def get_config() -> ConfigDict:
 def variant(name: str, file: str) -> ConfigDict:
   """The experiment for one published size, whose weights are `file`."""
   folder = f"weights/Janus-Pro-{name}"
-  config = ConfigDict()
-  config.seed = 0
-  # Of the weights that imported stages hold; training always is in float32.
-  config.source_dtype = "float32"
-  config.data = dict(
-    name="tokens:data/text_to_image384_janus", train_split="train"
-  )
+  config = published.recipe(STEPS)
+  config.data = dict(name="tokens:data/text_to_image384_janus")
   config.tokenizer = dict(name="vq", variant="janus", init="tokenizer")
-  # A prompt has at most so many tokens, the chat template's among them.
-  config.conditioning = dict(
-    name="prompt", length=256, vocab_size=102400, encoder=folder
-  )
-  config.backbone = dict(name="janus", variant=name, dtype="float32")
-  config.tensorar = dict(window=1)
-  config.noise = dict(kind="categorical", schedule="exponential")
-  config.loss = dict(weights="rdm", condition_dropout=0.1)
-  config.optim = dict(
-    learning_rate=1e-4, backbone_learning_rate=1e-5, weight_decay=0.05
-  )
-  config.train = dict(
-    batch_size=256,
-    num_steps=STEPS,
-    log_every=100,
-    checkpoint_every=5000,
-    keep=2,
-    accumulate=1,
-    remat="none",
-    keep_every=0,
-  )
-  config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.sampling = dict(temperature=1.0, guidance=5.0, top_k=0, top_p=1.0)
-  config.stages = dict(
-    tokenizer=dict(objective="tokenizer", source=f"{folder}/{file}"),
-    base=dict(source=f"{folder}/{file}"),
-    tensorar=dict(
-      init="base", tensorar=dict(window=4, depth=1, mlp_ratio=0.25)
-    ),
+  # A prompt has at most 256 tokens, the chat template's among them.
+  config.conditioning = dict(name="prompt", encoder=folder)
+  config.backbone = dict(name="janus", variant=name)
+  config.sampling.guidance = 5.0
+  config.stages = published.imported(
+    tokenizer=f"{folder}/{file}", base=f"{folder}/{file}", base_from_nothing={}
   )
   return config

@@ -14,8 +14,7 @@ published for B and L.
 
 from ml_collections import ConfigDict
 
-IMAGENET = 1_281_167  # training images
-STEPS_PER_EPOCH = IMAGENET // 256
+from configs import published
 
 
 def get_config(size: str = "256") -> ConfigDict:
@@ -27,51 +26,23 @@ def variant(name: str, size: str, guidance: float) -> ConfigDict:
   if size not in ("256", "384"):
     raise ValueError(f"size {size!r}: published models are of 256 or 384 px.")
   pixels = int(size)
-  config = ConfigDict()
-  config.seed = 0
-  # Of the weights that imported stages hold; training always is in float32.
-  config.source_dtype = "float32"
-  config.data = dict(
-    name=f"tokens:data/imagenet{size}_tokens", train_split="train"
-  )
+  config = published.recipe()
+  config.data = dict(name=f"tokens:data/imagenet{size}_tokens")
   config.tokenizer = dict(
     name="vq", variant="vq16", image_size=(pixels, pixels), init="tokenizer"
   )
   config.conditioning = dict(name="class", num_classes=1000)
   config.backbone = dict(
-    name="llamagen",
-    variant=name,
-    grid=(pixels // 16, pixels // 16),
-    dtype="float32",
+    name="llamagen", variant=name, grid=(pixels // 16, pixels // 16)
   )
-  config.tensorar = dict(window=1)
-  config.noise = dict(kind="categorical", schedule="exponential")
-  config.loss = dict(weights="rdm", condition_dropout=0.1)
-  config.optim = dict(
-    learning_rate=1e-4, backbone_learning_rate=1e-5, weight_decay=0.05
-  )
-  config.train = dict(
-    batch_size=256,
-    num_steps=20 * STEPS_PER_EPOCH,
-    log_every=100,
-    checkpoint_every=5000,
-    keep=2,
-    accumulate=1,
-    remat="none",
-    keep_every=0,
-  )
-  config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.sampling = dict(temperature=1.0, guidance=guidance, top_k=0, top_p=1.0)
-  config.stages = dict(
-    tokenizer=dict(objective="tokenizer", source="weights/vq_ds16_c2i.pt"),
-    # An empty source trains the base from nothing, 300 epochs at 1e-4.
-    base=dict(
-      source=f"weights/c2i_{name}_{size}.pt",
+  config.sampling.guidance = guidance
+  config.stages = published.imported(
+    tokenizer="weights/vq_ds16_c2i.pt",
+    base=f"weights/c2i_{name}_{size}.pt",
+    # 300 epochs at 1e-4.
+    base_from_nothing=dict(
       optim=dict(backbone_learning_rate=1e-4),
-      train=dict(num_steps=300 * STEPS_PER_EPOCH),
-    ),
-    tensorar=dict(
-      init="base", tensorar=dict(window=4, depth=1, mlp_ratio=0.25)
+      train=dict(num_steps=300 * published.STEPS_PER_EPOCH),
     ),
   )
   return config

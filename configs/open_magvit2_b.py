@@ -17,11 +17,11 @@ temperature and a guidance scale for each sub-token.
 
 from ml_collections import ConfigDict
 
-IMAGENET = 1_281_167  # training images
-STEPS_PER_EPOCH = IMAGENET // 256
+from configs import published
+
 # The base models' own training, from nothing: batch 768.
 BASE_BATCH = 768
-BASE_STEPS_PER_EPOCH = -(-IMAGENET // BASE_BATCH)
+BASE_STEPS_PER_EPOCH = -(-published.IMAGENET // BASE_BATCH)
 
 
 def get_config() -> ConfigDict:
@@ -36,40 +36,18 @@ def variant(
   base_epochs: int = 300,
 ) -> ConfigDict:
   """The experiment for one published size."""
-  config = ConfigDict()
-  config.seed = 0
-  # Of the weights that imported stages hold; training always is in float32.
-  config.source_dtype = "float32"
-  config.data = dict(name="tokens:data/imagenet256_lfq", train_split="train")
+  config = published.recipe()
+  config.data = dict(name="tokens:data/imagenet256_lfq")
   config.tokenizer = dict(name="lfq", weights="first_stage", init="tokenizer")
   config.conditioning = dict(name="class", num_classes=1000)
-  config.backbone = dict(name="open_magvit2", variant=name, dtype="float32")
-  config.tensorar = dict(window=1)
-  config.noise = dict(kind="categorical", schedule="exponential")
-  config.loss = dict(weights="rdm", condition_dropout=0.1)
-  config.optim = dict(
-    learning_rate=1e-4, backbone_learning_rate=1e-5, weight_decay=0.05
-  )
-  config.train = dict(
-    batch_size=256,
-    num_steps=20 * STEPS_PER_EPOCH,
-    log_every=100,
-    checkpoint_every=5000,
-    keep=2,
-    accumulate=1,
-    remat="none",
-    keep_every=0,
-  )
-  config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.sampling = dict(
-    temperature=temperature, guidance=guidance, top_k=0, top_p=1.0
-  )
-  config.stages = dict(
-    tokenizer=dict(objective="tokenizer", source=f"weights/AR_256_{name}.ckpt"),
-    # An empty source trains the base from nothing, as published: 2 % warm-up,
-    # 5 % of the rest at the peak, and weight decay for the norms too.
-    base=dict(
-      source=f"weights/AR_256_{name}.ckpt",
+  config.backbone = dict(name="open_magvit2", variant=name)
+  config.sampling.update(temperature=temperature, guidance=guidance)
+  config.stages = published.imported(
+    tokenizer=f"weights/AR_256_{name}.ckpt",
+    base=f"weights/AR_256_{name}.ckpt",
+    # As published: 2 % warm-up, 5 % of the rest at the peak, and weight decay
+    # for the norms too.
+    base_from_nothing=dict(
       optim=dict(
         backbone_learning_rate=base_learning_rate,
         backbone_schedule="linear",
@@ -82,9 +60,6 @@ def variant(
       train=dict(
         batch_size=BASE_BATCH, num_steps=base_epochs * BASE_STEPS_PER_EPOCH
       ),
-    ),
-    tensorar=dict(
-      init="base", tensorar=dict(window=4, depth=1, mlp_ratio=0.25)
     ),
   )
   return config

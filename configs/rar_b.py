@@ -13,8 +13,7 @@ published for each size.
 
 from ml_collections import ConfigDict
 
-IMAGENET = 1_281_167  # training images
-STEPS_PER_EPOCH = IMAGENET // 256
+from configs import published
 
 # The published groups go by upstream's names, with these results.
 NO_DECAY = r"(^|/)(scale|bias|\w+_table|embedding)$|/final_modulation/"
@@ -30,49 +29,21 @@ def variant(
   """The experiment for one published size."""
   if size != "256":
     raise ValueError(f"size {size!r}: published models are of 256 px.")
-  config = ConfigDict()
-  config.seed = 0
-  # Of the weights that imported stages hold; training always is in float32.
-  config.source_dtype = "float32"
-  config.data = dict(
-    name="tokens:data/imagenet256_maskgit_tokens", train_split="train"
-  )
+  config = published.recipe()
+  config.data = dict(name="tokens:data/imagenet256_maskgit_tokens")
   config.tokenizer = dict(name="maskgit_vq", init="tokenizer")
   config.conditioning = dict(name="class", num_classes=1000)
-  config.backbone = dict(name="rar", variant=name, dtype="float32")
-  config.tensorar = dict(window=1)
-  config.noise = dict(kind="categorical", schedule="sine")
-  config.loss = dict(weights="rdm", condition_dropout=0.1)
-  config.optim = dict(
-    learning_rate=1e-4,
-    schedule="linear",
-    backbone_learning_rate=1e-5,
-    backbone_schedule="constant",
-    weight_decay=0.05,
-  )
-  config.train = dict(
-    batch_size=256,
-    num_steps=20 * STEPS_PER_EPOCH,
-    log_every=100,
-    checkpoint_every=5000,
-    keep=2,
-    accumulate=1,
-    remat="none",
-    keep_every=0,
-  )
-  config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.sampling = dict(
+  config.backbone = dict(name="rar", variant=name)
+  config.noise = dict(schedule="sine")
+  config.optim.update(schedule="linear", backbone_schedule="constant")
+  config.sampling.update(
     temperature=temperature, guidance=guidance, guidance_power=power
   )
-  config.stages = dict(
-    tokenizer=dict(
-      objective="tokenizer",
-      source="weights/maskgit-vqgan-imagenet-f16-256.bin",
-    ),
-    # An empty source trains the base from nothing, in random order at first,
-    # as published.
-    base=dict(
-      source=f"weights/rar_{name.lower()}.bin",
+  config.stages = published.imported(
+    tokenizer="weights/maskgit-vqgan-imagenet-f16-256.bin",
+    base=f"weights/rar_{name.lower()}.bin",
+    # As published: at first the tokens come in random order.
+    base_from_nothing=dict(
       loss=dict(random_order=(125_000, 187_500)),
       optim=dict(
         backbone_learning_rate=4e-4,
@@ -85,6 +56,7 @@ def variant(
       ),
       train=dict(batch_size=2048, num_steps=250_000),
     ),
-    tensorar=dict(init="base", tensorar=dict(window=4, depth=2, mlp_ratio=4.0)),
+    depth=2,
+    mlp_ratio=4.0,
   )
   return config

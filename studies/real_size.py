@@ -21,21 +21,22 @@ import time
 
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "As of main.")
+from tensorar_jax.experiment import config_file
+
+_CONFIG = flags.DEFINE_string("config", None, "As of main.")
 _FOLDER = flags.DEFINE_string("folder", None, "An empty folder to work in.")
 _FAKE = flags.DEFINE_boolean("fake", False, "Only write the files.")
 NUM_IMAGES = 4
 CAPTION = "a red cat on a mat"
 
 
-def write_weights(config, folder: pathlib.Path) -> None:
+def write_weights(stages, folder: pathlib.Path) -> None:
   """Random weights for each stage that has a `source`; some share a file."""
   import jax
 
   from tensorar_jax.checkpoints import torch_export
-  from tensorar_jax.experiment import build, published
+  from tensorar_jax.experiment import build, families
   from tensorar_jax.parallel import weights
 
   rng, files = np.random.default_rng(0), {}
@@ -45,22 +46,17 @@ def write_weights(config, folder: pathlib.Path) -> None:
     values = rng.standard_normal(like.shape, np.float32) * scale
     return jax.numpy.asarray(values + path.endswith("scale"))
 
-  for stage in build.stages(config).values():
-    if not stage["source"]:
+  for stage in stages.values():
+    if not stage.source:
       continue
-    kind, section = published.KINDS[stage["objective"]]
-    fields = dict(stage[section])
-    module = build.family(kind, fields.pop("name"))
-    fields.pop("init", None)
-    own = build.component_config(module, fields.pop("variant", None), fields)
-    model = weights.abstract(
-      lambda rngs, m=module, c=own: m.Model(c, rngs=rngs)
-    )
+    part = stage.component
+    module = families.family(part.kind, part.name)
+    model = build.abstract(part)
     skeleton, params, frozen = weights.split(model)
     values = {p: draw(p, like) for p, like in {**params, **frozen}.items()}
-    rules = module.import_rules(own)
+    rules = module.import_rules(part.config)
     tensors = torch_export.export_state_dict(skeleton.merge(values), rules)
-    files.setdefault(pathlib.Path(stage["source"]).name, {}).update(tensors)
+    files.setdefault(pathlib.Path(stage.source).name, {}).update(tensors)
   for name, tensors in files.items():
     file, suffix = folder / name, ".index.json"
     if not name.endswith(suffix):
@@ -118,19 +114,20 @@ def measure(name: str, command: list[str]) -> tuple[str, float, float]:
 def main(argv: list[str]) -> None:
   del argv
   folder = pathlib.Path(_FOLDER.value).absolute()
-  prompted = _CONFIG.value.conditioning.name == "prompt"
+  stages = config_file.load(_CONFIG.value).stages
+  prompted = stages["base"].conditioning.name == "prompt"
   if _FAKE.value:
-    write_weights(_CONFIG.value, folder)
+    write_weights(stages, folder)
     write_images(folder)
     if prompted:
       write_tokenizer(folder)
     return
   folder.mkdir(parents=True)
-  config = f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}"
+  config = f"--config={_CONFIG.value}"
   sources = [
     f"--config.stages.{name}.source={folder / pathlib.Path(stage.source).name}"
-    for name, stage in _CONFIG.value.stages.items()
-    if "source" in stage
+    for name, stage in stages.items()
+    if stage.source
   ]
   run = [sys.executable, "-m", "tensorar_jax.main", config]
   run += [f"--workdir={folder / 'run'}", *sources]

@@ -33,6 +33,7 @@ import importlib
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -41,7 +42,9 @@ from absl import app, flags, logging
 from studies import refinement_report
 from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.evaluation import diagnostics, evaluate, yardsticks
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment.parse import parse
+from tensorar_jax.experiment.schema import EvaluationConfig, Stage
+from tensorar_jax.experiment.stages import parents
 from tensorar_jax.training import logs, loop
 
 _FOLDER = flags.DEFINE_string(
@@ -153,7 +156,7 @@ def select(patterns: list[str]) -> list[Run]:
   return [run for run in runs if run in chosen]
 
 
-def stages_of(data: str, seed: int, quick: bool) -> dict[str, dict]:
+def stages_of(data: str, seed: int, quick: bool) -> Mapping[str, Stage]:
   """The stages of one data set and seed, from its own config."""
   config = importlib.import_module(f"configs.{data}").get_config()
   config.seed = seed
@@ -172,12 +175,12 @@ def stages_of(data: str, seed: int, quick: bool) -> dict[str, dict]:
     for name, stage in config.stages.items():
       steps = {"classifier": 100, "tokenizer": 20}.get(name, 8)
       stage.train = dict(num_steps=steps, checkpoint_every=steps)
-  return build.stages(config)
+  return parse(config, name=data).stages
 
 
-def settings_of(data: str, quick: bool) -> evaluate.EvaluationConfig:
+def settings_of(data: str, quick: bool) -> EvaluationConfig:
   plan = PLANS[data]
-  return evaluate.EvaluationConfig(
+  return EvaluationConfig(
     models=("continued",),
     guidance=plan.guidance,
     scan_images=40 if quick else plan.scan_images,
@@ -225,14 +228,14 @@ class Study:
 
   def _train(self, name: str) -> None:
     """Trains a stage, after what it starts from."""
-    for parent in build.parents(self.stages[name]).values():
+    for parent in parents(self.stages[name]).values():
       self._train(parent)
     loop.fit(self.stages[name], self.folder / name)
 
   def _sampler(self, name: str, temperature: float) -> evaluate.Sampler:
     stage = self.stages[name]
-    sampling = {**stage["sampling"], "temperature": temperature}
-    stage = {**stage, "sampling": sampling}
+    sampling = dataclasses.replace(stage.sampling, temperature=temperature)
+    stage = dataclasses.replace(stage, sampling=sampling)
     subject = evaluate.Subject(name, stage, self.folder / name)
     return evaluate.Sampler(subject, self.settings.batch_size)
 
@@ -285,12 +288,13 @@ def check(results: dict, quick: bool) -> None:
 def describe(run: Run, quick: bool) -> dict:
   """What a record depends on, beyond its name."""
   settings = settings_of(run.data, quick)
-  stages = stages_of(run.data, run.seed, quick)
+  trained = stages_of(run.data, run.seed, quick)
   named = ("scan_images", "num_images", "guidance", "held_out_images")
   described = {name: getattr(settings, name) for name in named}
-  steps = {name: stages[name]["train"]["num_steps"] for name in stages}
-  described["steps"] = {name: steps[name] for name in ("base", run.stage)}
-  described["noise"] = stages[run.stage]["noise"]
+  described["steps"] = {
+    name: trained[name].train.num_steps for name in ("base", run.stage)
+  }
+  described["noise"] = dataclasses.asdict(trained[run.stage].noise)
   return files.as_json(described)
 
 

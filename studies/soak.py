@@ -23,9 +23,9 @@ import tempfile
 import time
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.experiment import config_file
 from tensorar_jax.parallel import preemption
 from tensorar_jax.training import logs
 
@@ -164,14 +164,12 @@ def main(argv: list[str]) -> None:
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   values = {"num_steps": given.steps, "checkpoint_every": given.save_every}
-  settings = [f"--config.train.{key}={value}" for key, value in values.items()]
-  settings += [  # those that a stage has for itself
+  settings = [
     f"--config.stages.{name}.train.{key}={value}"
-    for name, stage in given.config.stages.items()
+    for name in config_file.load(given.config).stages
     for key, value in values.items()
-    if key in stage.get("train", {})
   ]
-  config = config_flags.get_config_filename(given["config"])
+  config = given.config
   straight, killed, log = (folder / n for n in ("straight", "killed", "log"))
   started = time.monotonic()
   run_to_the_end(train_command(config, straight, *settings), log)
@@ -200,9 +198,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file(
-    "config", "configs/digits.py", "As of main.", lock_config=True
-  )
+  flags.DEFINE_string("config", "configs/digits.py", "As of main.")
   flags.DEFINE_integer("kills", 20, "How many kill -9.", lower_bound=0)
   flags.DEFINE_integer("terms", 5, "How many SIGTERM.", lower_bound=0)
   flags.DEFINE_integer("seed", 0, "Of the moments.")

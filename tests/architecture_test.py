@@ -28,7 +28,7 @@ FLOORS = (
   {"parallel"},
   {"interfaces"},
 )
-# A family is reached by name, in experiment.build; it reads little itself.
+# A family is reached by name, in experiment.families; it reads little itself.
 FAMILIES_MAY_IMPORT = {"conditioning", "nn", "parallel", "interfaces"}
 HEAVY = {
   "gradio": {"demo.page"},

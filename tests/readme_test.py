@@ -7,13 +7,14 @@ import shlex
 import pytest
 
 from tensorar_jax import interfaces
-from tensorar_jax.cli import modes, parser
+from tensorar_jax.cli import config, modes, parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
 PAGES += sorted(ROOT.glob("[a-z]*/**/README.md"), key=str)
 PAGES = list(dict.fromkeys(PAGES))
+CONFIGS = [str(p.relative_to(ROOT)) for p in ROOT.glob("configs/**/*.py")]
 
 
 def section(page: str, title: str) -> str:
@@ -37,13 +38,17 @@ def test_every_mode_is_explained():
 
 
 def test_every_command_on_a_page_is_understood():
-  """Flags and modes fit together; nothing is run."""
+  """Flags, modes and values of the config fit together; nothing is run."""
   count = 0
   for page in PAGES:
     text = page.read_text().replace("\\\n", " ")
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
       for words in commands(block):
-        assert parser.parse(words).mode in modes.MODES
+        command = parser.parse(words)
+        assert command.mode in modes.MODES
+        file = str(command.options.config).partition(":")[0]
+        if file in CONFIGS:  # not that of a reader
+          config.read(command.options.config, command.overrides)
         count += 1
   assert count > 30
 

@@ -14,7 +14,6 @@ import functools
 import itertools
 import pathlib
 import time
-from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -23,8 +22,10 @@ from absl import logging
 from tensorar_jax.ablations.variants import Ablation
 from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.evaluation import evaluate, protocol, yardsticks
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import parse, saved, values
+from tensorar_jax.experiment.schema import EvaluationConfig, Stage
 from tensorar_jax.generation import requests
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.performance import benchmark
 from tensorar_jax.reports import ablation_report
 from tensorar_jax.training import logs, loop
@@ -42,7 +43,7 @@ class Measure(Protocol):
 
   settings: dict
 
-  def __call__(self, name: str, stage: Mapping) -> dict:
+  def __call__(self, name: str, stage: Stage) -> dict:
     """{"metrics": {name: value}, ...} of a stage; `name` is its folder."""
     ...
 
@@ -51,17 +52,17 @@ class ByEvaluation:
   """As the section `evaluation` says, with one sampling seed."""
 
   def __init__(self, ablation: Ablation, workdir: pathlib.Path):
-    self.settings = ablation.centre.get("evaluation")
-    if not self.settings:
+    if ablation.evaluation is None:
       raise ValueError(
         "the config has no section `evaluation`: name a reference batch with"
         " --reference=FILE.npz."
       )
-    own = [name for name in ablation.stages if name not in ablation.shared]
-    section = {**self.settings, "seeds": 1, "models": own}
-    make = yardsticks.EvaluationConfig
-    self.evaluation = build.call(make, section, "evaluation")
-    self.evaluation.check(ablation.stages)
+    self.settings = dataclasses.asdict(ablation.evaluation)
+    own = (name for name in ablation.stages if name not in ablation.shared)
+    self.evaluation = dataclasses.replace(
+      ablation.evaluation, seeds=1, models=tuple(own)
+    )
+    yardsticks.check(self.evaluation, ablation.stages)
     self.stages, self.workdir = ablation.stages, workdir
 
   @functools.cached_property
@@ -69,7 +70,7 @@ class ByEvaluation:
     kind = yardsticks.YARDSTICKS[self.evaluation.yardstick]
     return kind(self.stages, self.evaluation, self.workdir)
 
-  def __call__(self, name: str, stage: Mapping) -> dict:
+  def __call__(self, name: str, stage: Stage) -> dict:
     subject = evaluate.Subject(name, stage, self.workdir / name)
     found = evaluate.measure_model(subject, self.yardstick, self.evaluation)
     values = evaluate.one_set(found["metrics"])
@@ -96,10 +97,13 @@ class ByReference:
       **dataclasses.asdict(images),
     }
 
-  def __call__(self, name: str, stage: Mapping) -> dict:
-    scale = stage.get("sampling", {}).get("guidance", 1.0)
+  def __call__(self, name: str, stage: Stage) -> dict:
+    scale = stage.sampling.guidance
     records = protocol.sweep(
-      *(self.judge, {**self.stages, name: stage}, self.workdir, self.images),
+      self.judge,
+      {**self.stages, name: stage},
+      self.workdir,
+      self.images,
       stage=name,
       scales=[scale],
       batch_size=self.batch_size,
@@ -171,14 +175,37 @@ def keep_programs(workdir: pathlib.Path) -> None:
 def describe(ablation: Ablation, evaluation: dict) -> dict:
   """What every number depends on, beyond the name of its variant."""
   stages = {**ablation.shared, "centre": ablation.centre}
-  found = {name: build.training_config(s) for name, s in stages.items()}
-  for stage in found.values():
-    if "train" in stage:  # less what changes no number
-      free = {key.removeprefix("train.") for key in loop.FREE_KEYS}
-      kept = {k: v for k, v in stage["train"].items() if k not in free}
-      stage["train"] = kept
-  found["sampling"] = ablation.centre.get("sampling", {})
+  found = {name: _described(stage) for name, stage in stages.items()}
+  found["sampling"] = dataclasses.asdict(ablation.centre.sampling)
   found["evaluation"] = evaluation
+  return files.as_json(found)
+
+
+def _described(stage: Stage) -> dict:
+  """A stage's config, without what changes no number."""
+  found = saved.saved_config(stage)
+  if "train" in found:
+    free = {key.removeprefix("train.") for key in saved.FREE_KEYS}
+    kept = {k: v for k, v in found["train"].items() if k not in free}
+    found["train"] = kept
+  return found
+
+
+def complete(settings: dict) -> dict:
+  """Settings of a file of results, with the defaults that it leaves out.
+
+  Files that were written when only some values were spelled out are as good.
+  """
+  found = dict(settings)
+  for name, section in settings.items():
+    if name == "sampling":
+      made = values.make(SamplingConfig, section, name)
+      found[name] = dataclasses.asdict(made)
+    elif name != "evaluation":
+      found[name] = _described(parse.stage_of(section))
+    elif "reference" not in section:
+      made = values.make(EvaluationConfig, section, name)
+      found[name] = dataclasses.asdict(made)
   return files.as_json(found)
 
 
@@ -195,7 +222,7 @@ def prepare(
     changed = [
       f"{key}: was {str(was)[:100]}, is {str(now)[:100]}"
       for key, was, now in resumable.differences(
-        old.get("settings", settings), settings
+        complete(old.get("settings", settings)), settings
       )
     ]
     if changed:

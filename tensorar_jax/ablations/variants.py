@@ -8,47 +8,18 @@ to every axis.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from tensorar_jax.experiment import build
+from tensorar_jax.checkpoints import files
+from tensorar_jax.experiment import parse
+from tensorar_jax.experiment.schema import Experiment, Stage, choose
 
 BASE = [("tensorar.window", 1)]
 TIMED = {"tensorar.window", "tensorar.depth"}  # what changes the time of a step
 
 Changes = tuple[tuple[str, Any], ...]  # ("section.key", value), ...
-
-
-@dataclasses.dataclass(frozen=True)
-class AblationConfig:
-  """The section `ablation` of a config.
-
-  Attributes:
-    data: what the data set is called; names the files of results.
-    axes: {name: {"title", "rows", "source", "paper_base"}}; a row is {"name",
-      "change", "paper", "paper_seconds"}: [["section.key", value], ...], and
-      the FID and time of a paper, or None; `paper_base` and
-      `paper_base_seconds` are those of its base model.
-    centre: the stage that every variant changes.
-    seeds: training seeds of each variant: 0, 1, ...
-  """
-
-  data: str
-  axes: dict
-  centre: str = "tensorar"
-  seeds: int = 1
-
-  def __post_init__(self):
-    if self.seeds < 1 or not self.axes:
-      raise ValueError(
-        f"ablation.seeds={self.seeds}, axes={sorted(self.axes)}: expected at"
-        " least one of each."
-      )
 
 
 def spell(changes: Changes) -> str:
@@ -67,11 +38,12 @@ def _plain(value: Any) -> Any:
 
 
 class Ablation:
-  """A config with a section `ablation`, taken apart.
+  """An experiment with variants, taken apart.
 
   Attributes:
-    data, seeds: of the section.
-    centre: the full stage that variants change.
+    data, seeds: of `AblationConfig`.
+    evaluation: of the experiment, or None.
+    centre: the stage that variants change.
     shared: the stages that they start from, and what measures them.
     variants: {name: changes}, in the order in which they are run.
     base: the variant that is the base model, trained on.
@@ -80,16 +52,19 @@ class Ablation:
     stages: everything that is trained, parents first.
   """
 
-  def __init__(self, config: ConfigDict):
-    section = json.loads(config.ablation.to_json())
-    settings = build.call(AblationConfig, section, "ablation")
+  def __init__(self, experiment: Experiment):
+    settings = experiment.ablation
+    if settings is None:
+      raise ValueError(f"{experiment.name} has no section `ablation`.")
     self.data, self.seeds = settings.data, settings.seeds
-    self.shared = build.stages(config)
-    build.choose("ablation.centre", settings.centre, self.shared)
+    self.evaluation = experiment.evaluation
+    self.shared = dict(experiment.stages)
+    choose("ablation.centre", settings.centre, self.shared)
     self.centre = self.shared.pop(settings.centre)
     self.variants: dict[str, Changes] = {}
     self.base = self._add(BASE)
-    self.axes = {n: self._axis(n, axis) for n, axis in settings.axes.items()}
+    axes = files.as_json(settings.axes)
+    self.axes = {name: self._axis(name, axis) for name, axis in axes.items()}
     self.stages = dict(self.shared)
     for _, variant, seed in self.runs():
       self.stages.setdefault(*self.stage(variant, seed))
@@ -110,27 +85,21 @@ class Ablation:
     """The name of a variant, known from now on."""
     changes = []
     for path, value in change:
-      section, _, key = path.partition(".")
-      found = build.choose("section", section, self.centre)
-      if not key or not isinstance(found, dict):
-        raise ValueError(
-          f"{path!r}: expected 'section.key', such as 'tensorar.window'."
-        )
-      if key not in found or _plain(found[key]) != _plain(value):
+      if parse.value_at(self.centre, path) != _plain(value):
         changes.append((path, _plain(value)))
     name = spell(tuple(sorted(changes)))
     self.variants[name] = tuple(sorted(changes))
     return name
 
-  def stage(self, variant: str, seed: int) -> tuple[str, dict]:
-    """(name of what is trained, full stage) of a variant and training seed."""
-    changes = build.choose("variant", variant, self.variants)
+  def stage(self, variant: str, seed: int) -> tuple[str, Stage]:
+    """(name of what is trained, its stage) of a variant and training seed."""
+    changes = choose("variant", variant, self.variants)
     trained = tuple(c for c in changes if not c[0].startswith("sampling."))
-    stage = copy.deepcopy(self.centre)
+    stage = self.centre
     for path, value in changes:
-      section, _, key = path.partition(".")
-      stage[section][key] = value
-    return f"{spell(trained)}-seed{seed}", {**stage, "seed": seed}
+      stage = parse.changed(stage, path, value)
+    name = f"{spell(trained)}-seed{seed}"
+    return name, dataclasses.replace(stage, name=name, seed=seed)
 
   def runs(self) -> Iterator[tuple[str, str, int]]:
     """(record, variant, seed), seed by seed: what is there is balanced."""
@@ -142,9 +111,9 @@ class Ablation:
     """{variant: [window, depth]}; a window of 1 has no depth, said as 1."""
     found = {}
     for variant in self.variants:
-      section = self.stage(variant, 0)[1]["tensorar"]
-      window = section["window"]
-      found[variant] = [window, section.get("depth", 1) if window > 1 else 1]
+      section = self.stage(variant, 0)[1].tensorar
+      window = section.window
+      found[variant] = [window, section.depth if window > 1 else 1]
     return found
 
   def timed(self) -> set[tuple[int, int]]:

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import pathlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -209,11 +209,16 @@ def _unreadable(path: pathlib.Path, error: Exception | None) -> str:
 
 
 def claim(
-  folder: pathlib.Path, config: dict, free_keys: tuple[str, ...] = ()
+  folder: pathlib.Path,
+  config: dict,
+  free_keys: tuple[str, ...] = (),
+  complete: Callable[[dict], dict] = dict,
 ) -> None:
   """Marks `folder` as of this config; ValueError if a run has another one.
 
-  `free_keys` may differ. A folder without a checkpoint may change its config.
+  `free_keys` may differ. `complete` fills the config that the folder has, which
+  may be of an earlier version, with what it leaves out. Without a checkpoint in
+  it there is nothing to lose.
   """
   path = folder / "config.json"
   if not steps(folder / "checkpoints"):
@@ -221,7 +226,7 @@ def claim(
       folder.mkdir(parents=True, exist_ok=True)
       write_json(path, config)
     return
-  before = run_meta(folder)["config"]
+  before = complete(run_meta(folder)["config"])
   changed = [
     f"{key}: was {old!r}, is {new!r}"
     for key, old, new in differences(before, config)

@@ -95,7 +95,7 @@ def import_weights(
   from tensorar_jax.training import loop
 
   for name, stage in experiment.stages.items():
-    if stage["source"] and options.stage in (None, name):
+    if stage.source and options.stage in (None, name):
       loop.fit(stage, workdir / name)
 
 
@@ -112,7 +112,7 @@ def tokenize_images(
   if not (options.images and options.output):
     raise ValueError("--mode=tokenize needs --images and --output.")
   stages = experiment.stages
-  readers = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  readers = [n for n, s in stages.items() if s.objective == "tensorar"]
   stage = stages[options.stage or readers[-1]]
   tokenizer = build.frozen_tokenizer(stage, workdir)
   rows, cols = tokenizer.config.image_size
@@ -121,9 +121,9 @@ def tokenize_images(
   source = sources.load(options.images, "train")
   if isinstance(source, codes.TokenSource):
     raise ValueError(f"--images={options.images}: these are tokens already.")
-  text, section = None, stage["conditioning"]
+  text, section = None, stage.conditioning
   if source.num_classes is None and build.conditioning(section).is_text:
-    mesh = sharding.local_mesh(build.mesh_config(stage))
+    mesh = sharding.local_mesh(stage.mesh)
     text = build.text_encoder(section, mesh)
   tokenize.tokenize(
     source,

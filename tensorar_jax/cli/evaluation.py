@@ -13,6 +13,7 @@ from tensorar_jax.cli.sampling import Images
 
 if TYPE_CHECKING:
   from tensorar_jax.evaluation.protocol import Judge
+  from tensorar_jax.experiment.schema import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +187,7 @@ def measure_stage(
   if options.output:
     raise ValueError("--output: samples and metrics go to the stage's folder.")
   name, stage = drawn_stage(options, experiment.stages)
-  scales = [stage.get("sampling", {}).get("guidance", 1.0)]
+  scales = [stage.sampling.guidance]
   if options.guidance is not None:
     scales = list(map(drawing.parse_guidance, options.guidance))
   judge = options.judge()
@@ -278,8 +279,8 @@ def only_with_reference(options: Any) -> None:
 
 
 def drawn_stage(
-  options: Evaluate, stages: Mapping[str, Any]
-) -> tuple[str, Mapping[str, Any]]:
+  options: Evaluate, stages: Mapping[str, Stage]
+) -> tuple[str, Stage]:
   """(name, stage) to draw from; ValueError if it draws from text."""
   from tensorar_jax.generation import requests, sample_files
 

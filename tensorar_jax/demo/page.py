@@ -57,8 +57,8 @@ def looks_html(drawn: Drawn) -> str:
       "<p class=note>k = 1: this model draws every token once and never looks"
       " at it again. Choose a checkpoint with k &gt; 1.</p>"
     )
-  shown = pictures.look_tiles(drawn.strip, drawn.changed, _SIDE)
-  maps = pictures.heat_tiles(drawn.changed, shown.shape[2:4])
+  drawings = pictures.look_tiles(drawn.strip, drawn.changed, _SIDE)
+  maps = pictures.heat_tiles(drawn.changed, drawings.shape[2:4])
   shares = drawn.changed.mean(axis=(0, 2, 3))
   shown = []
   for look in range(1, window + 1):
@@ -67,7 +67,7 @@ def looks_html(drawn: Drawn) -> str:
     if look > 1:
       words = f"Look {look} changed {shares[look - 1]:.0%} of the tokens."
     parts = []
-    for tiles, what in ((shown, "picture"), (maps, "map of changes")):
+    for tiles, what in ((drawings, "picture"), (maps, "map of changes")):
       row = pictures.in_a_row(tiles[:, look - 1])
       save = functools.partial(pictures.save_image, image=row)
       parts.append(_image(save, "png", f"{what} after look {look}"))

@@ -22,6 +22,7 @@ from jaxtyping import Bool, UInt8
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.experiment import build
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import batches, requests
 from tensorar_jax.interfaces import Conditioning, TextEncoder, Tokenizer
 from tensorar_jax.method import drawing, sampling
@@ -80,7 +81,7 @@ class Studio:
   """The stages of `workdir` that were trained; up to IN_MEMORY are loaded.
 
   Args:
-    stages: of `build.stages`.
+    stages: of an experiment.
     workdir: the folder that holds the stages'.
     stage: the one to begin with; by default the last one.
     num_images: the most that a request may ask for; so many are drawn anyway.
@@ -88,7 +89,7 @@ class Studio:
 
   def __init__(
     self,
-    stages: Mapping[str, Mapping],
+    stages: Mapping[str, Stage],
     workdir: pathlib.Path,
     stage: str | None = None,
     num_images: int = 4,
@@ -102,7 +103,7 @@ class Studio:
     self.names = [
       name
       for name, config in stages.items()
-      if config["objective"] == "tensorar"
+      if config.objective == "tensorar"
       and orbax_io.steps(workdir / name / "checkpoints")
     ]
     if not self.names:
@@ -122,34 +123,30 @@ class Studio:
     return f"{name} (k = {self.window(name)}, step {step:,})"
 
   def window(self, name: str) -> int:
-    return self.stages[name]["tensorar"].get("window", 1)
+    return self.stages[name].tensorar.window
 
   def vocab_sizes(self, name: str) -> tuple[int, ...]:
-    tokenizer = self.stages[name]["tokenizer"]
-    return tuple(build.abstract("tokenizers", tokenizer).vocab_sizes)
+    return tuple(build.abstract(self.stages[name].tokenizer).vocab_sizes)
 
   def conditioning(self, name: str) -> Conditioning:
-    return build.conditioning(self.stages[name]["conditioning"])
+    return build.conditioning(self.stages[name].conditioning)
 
   def guidance(self, name: str) -> str:
     """The stage's own scale, as the page has it."""
-    scale = self.stages[name].get("sampling", {}).get("guidance", 1.0)
-    return drawing.guidance_text(scale)
+    return drawing.guidance_text(self.stages[name].sampling.guidance)
 
   def _load(self, name: str, checkpoint: pathlib.Path) -> Loaded:
     stage = self.stages[name]
-    mesh = sharding.local_mesh(build.mesh_config(stage))
+    mesh = sharding.local_mesh(stage.mesh)
     model = build.load_stage(stage, checkpoint, mesh)
-    section = stage["conditioning"]
     is_text = self.conditioning(name).is_text
     tokenizer = build.frozen_tokenizer(stage, self.workdir)
-    settings = stage.get("sampling", {})
     return Loaded(
       sampling.prepare(model, mesh),
       sharding.replicate(tokenizer, mesh),
       self.conditioning(name),
-      build.text_encoder(section, mesh) if is_text else None,
-      build.call(sampling.SamplingConfig, settings, "sampling"),
+      build.text_encoder(stage.conditioning, mesh) if is_text else None,
+      stage.sampling,
       mesh,
     )
 

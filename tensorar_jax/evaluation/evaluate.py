@@ -21,18 +21,13 @@ from absl import logging
 from jaxtyping import Int
 
 from tensorar_jax.checkpoints import files, orbax_io
-from tensorar_jax.evaluation import diagnostics
-from tensorar_jax.evaluation.yardsticks import (
-  YARDSTICKS,
-  EvaluationConfig,
-  Yardstick,
-)
-from tensorar_jax.experiment import build
+from tensorar_jax.evaluation import diagnostics, yardsticks
+from tensorar_jax.evaluation.yardsticks import YARDSTICKS, Yardstick
+from tensorar_jax.experiment import build, saved
+from tensorar_jax.experiment.schema import EvaluationConfig, Stage
 from tensorar_jax.generation import batches
 from tensorar_jax.interfaces import Conditioning
 from tensorar_jax.method.drawing import Guidance
-from tensorar_jax.method.noising import NoiseConfig
-from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.training import logs
 
 SCAN_SEED = 2**20  # of the guidance scan, apart from every measured seed
@@ -44,7 +39,7 @@ class Subject:
   """One trained stage with what sampling it needs; `step` None: the newest."""
 
   name: str
-  stage: Mapping
+  stage: Stage
   folder: pathlib.Path
   step: int | None = None
 
@@ -60,7 +55,8 @@ class Subject:
     meta = orbax_io.read_meta(self.checkpoint)
     known = [
       {**dataclasses.asdict(settings), "models": None},
-      *(self.stage.get("sampling", {}), self.stage["noise"]),
+      dataclasses.asdict(self.stage.sampling),
+      dataclasses.asdict(self.stage.noise),
       *(yardstick, meta["id"], meta.get("lineage"), meta["config"]),
     ]
     text = json.dumps(known, sort_keys=True)
@@ -82,11 +78,8 @@ class Sampler:
     stage, folder = subject.stage, subject.folder
     self.model = build.load_stage(stage, subject.checkpoint)
     self.tokenizer = build.frozen_tokenizer(stage, folder.parent)
-    section = stage["conditioning"]
-    self.conditioning = conditions or build.conditioning(section)
-    section = stage.get("sampling", {})
-    self.config = build.call(SamplingConfig, section, "sampling")
-    self.noise = build.call(NoiseConfig, stage["noise"], "noise")
+    self.conditioning = conditions or build.conditioning(stage.conditioning)
+    self.config, self.noise = stage.sampling, stage.noise
     self.batch_size = batch_size
 
   def draw(
@@ -177,14 +170,14 @@ def one_set(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluate(
-  stages: Mapping[str, Mapping],
+  stages: Mapping[str, Stage],
   settings: EvaluationConfig,
   workdir: pathlib.Path,
 ) -> dict:
   """Measures every model of `settings`; writes and returns metrics.json."""
-  settings.check(stages)
+  yardsticks.check(settings, stages)
   for name in settings.models:
-    build.resolve(name, workdir)  # refuses a stage that is not finished
+    saved.resolve(name, workdir)  # refuses a stage that is not finished
   yardstick = YARDSTICKS[settings.yardstick](stages, settings, workdir)
   measured = {}
   for name in settings.models:
@@ -216,7 +209,7 @@ def _refinement(stages, measured) -> dict[str, dict]:
   """The diagnostics of the models with drafts, and their parent's entropy."""
   found = {}
   for name, own in measured.items():
-    parent = measured.get(stages[name]["init"])
+    parent = measured.get(stages[name].init)
     entropy = parent["diagnostics"]["entropy"] if parent else None
     if own["diagnostics"]["window"] > 1:
       found[name] = {**own["diagnostics"], "base_entropy": entropy}

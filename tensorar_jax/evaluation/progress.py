@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from absl import logging
 
 from tensorar_jax.checkpoints import files, orbax_io
-from tensorar_jax.evaluation import evaluate, protocol
-from tensorar_jax.evaluation.yardsticks import YARDSTICKS, EvaluationConfig
+from tensorar_jax.evaluation import evaluate, protocol, yardsticks
+from tensorar_jax.experiment.schema import EvaluationConfig, Stage
 from tensorar_jax.generation.requests import Request
 
 Metrics = dict[str, dict]  # name -> {"mean", "std" or None}
@@ -23,7 +23,7 @@ Found = dict[str, dict[int, Metrics]]  # by stage and step
 
 
 def by_yardstick(
-  stages: Mapping[str, Mapping],
+  stages: Mapping[str, Stage],
   settings: EvaluationConfig,
   workdir: pathlib.Path,
   names: Sequence[str],
@@ -33,8 +33,10 @@ def by_yardstick(
   One set of `settings.num_images`, so means have the spread of prompts only.
   """
   settings = dataclasses.replace(settings, models=tuple(names), seeds=1)
-  settings.check(stages)
-  yardstick = YARDSTICKS[settings.yardstick](stages, settings, workdir)
+  yardsticks.check(settings, stages)
+  yardstick = yardsticks.YARDSTICKS[settings.yardstick](
+    stages, settings, workdir
+  )
   labels = yardstick.labels(0, settings.num_images)
   found: Found = {}
   for name, step in _checkpoints(workdir, names):
@@ -58,7 +60,7 @@ def by_yardstick(
 
 def by_reference(
   judge: protocol.Judge,
-  stages: Mapping[str, Mapping],
+  stages: Mapping[str, Stage],
   workdir: pathlib.Path,
   request: Request,
   *,

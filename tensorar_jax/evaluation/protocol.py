@@ -16,6 +16,7 @@ kept beside it. Memory holds the features, 20 KB for an image.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from absl import logging
 
 from tensorar_jax.checkpoints import files, hub, resumable
 from tensorar_jax.evaluation import adm, extractor, inception, scores
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import npz, sample_files
 from tensorar_jax.method.drawing import Guidance, guidance_text
 from tensorar_jax.parallel import processes
@@ -310,7 +312,7 @@ def table(records: dict[str, dict]) -> str:
 
 def sweep(
   judge: Judge,
-  stages: Mapping[str, Mapping],
+  stages: Mapping[str, Stage],
   workdir: pathlib.Path,
   request: sample_files.Request,
   *,
@@ -326,11 +328,14 @@ def sweep(
   """
   records = {}
   for scale in scales:
-    section = {**stages[stage].get("sampling", {}), "guidance": scale}
+    own = stages[stage]
+    sampling = dataclasses.replace(own.sampling, guidance=scale)
+    guided = dataclasses.replace(own, sampling=sampling)
     records[f"guidance {guidance_text(scale)}"] = measure_stage(
       judge,
-      {**stages, stage: {**stages[stage], "sampling": section}},
-      *(workdir, request),
+      {**stages, stage: guided},
+      workdir,
+      request,
       stage=stage,
       batch_size=batch_size,
     )
@@ -350,7 +355,7 @@ def overview(judge: Judge, workdir: pathlib.Path, stage: str) -> pathlib.Path:
 
 def measure_stage(
   judge: Judge,
-  stages: Mapping[str, Mapping],
+  stages: Mapping[str, Stage],
   workdir: pathlib.Path,
   request: sample_files.Request,
   *,

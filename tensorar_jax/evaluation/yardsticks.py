@@ -6,7 +6,6 @@ tells of a set of images how well each is what it was asked for.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -22,73 +21,29 @@ from tensorar_jax.data import pipeline, shapes, sources
 from tensorar_jax.data.sources.shapes import open_shapes
 from tensorar_jax.evaluation import scores
 from tensorar_jax.evaluation import shapes as shapes_scorer
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import build, saved
+from tensorar_jax.experiment.schema import EvaluationConfig, Stage, choose
 from tensorar_jax.generation import batches, requests
 from tensorar_jax.interfaces import Conditioning
-from tensorar_jax.method.drawing import Guidance
 
 Images = UInt8[np.ndarray, "n h w C"]
 Labels = Int[np.ndarray, "n"]
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-  """What is measured.
-
-  Attributes:
-    yardstick: of YARDSTICKS: "classifier", by the features and classes of a
-      small classifier; "shapes", by reading drawings back.
-    classifier: the stage that is the classifier.
-    models: the stages to compare.
-    guidance: the scales of the scan; one may be a tuple, by sub-token.
-    scan_images, num_images: images per scan point and per seed. Of prompts,
-      each seed makes one image of each.
-    seeds: how many sampling seeds.
-    batch_size: images per call of the sampler.
-    real_images: at most so many training images are the classifier's reference.
-    held_out_images: at most so many test images for cross-entropies and the
-      refinement diagnostics.
-  """
-
-  yardstick: str = "classifier"
-  classifier: str = "classifier"
-  models: tuple[str, ...] = ()
-  guidance: tuple[Guidance, ...] = (1.0, 1.5, 2.0)
-  scan_images: int = 500
-  num_images: int = 1000
-  seeds: int = 3
-  batch_size: int = 250
-  real_images: int = 10_000
-  held_out_images: int = 1000
-
-  def __post_init__(self):
-    images = ("scan_images", "num_images", "held_out_images")
-    for name in (*images, "seeds", "batch_size"):
-      least = 10 if name in images else 1
-      if getattr(self, name) < least:
-        raise ValueError(
-          f"evaluation.{name}={getattr(self, name)}: expected at least {least}."
-        )
-    if not self.models or not self.guidance:
-      raise ValueError(
-        f"evaluation.models={self.models}, guidance={self.guidance}: name at"
-        " least one stage and one scale."
-      )
-    build.choose("evaluation.yardstick", self.yardstick, YARDSTICKS)
-
-  def check(self, stages: Mapping[str, Mapping]) -> None:
-    """Raises ValueError unless these stages are there and can be measured."""
-    for name in self.models:
-      check_objective(stages, name, "tensorar")
-    YARDSTICKS[self.yardstick].check(stages, self)
+def check(settings: EvaluationConfig, stages: Mapping[str, Stage]) -> None:
+  """Raises ValueError unless these stages are there and can be measured."""
+  kind = choose("evaluation.yardstick", settings.yardstick, YARDSTICKS)
+  for name in settings.models:
+    check_objective(stages, name, "tensorar")
+  kind.check(stages, settings)
 
 
-def check_objective(stages: Mapping[str, Mapping], name: str, want: str):
+def check_objective(stages: Mapping[str, Stage], name: str, want: str) -> None:
   """ValueError unless there is a stage of that name and objective."""
-  build.choose("evaluation: stage", name, stages)
-  if stages[name]["objective"] != want:
+  choose("evaluation: stage", name, stages)
+  if stages[name].objective != want:
     raise ValueError(
-      f"evaluation: stage {name!r} trains a {stages[name]['objective']};"
+      f"evaluation: stage {name!r} trains a {stages[name].objective};"
       f" expected one whose objective is {want!r}."
     )
 
@@ -108,11 +63,11 @@ class Yardstick(Protocol):
   notes: Sequence[str]
 
   @staticmethod
-  def check(stages: Mapping[str, Mapping], settings: EvaluationConfig) -> None:
+  def check(stages: Mapping[str, Stage], settings: EvaluationConfig) -> None:
     """ValueError unless the models can be measured so."""
     ...
 
-  def conditions(self, stage: Mapping) -> Conditioning:
+  def conditions(self, stage: Stage) -> Conditioning:
     """What a stage's model makes an image of a label from."""
     ...
 
@@ -151,19 +106,20 @@ class ByClassifier:
 
   def __init__(self, stages, settings: EvaluationConfig, workdir: pathlib.Path):
     name, folder = settings.classifier, workdir / settings.classifier
-    build.resolve(name, workdir)  # refuses a stage that is not finished
-    data = stages[name]["data"]
+    saved.resolve(name, workdir)  # refuses a stage that is not finished
+    data = stages[name].data
 
     def images(split):
-      source = sources.load(data["name"], split, data_dir=data.get("data_dir"))
+      source = sources.load(data.name, split, data_dir=data.data_dir)
       return pipeline.as_arrays(source)
 
     self.classifier = build.load_stage(stages[name], folder)
     self.identity = orbax_io.read_meta(orbax_io.find(folder))["id"]
-    self.test_images, self.test_labels = images(data["test_split"])
-    train_images = images(data["train_split"])[0]
+    self.test_images, self.test_labels = images(data.test_split)
+    train_images = images(data.train_split)[0]
     self.real = self.features(train_images[: settings.real_images])
-    self.num_classes = stages[settings.models[0]]["conditioning"]["num_classes"]
+    first = stages[settings.models[0]].conditioning
+    self.num_classes = build.conditioning(first).num_classes
     self.names = [str(label) for label in range(self.num_classes)]
     self.notes = [
       "frechet, precision and recall are against the real training images, in"
@@ -173,7 +129,7 @@ class ByClassifier:
     ]
 
   @staticmethod
-  def check(stages: Mapping[str, Mapping], settings: EvaluationConfig) -> None:
+  def check(stages: Mapping[str, Stage], settings: EvaluationConfig) -> None:
     check_objective(stages, settings.classifier, "classifier")
     for name in settings.models:
       requests.check_classes(name, stages[name])
@@ -190,8 +146,8 @@ class ByClassifier:
       out.append(np.asarray(found)[: len(part)])
     return scores.FeatureSet(pool=np.concatenate(out))
 
-  def conditions(self, stage: Mapping) -> Conditioning:
-    return build.conditioning(stage["conditioning"])
+  def conditions(self, stage: Stage) -> Conditioning:
+    return build.conditioning(stage.conditioning)
 
   def labels(self, first: int, count: int) -> Labels:
     return (first + np.arange(count)) % self.num_classes
@@ -244,7 +200,7 @@ class ByReading:
     stage = stages[settings.models[0]]
     self.tokenizer = build.frozen_tokenizer(stage, workdir)
     asked = settings.num_images + settings.scan_images
-    source = open_shapes(stage["data"]["test_split"])
+    source = open_shapes(stage.data.test_split)
     count = min(len(source), max(asked, settings.held_out_images))
     self.scenes = [source.scene(position) for position in range(count)]
     limits = shapes_scorer.MIN_AREA, shapes_scorer.MIN_OVERLAP
@@ -261,24 +217,24 @@ class ByReading:
     ]
 
   @staticmethod
-  def check(stages: Mapping[str, Mapping], settings: EvaluationConfig) -> None:
+  def check(stages: Mapping[str, Stage], settings: EvaluationConfig) -> None:
     for name in settings.models:
-      section = stages[name]["conditioning"]
-      if not getattr(build.conditioning(section), "encoder", ""):
+      section = stages[name].conditioning
+      if not section.encoder:
         raise ValueError(
-          f"stage {name!r} has the conditioning {dict(section)}: yardstick="
+          f"stage {name!r} has the conditioning {section}: yardstick="
           "'shapes' needs one that encodes captions, such as dict(name='text',"
           " encoder='words')."
         )
-      if (data := stages[name]["data"]["name"]) != "shapes":
+      if (data := stages[name].data.name) != "shapes":
         raise ValueError(
           f"stage {name!r} is of the data set {data!r}: expected 'shapes', the"
           " drawings that yardstick='shapes' can read."
         )
 
-  def conditions(self, stage: Mapping) -> Conditioning:
-    texts = build.conditioning(stage["conditioning"])
-    encode = build.text_encoder(stage["conditioning"])
+  def conditions(self, stage: Stage) -> Conditioning:
+    texts = build.conditioning(stage.conditioning)
+    encode = build.text_encoder(stage.conditioning)
     rows = conditions.real_rows(*encode(self.captions))
     return requests.Prompts(texts, rows)
 

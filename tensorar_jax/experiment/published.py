@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from absl import logging
 from flax import nnx
@@ -17,16 +17,13 @@ from tensorar_jax.checkpoints import (
   torch_import,
 )
 from tensorar_jax.checkpoints.locations import LOCATIONS, SCHEME
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import build, families, parse, saved
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import processes, sharding, weights
 
 # What published files end with; an index stands for the files that it names.
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", hub.INDEX)
-KINDS = {
-  "tensorar": ("backbones", "backbone"),
-  "tokenizer": ("tokenizers", "tokenizer"),
-}
 
 
 def import_backbone(
@@ -47,7 +44,9 @@ def import_backbone(
     weights_dtype: one of torch_import.DTYPES, that of the weights in memory;
       None: the model's own, float32.
   """
-  return _import("backbones", name, path, (variant, fields), weights_dtype)
+  module = families.family("backbones", name)
+  config = families.config_of(module, variant, fields, name)
+  return _import(module, config, path, weights_dtype)
 
 
 def import_tokenizer(
@@ -59,12 +58,12 @@ def import_tokenizer(
   **fields,
 ) -> nnx.Module:
   """A tokenizer with published PyTorch weights; as `import_backbone`."""
-  return _import("tokenizers", name, path, (variant, fields), weights_dtype)
+  module = families.family("tokenizers", name)
+  config = families.config_of(module, variant, fields, name)
+  return _import(module, config, path, weights_dtype)
 
 
-def _import(kind, name, path, size, dtype, mesh=None):
-  module = build.family(kind, name)
-  config = build.component_config(module, *size)
+def _import(module, config, path, dtype, mesh=None):
   abstract = weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
   rules = module.import_rules(config)
   tensors = torch_import.load_state_dict(path)
@@ -72,12 +71,12 @@ def _import(kind, name, path, size, dtype, mesh=None):
 
 
 def start_from(
-  stages: Mapping[str, dict[str, Any]], init: str, name: str | None = None
-) -> None:
-  """Has a stage start from the weights `init`, in place of the config's.
+  stages: Mapping[str, Stage], init: str, name: str | None = None
+) -> dict[str, Stage]:
+  """The stages, one of which starts from `init` in place of the config's.
 
   Args:
-    stages: full stage configs, which are changed.
+    stages: of an experiment.
     init: a published file, by path or by name on the hub: the stage is imported
       from it. Another stage or a checkpoint of this project: its training
       starts there. "hf://" alone gives whatever stages read from published
@@ -86,26 +85,25 @@ def start_from(
       which is the base model.
   """
   if init == SCHEME:
-    for stage in stages.values():
-      _read_from_hub(stage)
-    return
+    return {n: _read_from_hub(stage) for n, stage in stages.items()}
   if name is None:
-    models = {n: s for n, s in stages.items() if s["objective"] == "tensorar"}
-    name = next((n for n, s in models.items() if not s["init"]), None)
-  stage = build.choose("--stage of --init", name, stages)
+    models = {n: s for n, s in stages.items() if s.objective == "tensorar"}
+    name = next((n for n, s in models.items() if not s.init), None)
+  stage = choose("--stage of --init", name, stages)
   published = hub.is_name(init) or init.endswith(FILES)
   published |= pathlib.Path(init).name in LOCATIONS  # a folder
-  stage["source"], stage["init"] = (init, None) if published else (None, init)
+  source, init = (init, None) if published else (None, init)
+  return {**stages, name: dataclasses.replace(stage, source=source, init=init)}
 
 
-def _read_from_hub(stage: dict[str, Any]) -> None:
-  if stage["source"]:
-    stage["source"] = _hub_name(stage["source"])
-  conditioning = dict(stage.get("conditioning", {}))
-  encoder = conditioning.get("encoder")
+def _read_from_hub(stage: Stage) -> Stage:
+  if stage.source:
+    stage = dataclasses.replace(stage, source=_hub_name(stage.source))
+  encoder = stage.conditioning.encoder
   if encoder and encoder not in build.TEXT_ENCODERS:
-    conditioning["encoder"] = _hub_name(encoder)
-    stage["conditioning"] = conditioning
+    hub_name = _hub_name(encoder)
+    stage = parse.changed(stage, "conditioning.encoder", hub_name)
+  return stage
 
 
 def _hub_name(path: str) -> str:
@@ -120,42 +118,36 @@ def _hub_name(path: str) -> str:
   return found
 
 
-def import_stage(stage: Mapping, folder: pathlib.Path) -> None:
+def import_stage(stage: Stage, folder: pathlib.Path) -> None:
   """Fills a stage's folder from its `source`; complete or not there at all.
 
   The checkpoint's `meta` says where the weights come from: file, size, sha256,
   and what they have become: variant, dtype.
   """
-  config = build.training_config(stage)
-  orbax_io.claim(folder, config)
-  source = stage["source"]
+  part, source = stage.component, stage.source
+  config = saved.claim(folder, stage)
   if orbax_io.steps(folder / "checkpoints"):
     logging.info("%s: imported before from %s", folder.name, source)
     return
   checkpoints = orbax_io.Checkpoints(folder / "checkpoints")
   started = time.monotonic()
-  build.choose("objective with a source", stage["objective"], KINDS)
-  if stage["objective"] == "tensorar" and stage["tensorar"]["window"] != 1:
+  if stage.objective == "tensorar" and stage.tensorar.window != 1:
     raise ValueError(
       f"stage {folder.name} imports {source} with"
-      f" window={stage['tensorar']['window']}: published files hold base"
+      f" window={stage.tensorar.window}: published files hold base"
       " models. Import with window=1 and start a stage from it with init."
     )
-  kind, section = KINDS[stage["objective"]]
-  fields = dict(stage[section])
-  name, variant = fields.pop("name"), fields.pop("variant", None)
-  fields.pop("init", None)
-  dtype = stage["source_dtype"] or "float32"
-  mesh = sharding.make_mesh(build.mesh_config(stage))
-  model = _import(kind, name, source, (variant, fields), dtype, mesh)
-  if stage["objective"] == "tensorar":
+  dtype, mesh = stage.source_dtype, sharding.make_mesh(stage.mesh)
+  module = families.family(part.kind, part.name)
+  model = _import(module, part.config, source, dtype, mesh)
+  if stage.objective == "tensorar":
     model = TensorAR(model, window=1)
   _, params, frozen = weights.split(model)
   meta = {
     "config": config,
     "seconds": time.monotonic() - started,
     "source": torch_import.describe(source),
-    "variant": variant,
+    "variant": part.variant,
     "dtype": dtype,
   }
   checkpoints.save(0, {"params": params, "frozen": frozen}, {}, meta)
@@ -170,15 +162,12 @@ def export_stage(folder: pathlib.Path, path: pathlib.Path) -> None:
 
   TensorAR's own modules have no place there and stay behind.
   """
-  meta = orbax_io.read_meta(orbax_io.find(folder))["config"]
-  build.choose("objective to export", meta["objective"], KINDS)
-  kind, section = KINDS[meta["objective"]]
-  fields = dict(meta[section])
-  module = build.family(kind, fields.pop("name"))
-  fields.pop("init", None)
-  config = build.component_config(module, fields.pop("variant", None), fields)
+  part = saved.stage_in(orbax_io.find(folder)).component
+  module = families.family(part.kind, part.name)
   model = build.load(folder)
   model = model.backbone if isinstance(model, TensorAR) else model
-  tensors = torch_export.export_state_dict(model, module.import_rules(config))
+  tensors = torch_export.export_state_dict(
+    model, module.import_rules(part.config)
+  )
   torch_export.save(path, tensors)
   logging.info("%s: %d tensors written to %s", folder.name, len(tensors), path)

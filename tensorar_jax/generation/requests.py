@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from tensorar_jax.conditioning import conditions
 from tensorar_jax.conditioning.conditions import TextConditioning
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation.layouts import LAYOUTS, parse_line
 from tensorar_jax.interfaces import Batch, Cond, Conditioning
 
@@ -144,15 +145,14 @@ class Prompts:
 
 
 def condition(
-  request: Request, name: str, stage: Mapping, mesh: Mesh | None
+  request: Request, name: str, stage: Stage, mesh: Mesh | None
 ) -> tuple[Conditioning, dict[str, Any]]:
   """What the request's images are made of, and what to record of it.
 
   Prompts are encoded here, and the text encoder is gone on return. ValueError
   for classes or prompts that the stage does not know.
   """
-  section = stage["conditioning"]
-  reads = build.conditioning(section)
+  reads = build.conditioning(stage.conditioning)
   if request.prompts is None:
     check_classes(name, stage)
     # Refused before anything is written.
@@ -160,17 +160,18 @@ def condition(
     return reads, {"num_classes": reads.num_classes}
   if not reads.is_text:
     raise ValueError(
-      f"stage {name!r} makes images from the conditioning {section['name']!r},"
-      " not from prompts: name --classes, or a stage that reads text."
+      f"stage {name!r} makes images from the conditioning"
+      f" {stage.conditioning.name!r}, not from prompts:"
+      " name --classes, or a stage that reads text."
     )
-  encode = build.text_encoder(section, mesh)
+  encode = build.text_encoder(stage.conditioning, mesh)
   rows = conditions.real_rows(*encode(request.prompts))
   return Prompts(reads, rows), {"text_encoder": encoder.text_identity(encode)}
 
 
-def check_classes(name: str, stage: Mapping) -> None:
+def check_classes(name: str, stage: Stage) -> None:
   """ValueError unless images of the stage are drawn class by class."""
-  if build.conditioning(stage["conditioning"]).is_text:
+  if build.conditioning(stage.conditioning).is_text:
     raise ValueError(
       f"stage {name!r} makes images from text, there are no classes to draw:"
       " sample it with --mode=sample and --prompts=FILE or --prompt=TEXT;"

@@ -39,10 +39,10 @@ from jaxtyping import Int, UInt8
 from tensorar_jax.checkpoints import files, orbax_io, resumable
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import batches, npz, pictures
 from tensorar_jax.generation.requests import Request, condition
 from tensorar_jax.interfaces import Samples, Tokenizer
-from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.parallel import sharding
 
 MANIFEST = "manifest.json"
@@ -70,7 +70,7 @@ class Place:
 
 
 def sample(
-  stages: Mapping[str, Mapping],
+  stages: Mapping[str, Stage],
   workdir: pathlib.Path,
   request: Request,
   *,
@@ -82,7 +82,7 @@ def sample(
   """Samples a trained stage into files, or goes on where that was stopped.
 
   Args:
-    stages: of `build.stages`.
+    stages: of an experiment.
     workdir: the folder that holds the stages'.
     request: which images.
     stage: its name; by default the last one that can be sampled.
@@ -94,19 +94,19 @@ def sample(
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected at least 1.")
   name = drawable(stages, stage)
-  config, home = stages[name], workdir / name
+  chosen, home = stages[name], workdir / name
   found = orbax_io.find(home, request.step)
-  mesh = sharding.local_mesh(build.mesh_config(config))
-  conditioning, made_of = condition(request, name, config, mesh)
-  tokenizer = build.frozen_tokenizer(config, workdir)
-  sampling = build.call(SamplingConfig, config.get("sampling", {}), "sampling")
+  mesh = sharding.local_mesh(chosen.mesh)
+  conditioning, made_of = condition(request, name, chosen, mesh)
+  tokenizer = build.frozen_tokenizer(chosen, workdir)
+  sampling = chosen.sampling
   labels = request.labels(conditioning.num_classes)
   settings = {
     **{"format": FORMAT, "stage": name, "shard_size": SHARD_SIZE},
     **dataclasses.asdict(request),
     **made_of,
     "sampling": dataclasses.asdict(sampling),
-    "checkpoint": _checkpoint(config, found),
+    "checkpoint": _checkpoint(chosen, found),
     "tokenizer": encoder.identity(tokenizer),
     "software": software(),
   }
@@ -115,7 +115,7 @@ def sample(
   place = choose_place(output, home / "samples", settings, share[1])
   last = share[0] == 0
   if not place.complete:
-    model = build.load_stage(config, found, mesh)
+    model = build.load_stage(chosen, found, mesh)
     sampler = batches.Sampler(model, conditioning, sampling, request.seed, mesh)
     draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
     overview = functools.partial(
@@ -130,9 +130,9 @@ def sample(
   return place
 
 
-def drawable(stages: Mapping[str, Mapping], stage: str | None) -> str:
+def drawable(stages: Mapping[str, Stage], stage: str | None) -> str:
   """The stage, by default the last one that draws images."""
-  known = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  known = [n for n, s in stages.items() if s.objective == "tensorar"]
   return build.choose("--stage", stage or known[-1], known)
 
 
@@ -149,9 +149,9 @@ def _drawing(sampler, tokenizer, num_images, resize, batch_size) -> Draw:
   )
 
 
-def _checkpoint(config: Mapping, found: pathlib.Path) -> dict[str, Any]:
+def _checkpoint(stage: Stage, found: pathlib.Path) -> dict[str, Any]:
   """Which weights: the metadata of the checkpoint, its step, EMA or not."""
-  own = {"step": int(found.name), "ema": build.is_averaged(config)}
+  own = {"step": int(found.name), "ema": stage.is_averaged}
   return own | orbax_io.read_meta(found)
 
 

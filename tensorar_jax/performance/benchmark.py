@@ -18,9 +18,9 @@ import jax
 from absl import logging
 
 from tensorar_jax.checkpoints import files
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import saved
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import sample_files
-from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.performance import benchmark_report as report
 from tensorar_jax.performance import machine, peer_torch, workloads
 from tensorar_jax.performance.workloads import Case, Work
@@ -66,11 +66,11 @@ class Settings:
       if value is not None and value < 1:
         raise ValueError(f"--{name}={value}: expected at least 1.")
     for part in self.parts:
-      build.choose("--parts", part, list(PARTS))
+      choose("--parts", part, list(PARTS))
     if not self.parts:
       raise ValueError(f"--parts is empty: expected some of {PARTS}.")
     if self.peer is not None:
-      build.choose("--peer", self.peer, list(PEERS))
+      choose("--peer", self.peer, list(PEERS))
 
 
 def parse(given: Mapping[str, Any]) -> Settings:
@@ -117,7 +117,7 @@ def plan(
 
 
 def run(
-  stages: Mapping[str, Mapping],
+  stages: Mapping[str, Stage],
   workdir: pathlib.Path,
   settings: Settings,
   *,
@@ -127,13 +127,13 @@ def run(
   """Measures a stage; the folder with benchmark.json, .md and .png.
 
   Args:
-    stages: of `build.stages`; nothing of them needs to be trained.
+    stages: of an experiment; nothing of them needs to be trained.
     workdir: the folder that holds the stages'.
     settings: what to measure.
     stage: its name; by default the last one that generates images.
     output: a new folder; by default `<workdir>/benchmark/<number>`.
   """
-  makers = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  makers = [n for n, s in stages.items() if s.objective == "tensorar"]
   if not makers or stage not in (None, *makers):
     raise ValueError(
       f"--stage={stage}: expected one that generates images, of {makers}."
@@ -149,7 +149,9 @@ def run(
     "started": datetime.datetime.now(datetime.UTC).isoformat(
       timespec="seconds"
     ),
-    "config": build.training_config({**stages[name], "source": None}),
+    "config": saved.saved_config(
+      dataclasses.replace(stages[name], source=None)
+    ),
     "settings": dataclasses.asdict(settings),
     "dtype": loads.backbone.dtype,
     "machine": machine.describe(),
@@ -187,10 +189,10 @@ def _new_folder(output: str | None, numbered: pathlib.Path) -> pathlib.Path:
 
 
 def _peer(loads: workloads.Workloads) -> peer_torch.Peer:
-  section = loads.stage.get("sampling", {})
-  sampling = build.call(SamplingConfig, section, "sampling")
   cond = loads.conditioning.example()
-  return peer_torch.Peer(peer_torch.sizes_of(loads.backbone, cond), sampling)
+  return peer_torch.Peer(
+    peer_torch.sizes_of(loads.backbone, cond), loads.stage.sampling
+  )
 
 
 # --- rounds ------------------------------------------------------------------
@@ -202,11 +204,11 @@ class _Cases:
   def __init__(self, loads, settings: Settings, peer):
     self.loads, self.peer, self.settings = loads, peer, settings
     stage = loads.stage
-    own = stage["tensorar"].get("window", 1), stage["tensorar"].get("depth", 1)
+    own = stage.tensorar.window, stage.tensorar.depth
     train_batch = settings.train_batch or (
       TRAIN_BATCH_CPU
       if jax.default_backend() == "cpu"
-      else stage["train"]["batch_size"]
+      else stage.train.batch_size
     )
     self.works = plan(settings, own, train_batch)
     devices = loads.mesh.size

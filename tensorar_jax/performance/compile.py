@@ -25,6 +25,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tensorar_jax.experiment import build
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.method import sampling
 from tensorar_jax.nn import flops
 from tensorar_jax.parallel import sharding, weights
@@ -68,16 +69,16 @@ def _rows(tree: Any, count: int, mesh: Mesh) -> Any:
   return jax.tree.map(one, tree)
 
 
-def train_program(stage: Mapping, mesh: Mesh) -> Program:
+def train_program(stage: Stage, mesh: Mesh) -> Program:
   """The train step of `train.fit` on batches of tokens."""
-  config = build.call(loop.TrainConfig, stage["train"], "train")
+  config = stage.train
   sharding.check_batch(mesh, config.batch_size, config.accumulate)
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
   task = loop.make_task(stage, pathlib.Path(), model, images=False)
   tx, state = loop.make_layout(stage, model, mesh)
   step, count = loop.make_step(stage, model, task, tx, state)
   tokens = np.zeros((1, model.num_tokens, len(model.vocab_sizes)), np.int32)
-  example = build.conditioning(stage["conditioning"]).example()
+  example = build.conditioning(stage.conditioning).example()
   batch = {"tokens": tokens, "cond": example}
   batch = _rows(batch, config.batch_size, mesh)
   with jax.set_mesh(mesh):
@@ -92,7 +93,7 @@ def train_program(stage: Mapping, mesh: Mesh) -> Program:
   return Program("train step", lower, model_flops, run_flops, config.batch_size)
 
 
-def sampler_program(stage: Mapping, mesh: Mesh, batch_size: int) -> Program:
+def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
   """The program of `sampling.generate` for so many images."""
   parts = sharding.row_parts(mesh)
   if batch_size % parts:
@@ -103,16 +104,14 @@ def sampler_program(stage: Mapping, mesh: Mesh, batch_size: int) -> Program:
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
   skeleton, params, frozen = weights.split(model)
   model = skeleton.merge(sharding.layout({**params, **frozen}, model, mesh))
-  conditioning = build.conditioning(stage["conditioning"])
+  conditioning = build.conditioning(stage.conditioning)
   example = conditioning.example()
   cond, null, index = _rows(
     (example, conditioning.null(example), np.zeros(1, np.int32)),
     *(batch_size, mesh),
   )
   rng = jax.eval_shape(lambda: jax.random.key(0))
-  config = build.call(
-    sampling.SamplingConfig, stage.get("sampling", {}), "sampling"
-  )
+  config = stage.sampling
   traced = sampling.trace(model, cond, null, rng, config, index)
   both = 2 if config.guided else 1
   _, cache = jax.eval_shape(
@@ -237,7 +236,7 @@ def _words(one: Mapping, report: Mapping):
 
 
 def report(
-  stages: Mapping,
+  stages: Mapping[str, Stage],
   name: str | None,
   target: targets.Target,
   batch_size: int | None = None,
@@ -246,7 +245,7 @@ def report(
   """Compiles a stage's programs for a target, prints and returns the report.
 
   Args:
-    stages: of `build.stages`.
+    stages: of an experiment.
     name: the stage; None is the last one that makes images.
     target: of `targets.find`.
     batch_size: images sampled at once; by default as --mode=sample does.
@@ -258,10 +257,10 @@ def report(
   path = pathlib.Path(output) if output else None
   if path and path.exists():
     raise ValueError(f"--output={path} is there already: name a new file.")
-  known = [n for n, s in stages.items() if s["objective"] == "tensorar"]
+  known = [n for n, s in stages.items() if s.objective == "tensorar"]
   name = build.choose("--stage", name or known[-1], known)
   stage, devices = stages[name], len(target.devices)
-  mesh = sharding.make_mesh(build.mesh_config(stage), target.devices)
+  mesh = sharding.make_mesh(stage.mesh, target.devices)
   batch_size = batch_size or IMAGES_PER_DEVICE * devices
   programs = (
     train_program(stage, mesh),

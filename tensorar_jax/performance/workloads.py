@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from tensorar_jax.experiment import build
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import batches
 from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
@@ -102,27 +102,26 @@ def _case(work: Work, run: Callable[[], None]) -> Case:
 class Workloads:
   """The cases of one stage, on this process's devices by the stage's mesh."""
 
-  def __init__(self, stage: Mapping, workdir: pathlib.Path):
-    self.stage = {**stage, "init": None}
+  def __init__(self, stage: Stage, workdir: pathlib.Path):
+    self.stage = dataclasses.replace(stage, init=None)
     self.workdir = workdir
-    self.mesh = sharding.local_mesh(build.mesh_config(stage))
-    self.conditioning = build.conditioning(stage["conditioning"])
+    self.mesh = sharding.local_mesh(stage.mesh)
+    self.conditioning = build.conditioning(stage.conditioning)
     base = build.initial_model(self._with(1, 1), workdir, self.mesh)
     self.backbone = base.backbone
     self._models: dict[tuple[int, int], TensorAR] = {}
 
-  def _with(self, window: int, depth: int) -> dict[str, Any]:
-    own = {**self.stage["tensorar"], "window": window, "depth": depth}
-    return {**self.stage, "tensorar": own}
+  def _with(self, window: int, depth: int) -> Stage:
+    own = self.stage.tensorar
+    own = dataclasses.replace(own, window=window, depth=depth)
+    return dataclasses.replace(self.stage, tensorar=own)
 
   def model(self, window: int, depth: int) -> TensorAR:
     """The wrapped model; all share the backbone's weights."""
     if (window, depth) not in self._models:
-      section = self._with(window, depth)["tensorar"]
-      rngs = nnx.Rngs(self.stage["seed"])
-      wrapped = build.call(
-        TensorAR, section, "tensorar", self.backbone, rngs=rngs
-      )
+      options = dataclasses.asdict(self._with(window, depth).tensorar)
+      rngs = nnx.Rngs(self.stage.seed)
+      wrapped = TensorAR(self.backbone, **options, rngs=rngs)
       self._models[window, depth] = sharding.shard(wrapped, self.mesh)
     return self._models[window, depth]
 
@@ -141,9 +140,7 @@ class Workloads:
     """The generation of a batch: prefill and all steps, one program."""
     model = self.model(window, depth)
     prepared = sampling.prepare(model, self.mesh)
-    config = build.call(
-      *(sampling.SamplingConfig, self.stage.get("sampling", {}), "sampling")
-    )
+    config = self.stage.sampling
     if guided != config.guided:
       scale = GUIDANCE if guided else 1.0
       config = dataclasses.replace(config, guidance=scale)
@@ -152,7 +149,7 @@ class Workloads:
     cond, null, index = jax.device_put(
       (cond, null, np.arange(batch)), sharding.rows(self.mesh)
     )
-    rng = jax.random.key(self.stage["seed"])
+    rng = jax.random.key(self.stage.seed)
 
     def run():
       out = sampling.generate(prepared, cond, null, rng, config, index)
@@ -166,10 +163,9 @@ class Workloads:
 
   def tokenizer(self, batch: int) -> Case:
     """Tokens to images, bytes on the host."""
-    section = self.stage["tokenizer"]
     if not hasattr(self, "_tokenizer"):
-      rngs = nnx.Rngs(self.stage["seed"])
-      fresh = build.component("tokenizers", section, rngs)
+      rngs = nnx.Rngs(self.stage.seed)
+      fresh = build.component(self.stage.tokenizer, rngs)
       self._tokenizer = sharding.replicate(fresh, self.mesh)
     tokenizer = self._tokenizer
     shape = (batch, *_token_shape(tokenizer))
@@ -192,7 +188,7 @@ class Workloads:
     task = loop.make_task(stage, self.workdir, model, images=False)
     tx, like = loop.make_layout(stage, model, mesh)
     averaged = like.ema is not None
-    _, state = train_step.init_state(model, tx, stage["seed"], averaged, mesh)
+    _, state = train_step.init_state(model, tx, stage.seed, averaged, mesh)
     step, count = loop.make_step(stage, model, task, tx, like)
     shape = (batch, model.num_tokens, len(model.vocab_sizes))
     batch_ = {"tokens": np.zeros(shape, np.int32), "cond": self.rows(batch)}

@@ -9,23 +9,24 @@ import pathlib
 from collections.abc import Mapping
 
 from tensorar_jax.evaluation.progress import Found
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.reports import plots, run_report
 
 PICTURE = "progress.png"
 
 
-def steps_before(stages: Mapping[str, Mapping], name: str) -> int:
+def steps_before(stages: Mapping[str, Stage], name: str) -> int:
   """What the stages were trained that a stage goes on from."""
-  parent = stages[name]["init"]
+  parent = stages[name].init
   if parent not in stages:
     return 0
-  own = 0 if stages[parent]["source"] else stages[parent]["train"]["num_steps"]
+  own = 0 if stages[parent].source else stages[parent].train.num_steps
   return steps_before(stages, parent) + own
 
 
 def draw(
   found: Found,
-  stages: Mapping[str, Mapping],
+  stages: Mapping[str, Stage],
   workdir: pathlib.Path,
   title: str,
 ) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from tensorar_jax.checkpoints.files import read_json
 from tensorar_jax.data import shapes
 from tensorar_jax.experiment import build
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import batches, pictures
 from tensorar_jax.reports import plots
 from tensorar_jax.training import logs
@@ -71,7 +72,7 @@ CAPTIONS = {
 }
 
 
-def draw(stages: Mapping[str, Mapping], workdir: pathlib.Path, command: str):
+def draw(stages: Mapping[str, Stage], workdir: pathlib.Path, command: str):
   """Writes the pictures and report.html from what the work directory holds."""
   path = workdir / "metrics.json"
   measured = read_json(path, default={})
@@ -136,7 +137,7 @@ def _draw_refinement(stages, found, workdir: pathlib.Path) -> None:
 
 
 def throughput_points(
-  stages: Mapping[str, Mapping], measured: Mapping, workdir: pathlib.Path
+  stages: Mapping[str, Stage], measured: Mapping, workdir: pathlib.Path
 ) -> dict[str, dict[str, tuple]]:
   """{title: {model: ((images/s: median, least, most), (distance[, std]))}}.
 
@@ -164,9 +165,9 @@ def throughput_points(
   }
   found: dict[str, dict[str, tuple]] = {}
   for name, title, spread in _distances(stages, measured, workdir):
-    section = stages[name]["tensorar"]
-    window = section.get("window", 1)
-    rate = rates.get((window, section.get("depth", 1) if window > 1 else 1))
+    section = stages[name].tensorar
+    window = section.window
+    rate = rates.get((window, section.depth if window > 1 else 1))
     if rate:
       rate = tuple(rate[key] for key in ("median", "min", "max"))
       title = f"{title} by images/s, {most} at once"
@@ -177,7 +178,7 @@ def throughput_points(
 def _distances(stages, measured, workdir):
   """(stage, title, (mean[, std])) of every distance that was measured."""
   for name, stage in stages.items():
-    if stage["objective"] != "tensorar":
+    if stage.objective != "tensorar":
       continue
     spread = _spread(
       (measured.get("models", {}).get(name) or {}).get("frechet")

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,70 +27,14 @@ from jax.sharding import Mesh
 
 from tensorar_jax.checkpoints import orbax_io, torch_import
 from tensorar_jax.data import codes, pipeline, sources
-from tensorar_jax.experiment import build, published
+from tensorar_jax.experiment import build, published, saved
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.interfaces import Batch
 from tensorar_jax.method import objective
-from tensorar_jax.method.noising import NoiseConfig
-from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.nn import layers
 from tensorar_jax.nn.image_bytes import from_uint8
 from tensorar_jax.parallel import preemption, processes, sharding, weights
 from tensorar_jax.training import logs, optimizer, throughput, train_step
-
-# Keys of the `train` section that change what is written, not what is learned.
-# (`accumulate` changes which noise is drawn, `remat` the last digits.)
-FREE_KEYS = tuple(
-  f"train.{name}"
-  for name in ("log_every", "checkpoint_every", "keep", "keep_every")
-  + ("accumulate", "remat")
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """How long, how much at once, and how often to write.
-
-  Attributes:
-    batch_size: images of a step, over all devices.
-    accumulate: parts of a batch that run one after another, in less memory.
-    remat: what of the activations the backward pass computes again: "none" of
-      them, all but the products with weights ("dots"), or "full", all.
-    keep, keep_every: the newest `keep` checkpoints stay, and those at multiples
-      of `keep_every` steps; 0 is none.
-  """
-
-  batch_size: int = 256
-  num_steps: int = 1000
-  log_every: int = 50
-  checkpoint_every: int = 500
-  keep: int = 2
-  keep_every: int = 0
-  accumulate: int = 1
-  remat: str = "none"
-
-  def __post_init__(self):
-    if self.remat not in layers.REMAT:
-      raise ValueError(
-        f"train.remat={self.remat!r}: choose one of {tuple(layers.REMAT)}."
-      )
-    if self.batch_size % max(self.accumulate, 1):
-      raise ValueError(
-        f"train.batch_size={self.batch_size} is no multiple of"
-        f" accumulate={self.accumulate}: a batch has equal parts."
-      )
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      least = 0 if field.name == "keep_every" else 1
-      if isinstance(value, int) and value < least:
-        raise ValueError(
-          f"train.{field.name}={value}: expected at least {least}."
-        )
-    if self.keep_every % self.checkpoint_every:
-      raise ValueError(
-        f"train.keep_every={self.keep_every} is no multiple of"
-        f" checkpoint_every={self.checkpoint_every}: there would be no"
-        " checkpoint to keep. Change one of them; keep_every=0 keeps none."
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +53,10 @@ class Task:
 
 
 def make_task(
-  stage: Mapping, workdir: pathlib.Path, model: nnx.Module, *, images: bool
+  stage: Stage, workdir: pathlib.Path, model: nnx.Module, *, images: bool
 ) -> Task:
   """The task of a stage's objective on batches of images, or of tokens."""
-  if stage["objective"] != "tensorar":
+  if stage.objective != "tensorar":
     # Tokenizers and classifiers are `Trainable`: they carry their own loss.
     def own_loss(model, context, batch, rng, step):
       return model.loss(batch, rng)
@@ -122,12 +66,11 @@ def make_task(
 
     return Task(own_loss, None, images_only, 1)
   tokenizer = build.frozen_tokenizer(stage, workdir) if images else None
-  conditioning = build.conditioning(stage["conditioning"])
+  conditioning = build.conditioning(stage.conditioning)
   encode = None  # what has tokens on disk has features there, too
   if images and conditioning.is_text:
-    encode = build.text_encoder(stage["conditioning"])
-  noise = build.call(NoiseConfig, stage["noise"], "noise")
-  config = build.call(objective.LossConfig, stage["loss"], "loss")
+    encode = build.text_encoder(stage.conditioning)
+  noise, config = stage.noise, stage.loss
 
   def loss(model, tokenizer, batch, rng, step):
     rng_drop, rng_order, rng = jax.random.split(rng, 3)
@@ -154,21 +97,17 @@ def make_task(
   return Task(loss, tokenizer, prepare, model.num_tokens)
 
 
-def check(stage: Mapping) -> None:
-  """Raises ValueError if anything in a stage's config cannot be built.
+def check(stage: Stage) -> None:
+  """Raises ValueError if anything that a stage needs cannot be built.
 
   No array is made: an error in the last stage should show in the first second.
   """
-  build.training_config(stage)
-  torch_import.check_dtype(stage["source_dtype"])
-  if not stage["source"]:
-    config = build.call(TrainConfig, stage["train"], "train")
-    optimiser = build.call(optimizer.OptimConfig, stage["optim"], "optim")
-    optimizer.make(optimiser, config.num_steps)
+  saved.saved_config(stage)
+  torch_import.check_dtype(stage.source_dtype)
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
-  if stage["objective"] != "tensorar":
+  if stage.objective != "tensorar":
     return
-  tokenizer = build.abstract("tokenizers", stage["tokenizer"])
+  tokenizer = build.abstract(stage.tokenizer)
   rows, cols = tokenizer.grid
   made = (rows * cols, tuple(tokenizer.vocab_sizes))
   read = (model.num_tokens, tuple(model.vocab_sizes))
@@ -177,11 +116,9 @@ def check(stage: Mapping) -> None:
       f"the tokenizer makes {made[0]} tokens of vocabulary {made[1]}, the"
       f" backbone reads {read[0]} of {read[1]}: change one of the sections."
     )
-  conditioning = build.conditioning(stage["conditioning"])
-  noise = build.call(NoiseConfig, stage["noise"], "noise")
-  loss = build.call(objective.LossConfig, stage["loss"], "loss")
-  objective.slot_weights(model.window, noise, loss)
-  sampling = build.call(SamplingConfig, stage.get("sampling", {}), "sampling")
+  conditioning = build.conditioning(stage.conditioning)
+  loss, sampling = stage.loss, stage.sampling
+  objective.slot_weights(model.window, stage.noise, loss)
   sampling.check(len(model.vocab_sizes))
   cond = conditioning.example()
   if loss.condition_dropout > 0 or sampling.guided:
@@ -197,12 +134,12 @@ def check(stage: Mapping) -> None:
 
 
 def fit(
-  stage: Mapping, folder: pathlib.Path, profile: throughput.Steps | None = None
+  stage: Stage, folder: pathlib.Path, profile: throughput.Steps | None = None
 ) -> None:
   """Trains a stage in `folder`, from its newest checkpoint if there is one.
 
   Args:
-    stage: a full stage config, of `build.stages`.
+    stage: of an experiment.
     folder: `<workdir>/<stage name>`.
     profile: the steps of this start to trace into `<folder>/profile`.
 
@@ -210,14 +147,13 @@ def fit(
     ValueError: the folder is another config's; the loss is not finite.
     SystemExit: of `preemption.EXIT_CODE`, after SIGTERM.
   """
-  if stage["source"]:
+  if stage.source:
     published.import_stage(stage, folder)
     return
-  config = build.call(TrainConfig, stage["train"], "train")
-  saved_config = build.training_config(stage)
-  orbax_io.claim(folder, saved_config, FREE_KEYS)
+  config = stage.train
+  saved_config = saved.claim(folder, stage)
   lineage = _lineage(stage, folder)
-  mesh = sharding.make_mesh(build.mesh_config(stage))
+  mesh = sharding.make_mesh(stage.mesh)
   sharding.check_batch(mesh, config.batch_size, config.accumulate)
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
   tx, like = make_layout(stage, model, mesh)
@@ -229,7 +165,7 @@ def fit(
     checkpoints.close()
     logging.info("%s: done, %d steps", folder.name, config.num_steps)
     return
-  task, data = _task_and_data(stage, folder, model, config, mesh)
+  task, data = _task_and_data(stage, folder, model, mesh)
   if found:
     state, position, meta = found
     data.set_state(position)
@@ -237,7 +173,7 @@ def fit(
   else:
     model = build.initial_model(stage, folder.parent, mesh)
     averaged = like.ema is not None
-    _, state = train_step.init_state(model, tx, stage["seed"], averaged, mesh)
+    _, state = train_step.init_state(model, tx, stage.seed, averaged, mesh)
     meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
   step, flops = make_step(stage, model, task, tx, like)
@@ -258,29 +194,28 @@ def fit(
 
 
 def make_layout(
-  stage: Mapping, model: nnx.Module, mesh: Mesh
+  stage: Stage, model: nnx.Module, mesh: Mesh
 ) -> tuple[optax.GradientTransformation, train_step.TrainState]:
   """(optimiser, layout of the state) of a stage's training.
 
   The model may be abstract, and the mesh of devices that are not there.
   """
-  optimiser = build.call(optimizer.OptimConfig, stage["optim"], "optim")
-  tx = optimizer.make(optimiser, stage["train"]["num_steps"])
-  averaged = optimiser.ema_decay > 0
+  tx = optimizer.make(stage.optim, stage.train.num_steps)
+  averaged = stage.optim.ema_decay > 0
   return tx, train_step.state_layout(model, tx, averaged, mesh)
 
 
 def make_step(
-  stage: Mapping, model: nnx.Module, task: Task, tx, like
+  stage: Stage, model: nnx.Module, task: Task, tx, like
 ) -> tuple[Callable, Callable]:
   """(jitted step, its model FLOPs at the same arguments); see `make_layout`."""
-  config = build.call(TrainConfig, stage["train"], "train")
-  decay = build.call(optimizer.OptimConfig, stage["optim"], "optim").ema_decay
-  layers.set_remat(model, config.remat)
+  layers.set_remat(model, stage.train.remat)
   skeleton, _, _ = weights.split(model)
-  settings = tx, decay, like, config.accumulate
+  decay, accumulate = stage.optim.ema_decay, stage.train.accumulate
   return (
-    train_step.make_train_step(skeleton, task.loss, *settings),
+    train_step.make_train_step(
+      skeleton, task.loss, tx, decay, like, accumulate
+    ),
     functools.partial(train_step.model_flops, skeleton, task.loss),
   )
 
@@ -296,15 +231,15 @@ def _log_sizes(name, state, mesh):
   )
 
 
-def _task_and_data(stage, folder, model, config, mesh):
+def _task_and_data(
+  stage: Stage, folder: pathlib.Path, model: nnx.Module, mesh: Mesh
+):
   """What to train on, and the endless iterator over this process's part."""
-  section = stage["data"]
-  source = sources.load(
-    section["name"], section["train_split"], data_dir=section.get("data_dir")
-  )
+  read = stage.data
+  source = sources.load(read.name, read.train_split, data_dir=read.data_dir)
   tokens = isinstance(source, codes.TokenSource)
   if tokens:
-    reads = build.conditioning(stage["conditioning"])
+    reads = build.conditioning(stage.conditioning)
     source = codes.expect(
       source,
       num_tokens=model.num_tokens,
@@ -315,9 +250,9 @@ def _task_and_data(stage, folder, model, config, mesh):
   share = sharding.share(mesh)
   data = pipeline.train_iterator(
     source,
-    batch_size=config.batch_size,
-    seed=stage["seed"],
-    flip=section.get("flip", False),
+    batch_size=stage.train.batch_size,
+    seed=stage.seed,
+    flip=read.flip,
     share=share,
   )
   task = make_task(stage, folder.parent, model, images=not tokens)
@@ -329,9 +264,9 @@ def _task_and_data(stage, folder, model, config, mesh):
   return dataclasses.replace(task, context=context, prepare=prepare), data
 
 
-def _lineage(stage: Mapping, folder: pathlib.Path) -> dict[str, str]:
+def _lineage(stage: Stage, folder: pathlib.Path) -> dict[str, str]:
   """The ids of the parents' weights; refuses others than it went on from."""
-  lineage = build.lineage(stage, folder.parent)
+  lineage = saved.lineage(stage, folder.parent)
   if not orbax_io.steps(folder / "checkpoints"):
     return lineage
   before = orbax_io.run_meta(folder).get("lineage")

@@ -1,5 +1,6 @@
 """Ablations: what is shared, what is skipped, and what the page says."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -12,6 +13,7 @@ from tensorar_jax.checkpoints import resumable
 from tensorar_jax.cli import training
 from tensorar_jax.cli.config import Experiment
 from tensorar_jax.evaluation import protocol
+from tensorar_jax.experiment import parse
 from tensorar_jax.generation import requests
 from tensorar_jax.reports import ablation_report
 from tensorar_jax.training import loop
@@ -24,7 +26,7 @@ AXES = sorted(FILES - {"all", "common"})
 
 def ablation_of(name, data="digits"):
   module = importlib.import_module(f"configs.ablations.{name}")
-  return variants.Ablation(module.get_config(data))
+  return variants.Ablation(parse.parse(module.get_config(data)))
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,10 @@ def test_every_variant_can_be_trained_and_differs_in_its_change_only(data):
     if not name.endswith(("-seed1", "-seed2")):
       loop.check(stage)
   centre = ablation.stage("centre", 0)[1]
-  assert centre["init"] == "base" and "base" in ablation.shared
+  assert centre.init == "base" and "base" in ablation.shared
   for variant, changes in ablation.variants.items():
     stage = ablation.stage(variant, 0)[1]
-    found = resumable.differences(centre, stage)
+    found = resumable.differences(parse.as_dict(centre), parse.as_dict(stage))
     assert {key for key, _, _ in found} == {path for path, _ in changes}
 
 
@@ -60,8 +62,8 @@ def test_what_axes_share_is_one_variant(every):
   own = every.stages.keys() - every.shared.keys()
   assert len(own) == 3 * 20  # three draft temperatures train nothing
   name, stage = every.stage("sampling-draft_temperature=0.5", 2)
-  assert (name, stage["seed"]) == ("centre-seed2", 2)
-  assert stage["sampling"]["draft_temperature"] == 0.5
+  assert (name, stage.seed) == ("centre-seed2", 2)
+  assert stage.sampling.draft_temperature == 0.5
   # An axis on its own knows the same variants by the same names.
   assert {"centre", *named["depth"]} <= every.variants.keys()
   assert ablation_of("depth").axes["depth"] == every.axes["depth"]
@@ -74,7 +76,7 @@ def broken(change, **fields):
   config = tiny_ablation.get_config()
   config.ablation.axes.loss.rows[0]["change"] = change
   config.ablation.update(fields)
-  return variants.Ablation(config)
+  return variants.Ablation(parse.parse(config))
 
 
 def test_bad_axes_are_named():
@@ -86,11 +88,12 @@ def test_bad_axes_are_named():
     broken([], centre="tensorer")
   with pytest.raises(ValueError, match="seeds=0"):
     broken([], seeds=0)
-  unknown = broken([["noise.kindd", "none"]])
-  with pytest.raises(ValueError, match="key 'kindd' is unknown"):
-    loop.check(unknown.stages["noise-kindd=none-seed0"])
+  with pytest.raises(ValueError, match="'rdm': noise: key 'kindd' is unknown"):
+    broken([["noise.kindd", "none"]])
+  with pytest.raises(ValueError, match="noise kind='salt': choose one of"):
+    broken([["noise.kind", "salt"]])
   with pytest.raises(ValueError, match="variant 'k8' is unknown"):
-    unknown.stage("k8", 0)
+    broken([]).stage("k8", 0)
   with pytest.raises(ValueError, match="data set 'mnist': choose one of"):
     ablation_of("window", "mnist")
 
@@ -103,7 +106,7 @@ def names(path):
 def finished(tmp_path_factory):
   """(ablation, workdir, output, records before the kill) of a tiny run."""
   root = tmp_path_factory.mktemp("ablation")
-  ablation = variants.Ablation(tiny_ablation.get_config())
+  ablation = variants.Ablation(parse.parse(tiny_ablation.get_config()))
   workdir, output = root / "run", root / "out"
   measure = runs.ByEvaluation(ablation, workdir)
   asked = []
@@ -151,8 +154,8 @@ def test_what_is_done_is_skipped(finished):
   assert (output / "digits.json").read_text() == before
   assert (output / ablation_report.PAGE).read_text() == page
   one = ablation.stage("centre", 0)[1]
-  other = variants.Ablation(tiny_ablation.get_config())
-  other.centre = {**one, "sampling": {**one["sampling"], "guidance": 2.0}}
+  other = variants.Ablation(parse.parse(tiny_ablation.get_config()))
+  other.centre = parse.changed(one, "sampling.guidance", 2.0)
   with pytest.raises(ValueError, match="sampling.guidance: was 1.0, is 2.0"):
     runs.run(other, workdir, output, Never())
   assert (output / "digits.json").read_text() == before
@@ -200,7 +203,7 @@ def test_times_are_measured_once_and_together(tmp_path, monkeypatch, every):
     return tmp_path
 
   monkeypatch.setattr(runs.benchmark, "run", fake)
-  evaluation = every.centre["evaluation"]
+  evaluation = dataclasses.asdict(every.evaluation)
   alone = ablation_of("window")
   runs.prepare(path, alone, evaluation)
   runs.add_times(path, alone, tmp_path)
@@ -222,7 +225,7 @@ def test_a_reference_measures_as_papers_do(tmp_path, monkeypatch, every):
   asked = {}
 
   def sweep(judge, stages, workdir, images, *, stage, scales, batch_size):
-    sampling = stages[stage]["sampling"]
+    sampling = stages[stage].sampling
     asked.update(stage=stage, scales=scales, sampling=sampling)
     metrics = {"fid": {"value": 4.7, "std": 0.1}, "recall": {"value": 0.5}}
     return {"guidance 1": {"metrics": metrics, "num_images": 7}}
@@ -234,7 +237,7 @@ def test_a_reference_measures_as_papers_do(tmp_path, monkeypatch, every):
   found = measure(*every.stage("sampling-draft_temperature=0.5", 1))
   assert found == {"metrics": {"fid": 4.7, "recall": 0.5, "guidance": 1.0}}
   assert (asked["stage"], asked["scales"]) == ("centre-seed1", [1.0])
-  assert asked["sampling"]["draft_temperature"] == 0.5
+  assert asked["sampling"].draft_temperature == 0.5
   with pytest.raises(
     ValueError, match="name a reference batch with --referenc"
   ):
@@ -280,8 +283,8 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
     # The configs still say what was measured.
     results = json.loads(path.read_text())
     ablation = ablation_of("all", path.stem)
-    evaluation = ablation.centre["evaluation"]
-    assert runs.describe(ablation, evaluation) == results["settings"]
+    found = runs.describe(ablation, dataclasses.asdict(ablation.evaluation))
+    assert found == runs.complete(results["settings"])
     for name, axis in results["axes"].items():
       assert ablation.axes[name] == axis
       for row in axis["rows"]:

@@ -1,5 +1,6 @@
 """Published weights by name, from a hub on this machine."""
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -19,7 +20,7 @@ import tensorar_jax as tj
 from tensorar_jax.checkpoints import hub, orbax_io, torch_import
 from tensorar_jax.checkpoints.locations import DIGESTS, LOCATIONS
 from tensorar_jax.evaluation import inception
-from tensorar_jax.experiment import published
+from tensorar_jax.experiment import config_file, published
 from tests.checkpoints import fake_hub
 from tests.conditioning import tiny_text
 
@@ -199,44 +200,39 @@ def test_a_missing_file_is_told_where_to_get_it(tmp_path):
     inception.load(tmp_path / inception.SOURCES[0])
 
 
-def config_stages() -> dict[str, dict]:
-  from configs import llamagen_t2i
-  from tensorar_jax.experiment import build
-
-  return build.stages(llamagen_t2i.get_config())
+def config_stages():
+  return config_file.load("configs/llamagen_t2i.py").stages
 
 
 def test_init_says_what_a_stage_starts_from():
   stages = config_stages()
-  before = json.dumps(stages["tokenizer"])
-  published.start_from(stages, "hf://a/b/c.pt")
-  assert stages["base"]["source"] == "hf://a/b/c.pt"
-  assert stages["tensorar"]["init"] == "base"
-  assert json.dumps(stages["tokenizer"]) == before
-  published.start_from(stages, "other/vq.pt", "tokenizer")
-  assert stages["tokenizer"]["source"] == "other/vq.pt"
-  published.start_from(stages, "runs/other/base", "tensorar")
-  assert stages["tensorar"]["init"] == "runs/other/base"
-  published.start_from(stages, "runs/other/base")
-  assert stages["base"]["source"] is None
-  published.start_from(stages, "local/Janus-Pro-1B", "base")
-  assert stages["base"]["source"] == "local/Janus-Pro-1B"
+  found = published.start_from(stages, "hf://a/b/c.pt")
+  assert found["base"].source == "hf://a/b/c.pt"
+  assert found["tensorar"] == stages["tensorar"]
+  assert found["tokenizer"] == stages["tokenizer"]
+  found = published.start_from(stages, "other/vq.pt", "tokenizer")
+  assert found["tokenizer"].source == "other/vq.pt"
+  found = published.start_from(stages, "runs/other/base", "tensorar")
+  assert found["tensorar"].init == "runs/other/base"
+  found = published.start_from(stages, "runs/other/base")
+  assert found["base"].source is None
+  found = published.start_from(stages, "local/Janus-Pro-1B", "base")
+  assert found["base"].source == "local/Janus-Pro-1B"
   with pytest.raises(ValueError, match="--stage of --init 'bas' is unknown"):
     published.start_from(stages, "a.pt", "bas")
 
 
 def test_init_can_name_all_published_files():
-  stages = config_stages()
-  published.start_from(stages, "hf://")
+  stages = published.start_from(config_stages(), "hf://")
   repository = "hf://peizesun/llamagen_t2i"
-  assert stages["base"]["source"] == f"{repository}/t2i_XL_stage1_256.pt"
-  assert stages["tokenizer"]["source"] == f"{repository}/vq_ds16_t2i.pt"
+  assert stages["base"].source == f"{repository}/t2i_XL_stage1_256.pt"
+  assert stages["tokenizer"].source == f"{repository}/vq_ds16_t2i.pt"
   for stage in stages.values():
-    assert stage["conditioning"]["encoder"] == "hf://google/flan-t5-xl"
+    assert stage.conditioning.encoder == "hf://google/flan-t5-xl"
   stages = config_stages()
-  stages["base"]["source"] = "my.pt"
+  own = dataclasses.replace(stages["base"], source="my.pt")
   with pytest.raises(ValueError, match="my.pt: no published file of this"):
-    published.start_from(stages, "hf://")
+    published.start_from({**stages, "base": own}, "hf://")
 
 
 def test_the_command_line_imports_by_name(parity, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import tensorar_jax as tj
 from tensorar_jax.conditioning import chat, conditions
 from tensorar_jax.experiment import build
+from tensorar_jax.experiment.schema import ConditioningConfig, PromptOptions
 from tests.conditioning import tiny_chat
 from tests.contract import families
 
@@ -87,16 +88,19 @@ def test_prompts_become_the_condition_of_a_backbone(encode):
 
 
 def test_the_conditioning_finds_its_tokenizer(folder):
-  section = dict(name="prompt", length=15, vocab_size=13, encoder=str(folder))
-  encode = build.text_encoder(section)
+  def section(encoder=str(folder), vocab_size=13):
+    options = PromptOptions(length=15, vocab_size=vocab_size, encoder=encoder)
+    return ConditioningConfig("prompt", options)
+
+  encode = build.text_encoder(section())
   assert isinstance(encode, chat.PromptEncoder)
   assert (encode.width, encode.length) == (2, 15)
   with pytest.raises(ValueError, match="knows 13 tokens, the conditioning 12"):
-    build.text_encoder({**section, "vocab_size": 12})
+    build.text_encoder(section(vocab_size=12))
   with pytest.raises(ValueError, match="expected an `encoder`"):
-    build.text_encoder({**section, "encoder": ""})
+    build.text_encoder(section(encoder=""))
   with pytest.raises(ValueError, match="nowhere: no such folder"):
-    build.text_encoder({**section, "encoder": "nowhere"})
+    build.text_encoder(section(encoder="nowhere"))
 
 
 @pytest.mark.parametrize("gone", [chat.BEGIN, chat.PAD, chat.IMAGE])

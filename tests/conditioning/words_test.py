@@ -7,8 +7,11 @@ from tensorar_jax.conditioning import words
 from tensorar_jax.conditioning.conditions import TextConditioning
 from tensorar_jax.data import shapes
 from tensorar_jax.experiment import build
+from tensorar_jax.experiment.schema import ConditioningConfig, TextOptions
 
-SECTION = dict(name="text", width=64, length=8, encoder="words")
+SECTION = ConditioningConfig(
+  "text", TextOptions(width=64, length=8, encoder="words")
+)
 
 
 def test_vectors_are_the_same_on_every_machine():

@@ -17,7 +17,7 @@ from flax import nnx
 
 from tensorar_jax import backbones, tokenizers
 from tensorar_jax.backbones import janus, open_magvit2, rar
-from tensorar_jax.experiment.build import family
+from tensorar_jax.experiment.families import family
 from tensorar_jax.parallel import weights
 from tests import tiny
 

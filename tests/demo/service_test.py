@@ -13,20 +13,20 @@ from tensorar_jax.method import sampling
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import sharding
 from tensorar_jax.tokenizers import pixels
-from tests import tiny
-from tests.training import loop_test
+from tests import tiny, tiny_configs
 
 
 def stage(window, **conditioning):
-  made = loop_test.stage(
-    tensorar=dict(window=window), tokenizer=dict(image_size=(3, 3), levels=11)
+  return tiny_configs.stage(
+    tensorar=dict(window=window),
+    tokenizer=dict(image_size=(3, 3), levels=11),
+    conditioning=conditioning,
   )
-  return {**made, "conditioning": conditioning}
 
 
 CLASSES = dict(name="class", num_classes=5)
 STAGES = {
-  "classifier": {"objective": "classifier"},
+  "classifier": tiny_configs.stage(objective="classifier"),
   "base": stage(1, **CLASSES),
   "wrapped": stage(3, **CLASSES),
   "texts": stage(3, name="text", width=7, length=5),
@@ -39,7 +39,7 @@ def load(name, checkpoint=None):
   mesh = sharding.local_mesh()
   config = pixels.Config(image_size=(3, 3), levels=11)
   tokenizer = pixels.Model(config, rngs=nnx.Rngs(0))
-  model = tiny.wrapped(STAGES[name]["tensorar"]["window"])
+  model = tiny.wrapped(STAGES[name].tensorar.window)
   return service.Loaded(
     model, tokenizer, tiny.CLASSES, None, sampling.SamplingConfig(), mesh
   )
@@ -62,7 +62,7 @@ def load_texts(name, checkpoint):
   backbone = tiny.backbone(text_width=7, text_length=5)
   model = TensorAR(backbone, window=3, rngs=nnx.Rngs(0))
   return dataclasses.replace(
-    load("wrapped"), model=model, encode=Lengths(), conditioning=tiny.TEXTS
+    load("wrapped"), model=model, encode=Lengths(), conditions=tiny.TEXTS
   )
 
 

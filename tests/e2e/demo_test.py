@@ -14,7 +14,7 @@ import sys
 import pytest
 from PIL import Image
 
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import parse
 from tensorar_jax.training import loop
 from tests.e2e import tiny_digits
 
@@ -48,7 +48,7 @@ def browser():
 def address(tmp_path_factory):
   """Where the demo of a base model and TensorAR is served."""
   workdir = tmp_path_factory.mktemp("demo") / "tiny"
-  stages = build.stages(tiny_digits.get_config())
+  stages = parse.parse(tiny_digits.get_config()).stages
   for name in ("base", "tensorar"):
     loop.fit(stages[name], workdir / name)
   with socket.socket() as free:

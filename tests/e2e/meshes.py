@@ -18,11 +18,10 @@ from tensorar_jax.method import sampling
 from tensorar_jax.nn import attention, layers
 from tensorar_jax.parallel import sharding, weights
 from tensorar_jax.training import loop, optimizer, train_step
-from tests import tiny
+from tests import tiny, tiny_configs
 from tests.conditioning import tiny_text
 from tests.contract import families
 from tests.nn import attention_test
-from tests.training import loop_test
 
 # None: one device. Another family on the mesh that splits most, in two parts a
 # step, whose layers keep nothing for the backward pass.
@@ -59,10 +58,11 @@ def collectives(compiled) -> dict[str, int]:
 
 def train_on(family, mesh) -> dict:
   """Losses, weights, bytes and collectives of a few steps."""
-  config = loop_test.stage(STEPS, tensorar=dict(window=2))
-  fields = dict(num_classes=10, **BACKBONES[family])
-  own = config["backbone"] if family == "llamagen" else {}
-  config["backbone"] = {**own, "name": family, **fields}
+  config = tiny_configs.stage(
+    STEPS,
+    tensorar=dict(window=2),
+    backbone=dict(name=family, num_classes=10, **BACKBONES[family]),
+  )
   # Adam divides rounding by rounding where a gradient is nothing else.
   tx = optimizer.make(
     optimizer.OptimConfig(learning_rate=1e-2, eps=1e-3), STEPS

@@ -10,14 +10,14 @@ from tensorar_jax.experiment import build
 from tensorar_jax.generation import sample_files
 from tensorar_jax.reports import progress_report
 from tensorar_jax.training import loop
-from tests.training import loop_test
+from tests import tiny_configs
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
   """(stages, work directory) of a stage with checkpoints at steps 2 and 4."""
   workdir = tmp_path_factory.mktemp("progress")
-  stage = loop_test.stage(4)
+  stage = tiny_configs.stage(4)
   loop.fit(stage, workdir / "wrapped")
   return {"wrapped": stage}, workdir
 
@@ -31,16 +31,15 @@ class Brightness:
     pass
 
   check = staticmethod(lambda stages, settings: None)
-  conditions = staticmethod(lambda stage: build.conditioning(CLASSES))
+  conditions = staticmethod(
+    lambda stage: build.conditioning(stage.conditioning)
+  )
   labels = staticmethod(lambda first, count: (first + np.arange(count)) % 10)
 
   @staticmethod
   def measure(sets, labels):
     (images,) = sets
     return {"frechet": yardsticks.spread([float(images.mean())])}
-
-
-CLASSES = dict(name="class", num_classes=10)
 
 
 def test_every_checkpoint_is_measured_once(trained, monkeypatch):
@@ -110,11 +109,11 @@ def test_samples_of_a_checkpoint_on_the_way(trained):
 
 def test_a_stage_stands_behind_the_one_it_goes_on_from():
   stages = {
-    "base": loop_test.stage(7),
-    "tuned": loop_test.stage(5, init="base"),
-    "again": loop_test.stage(3, init="tuned"),
-    "imported": {**loop_test.stage(9), "source": "weights.pt"},
-    "wrapped": loop_test.stage(3, init="imported"),
+    "base": tiny_configs.stage(7),
+    "tuned": tiny_configs.stage(5, init="base"),
+    "again": tiny_configs.stage(3, init="tuned"),
+    "imported": tiny_configs.stage(9, source="weights.pt"),
+    "wrapped": tiny_configs.stage(3, init="imported"),
   }
   before = [progress_report.steps_before(stages, name) for name in stages]
   assert before == [0, 7, 12, 0, 0]

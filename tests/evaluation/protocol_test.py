@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tensorar_jax.evaluation import protocol
+from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import npz, sample_files
+from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.reports import guidance_report
 
 
@@ -244,10 +246,10 @@ def test_a_scan_measures_every_scale(quick, good, tmp_path, monkeypatch):
   drawn = []
 
   def sample(stages, workdir, request, *, stage, batch_size):
-    scale = stages[stage]["sampling"]["guidance"]
+    scale = stages[stage].sampling.guidance
     place = workdir / stage / "samples" / f"{len(drawn):03d}"
     place.mkdir(parents=True)
-    drawn.append((scale, stages[stage]["sampling"]["top_k"], request))
+    drawn.append((scale, stages[stage].sampling.top_k, request))
     images = np.random.default_rng(len(drawn)).integers(
       0, 256, (12, 24, 24, 3), "u1"
     )
@@ -258,7 +260,7 @@ def test_a_scan_measures_every_scale(quick, good, tmp_path, monkeypatch):
     return sample_files.Place(place, place / "samples.npz")
 
   monkeypatch.setattr(sample_files, "sample", sample)
-  stages = {"base": {"sampling": {"top_k": 7, "guidance": 1.0}}}
+  stages = {"base": Stage(sampling=SamplingConfig(top_k=7))}
   request = sample_files.Request(12, seed=5)
   records = protocol.sweep(
     *(good, stages, tmp_path, request), stage="base", scales=[1.5, (4.0, 6.0)]

@@ -1,12 +1,19 @@
 """What is measured, by hand; and what cannot be measured is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from configs import digits, shapes_t2i
 from tensorar_jax.data import shapes
 from tensorar_jax.evaluation import yardsticks
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import config_file
+from tensorar_jax.experiment.schema import (
+  ClassOptions,
+  ConditioningConfig,
+  DataConfig,
+  TextOptions,
+)
 
 CATEGORIES = len(shapes.CATEGORIES)
 
@@ -47,30 +54,24 @@ def test_labels_number_the_prompts(reader):
   assert not reader.right(images, np.arange(12) + 1).all()
 
 
-def settings_and_stages(config):
-  section = config.evaluation.to_dict()
-  settings = build.call(yardsticks.EvaluationConfig, section, "evaluation")
-  return settings, build.stages(config)
-
-
-@pytest.mark.parametrize("module", [digits, shapes_t2i])
-def test_the_configs_can_be_measured(module):
-  settings, stages = settings_and_stages(module.get_config())
-  settings.check(stages)
+@pytest.mark.parametrize("name", ["digits", "shapes_t2i"])
+def test_the_configs_can_be_measured(name):
+  found = config_file.load(f"configs/{name}.py")
+  yardsticks.check(found.evaluation, found.stages)
 
 
 def test_what_cannot_be_measured_is_refused():
-  settings, stages = settings_and_stages(shapes_t2i.get_config())
-  base = stages["base"]
+  found = config_file.load("configs/shapes_t2i.py")
+  settings, stages = found.evaluation, found.stages
+  classes = ConditioningConfig("class", ClassOptions(num_classes=6))
+  features = ConditioningConfig("text", TextOptions(width=64))
   for section, words in (
-    ({"conditioning": dict(name="class", num_classes=6)}, "encodes captions"),
-    ({"conditioning": dict(name="text", width=64)}, "encodes captions"),
-    (
-      {"data": {**base["data"], "name": "digits"}},
-      "'digits': expected 'shapes'",
-    ),
+    (dict(conditioning=classes), "encodes captions"),
+    (dict(conditioning=features), "encodes captions"),
+    (dict(data=DataConfig("digits")), "'digits': expected 'shapes'"),
   ):
+    base = dataclasses.replace(stages["base"], **section)
     with pytest.raises(ValueError, match=words):
-      settings.check({**stages, "base": {**base, **section}})
+      yardsticks.check(settings, {**stages, "base": base})
   with pytest.raises(ValueError, match="'shpes' is unknown.*'shapes'"):
-    yardsticks.EvaluationConfig(yardstick="shpes", models=("base",))
+    yardsticks.check(dataclasses.replace(settings, yardstick="shpes"), stages)

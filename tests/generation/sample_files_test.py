@@ -1,5 +1,6 @@
 """Samples in files: what is written, killed runs, sharing out, refusals."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -18,8 +19,7 @@ from tensorar_jax.generation import batches, npz, sample_files
 from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.tokenizers import pixels
 from tensorar_jax.training import loop
-from tests import tiny
-from tests.training import loop_test
+from tests import tiny, tiny_configs
 
 NUM_IMAGES, SHARD_SIZE, BATCH_SIZE = 13, 4, 3
 SETTINGS = {"shard_size": SHARD_SIZE, "seed": 3}
@@ -246,8 +246,7 @@ def test_bad_requests_are_refused(options):
 def trained(tmp_path_factory):
   """(stages, work directory) of a stage on the digits."""
   workdir = tmp_path_factory.mktemp("run")
-  stage = loop_test.stage(2)
-  stage["sampling"] = dict(guidance=1.5, top_k=7)
+  stage = tiny_configs.stage(2, sampling=dict(guidance=1.5, top_k=7))
   loop.fit(stage, workdir / "wrapped")
   return {"wrapped": stage}, workdir
 
@@ -322,7 +321,10 @@ def test_a_folder_of_other_samples_is_refused(trained, tmp_path, change, words):
   with pytest.raises(ValueError, match=f"holds other samples(?s:.)*{words}"):
     other = sample_files.Request(**options | change)
     sample_files.sample(stages, workdir, other, output=tmp_path)
-  hotter = {"wrapped": {**stages["wrapped"], "sampling": {"temperature": 2.0}}}
+  hotter = dataclasses.replace(
+    stages["wrapped"], sampling=SamplingConfig(temperature=2.0)
+  )
+  hotter = {"wrapped": hotter}
   with pytest.raises(ValueError, match="sampling.guidance: was 1.5, is 1.0"):
     request = sample_files.Request(**options)
     sample_files.sample(hotter, workdir, request, output=tmp_path)

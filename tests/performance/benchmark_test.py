@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tensorar_jax.backbones import open_magvit2
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import parse
 from tensorar_jax.performance import (
   benchmark,
   benchmark_report,
@@ -27,7 +27,7 @@ def digits():
   with config.unlocked():
     config.backbone.update(num_layers=1, grid=(4, 4))
     config.tokenizer.update(image_size=(4, 4))
-  return build.stages(config)
+  return parse.parse(config).stages
 
 
 # --- pure functions ----------------------------------------------------------

@@ -12,11 +12,11 @@ from tensorar_jax.method import sampling
 from tensorar_jax.parallel import chips
 from tensorar_jax.performance import compile, targets
 from tensorar_jax.training import logs
-from tests.training import loop_test
+from tests import tiny_configs
 
 HERE = jax.devices()[:1]
 TINY = chips.Chip("tiny", 1e9, 1e5, 1e9, 1e9)
-STAGE = {**loop_test.stage(), "sampling": dict(guidance=1.5)}
+STAGE = tiny_configs.stage(sampling=dict(guidance=1.5))
 STAGES = {"tensorar": STAGE}
 
 

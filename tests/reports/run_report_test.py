@@ -8,6 +8,7 @@ import re
 import pytest
 from PIL import Image
 
+from tensorar_jax.experiment.schema import Stage, TensorARConfig
 from tensorar_jax.generation import pictures
 from tensorar_jax.reports import plots, run_report
 from tests.generation.pictures_test import _decode, _diagnostics, _grid
@@ -156,11 +157,10 @@ def _case(window, batch, rate, **more):
 def test_throughput_joins_distances_and_the_newest_benchmark(tmp_path):
   names = {"base": 1, "wrapped": 4, "deep": 4, "other": 2}
   stages = {
-    name: {"objective": "tensorar", "tensorar": {"window": k, "depth": 1}}
-    for name, k in names.items()
+    name: Stage(tensorar=TensorARConfig(window=k)) for name, k in names.items()
   }
-  stages["deep"]["tensorar"]["depth"] = 2
-  stages["classifier"] = {"objective": "classifier"}
+  stages["deep"] = Stage(tensorar=TensorARConfig(window=4, depth=2))
+  stages["classifier"] = Stage(objective="classifier")
   measured = {"models": {name: {"frechet": _entry(2.0, 0.5)} for name in names}}
   find = lambda: run_report.throughput_points(stages, measured, tmp_path)
   assert find() == {}

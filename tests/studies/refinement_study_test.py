@@ -7,7 +7,6 @@ import pytest
 
 from studies import refinement_report, refinement_study
 from studies.refinement_study import PLANS, Run
-from tensorar_jax.experiment import build
 from tensorar_jax.training import loop
 
 
@@ -17,23 +16,20 @@ def test_every_run_has_a_stage_that_can_be_trained(data, quick):
   stages = refinement_study.stages_of(data, 2, quick)
   for stage in stages.values():
     loop.check(stage)
-  assert stages["classifier"]["seed"] == 0
+  assert stages["classifier"].seed == 0
   runs = [run for run in refinement_study.all_runs() if run.data == data]
   assert {run.stage for run in runs} <= set(stages)
   for run in runs:
     stage = stages[run.stage]
-    assert (stage["seed"], stage["init"]) == (2, "base")
+    assert (stage.seed, stage.init) == (2, "base")
     # Nothing but the method differs: equal steps, equal learning rates.
     base = stages["continued"]
-    assert stage["train"] == base["train"] and stage["optim"] == base["optim"]
-    assert stage["tensorar"]["window"] == run.window
+    assert stage.train == base.train and stage.optim == base.optim
+    assert stage.tensorar.window == run.window
     if run.window > 1:
-      kind = stage["noise"]["kind"]
+      kind = stage.noise.kind
       assert kind == ("drafts" if run.recipe == "drafts" else "categorical")
-  control = build.call(
-    refinement_study.evaluate.NoiseConfig, stages["control-k2"]["noise"], ""
-  )
-  assert control.schedule == (0, 1)
+  assert stages["control-k2"].noise.schedule == (0, 1)
 
 
 def names(*patterns):

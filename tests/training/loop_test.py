@@ -19,35 +19,7 @@ from tensorar_jax.data import pipeline
 from tensorar_jax.experiment import build
 from tensorar_jax.parallel import preemption, sharding, weights
 from tensorar_jax.training import logs, loop, optimizer, train_step
-
-
-def stage(num_steps=6, **sections):
-  """A stage on the digits that trains in seconds."""
-  fields = dict(width=16, num_layers=2, num_heads=2, num_classes=10)
-  base = {
-    "seed": 0,
-    "objective": "tensorar",
-    "init": None,
-    "source": None,
-    "source_dtype": None,
-    "data": dict(name="digits", train_split="train", test_split="test"),
-    "tokenizer": dict(name="pixels", image_size=(8, 8), levels=17),
-    "conditioning": dict(name="class", num_classes=10),
-    "backbone": dict(
-      name="llamagen", vocab_size=17, grid=(8, 8), mlp_multiple=8, **fields
-    ),
-    "tensorar": dict(window=3),
-    "noise": dict(kind="categorical"),
-    "loss": dict(weights="rdm"),
-    "optim": dict(learning_rate=3e-3, ema_decay=0.9),
-    "train": dict(
-      batch_size=8, num_steps=num_steps, log_every=2, checkpoint_every=2
-    ),
-  }
-  base = json.loads(json.dumps(base))
-  for name, value in sections.items():
-    base[name] = {**base[name], **value} if isinstance(value, dict) else value
-  return base
+from tests.tiny_configs import stage
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +32,7 @@ def trained(tmp_path_factory):
 def layout(config):
   """Shapes and places of the state of a stage's training, on one device."""
   model = weights.abstract(lambda rngs: build.model(config, rngs))
-  optimiser = build.call(optimizer.OptimConfig, config["optim"], "optim")
-  tx, mesh = optimizer.make(optimiser, 6), sharding.make_mesh()
+  tx, mesh = optimizer.make(config.optim, 6), sharding.make_mesh()
   return train_step.state_layout(model, tx, True, mesh)
 
 
@@ -332,15 +303,3 @@ def test_weights_of_another_model_are_refused(trained, tmp_path):
 def test_bad_settings_say_what_was_expected(section, value, words):
   with pytest.raises(ValueError, match=words):
     loop.check(stage(**{section: value}))
-
-
-def test_stages_overlay_the_shared_sections():
-  from configs import digits
-
-  stages = build.stages(digits.get_config())
-  assert stages["tensorar"]["init"] == "base"
-  assert stages["drafts"]["noise"]["kind"] == "drafts"
-  assert stages["drafts"]["noise"]["schedule"] == "exponential"
-  assert stages["base"]["tensorar"]["window"] == 1
-  for one in stages.values():
-    loop.check(one)

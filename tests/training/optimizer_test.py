@@ -9,7 +9,8 @@ import pytest
 
 from configs import rar_b
 from tensorar_jax.checkpoints import torch_import
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import config_file
+from tensorar_jax.experiment.families import family
 from tensorar_jax.parallel import weights
 from tensorar_jax.training import optimizer
 from tensorar_jax.training.optimizer import OptimConfig
@@ -57,8 +58,7 @@ def test_by_default_vectors_do_not_decay(name):
 def test_rar_rates_are_the_published_ones(parity):
   io = np.load(parity / "rar" / "schedules" / "io.npz")
   peak, final, warmup, total = io["lr_params"]
-  base = rar_b.get_config().stages.base.optim.to_dict()
-  config = build.call(OptimConfig, base, "optim")
+  config = config_file.load("configs/rar_b.py").stages["base"].optim
   assert config.backbone_learning_rate == peak
   assert config.final_rate == pytest.approx(final / peak)
   assert config.warmup_steps == warmup
@@ -72,7 +72,7 @@ def test_rar_decays_what_the_published_code_decays(parity):
   """In the base stage's training from nothing."""
   folder = parity / "rar" / "real_checkpoint_manifest"
   want = json.loads((folder / "rar_b_weight_decay_groups.json").read_text())
-  module = build.family("backbones", "rar")
+  module = family("backbones", "rar")
   config = module.VARIANTS["B"]
   model = weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
   shapes = families.manifest(parity, "rar", "rar_b.bin")

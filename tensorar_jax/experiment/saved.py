@@ -1,0 +1,110 @@
+"""What a work directory says of its stages: their configs and their lineage.
+
+Each stage has a folder there, which belongs to one config. `init` names another
+stage of the work directory, or a path.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.experiment import parse
+from tensorar_jax.experiment.schema import OBJECTIVES, Stage
+from tensorar_jax.experiment.stages import parents
+
+ALWAYS = ("seed", "objective", "init", "source", "source_dtype")
+TRAINING = ("data", "optim", "train")  # what imported weights do not need
+# Values that change what is written, not what is learned. (`accumulate` changes
+# which noise is drawn, `remat` the last digits.)
+FREE_KEYS = (
+  "train.log_every",
+  "train.checkpoint_every",
+  "train.keep",
+  "train.keep_every",
+  "train.accumulate",
+  "train.remat",
+)
+
+
+def saved_config(stage: Stage) -> dict[str, Any]:
+  """What a stage's weights depend on, as config.json and checkpoints have it.
+
+  Every value is there, defaults too: a change of a default in the code changes
+  no model that was trained before.
+  """
+  names = ALWAYS + OBJECTIVES[stage.objective]
+  names += () if stage.source else TRAINING
+  found = parse.as_dict(stage)
+  lacking = [n for n in names if (found[n] or {}) and _is_unnamed(found[n])]
+  if lacking:
+    raise ValueError(f"the config lacks {lacking[0]}.name.")
+  return {name: found[name] for name in names}
+
+
+def _is_unnamed(section: Any) -> bool:
+  return isinstance(section, dict) and section.get("name") == ""
+
+
+def read_saved(config: Mapping[str, Any], folder: pathlib.Path) -> Stage:
+  """The stage of a `saved_config`, also of one that left defaults out."""
+  try:
+    return parse.stage_of(config)
+  except ValueError as error:
+    raise ValueError(
+      f"{folder} was written by another version of this project, whose config"
+      f" this one cannot read: {error} Use that version for it, or pass another"
+      " --workdir."
+    ) from error
+
+
+def stage_in(folder: pathlib.Path) -> Stage:
+  """The stage that a checkpoint folder was saved by."""
+  return read_saved(orbax_io.read_meta(folder)["config"], folder)
+
+
+def claim(folder: pathlib.Path, stage: Stage) -> dict[str, Any]:
+  """Makes `folder` this stage's, and returns its `saved_config`.
+
+  ValueError if it holds a checkpoint of another config. FREE_KEYS may differ,
+  and a config that left a default out is the same as one that spells it out.
+  """
+  config = saved_config(stage)
+  orbax_io.claim(
+    folder,
+    config,
+    FREE_KEYS,
+    complete=lambda before: saved_config(read_saved(before, folder)),
+  )
+  return config
+
+
+def resolve(init: str, workdir: pathlib.Path) -> pathlib.Path:
+  """The checkpoint that `init` names: a finished stage, or a path."""
+  sibling = workdir / init
+  if not sibling.is_dir():
+    if not pathlib.Path(init).exists():
+      raise ValueError(
+        f"init={init!r} is neither a trained stage of {workdir} nor a"
+        " checkpoint: train that stage first, or correct the path."
+      )
+    return orbax_io.find(init)
+  folder = orbax_io.find(sibling)
+  stage = stage_in(folder)
+  last = 0 if stage.source else stage.train.num_steps
+  if int(folder.name) != last:
+    raise ValueError(
+      f"stage {init} has got to step {folder.name} of {last}: finish it before"
+      " what starts from it."
+    )
+  return folder
+
+
+def lineage(stage: Stage, workdir: pathlib.Path) -> dict[str, str]:
+  """The id of every checkpoint that a stage's weights come from."""
+  return {
+    role: orbax_io.read_meta(resolve(init, workdir)).get("id", "")
+    for role, init in parents(stage).items()
+  }

@@ -1,0 +1,135 @@
+"""Plain values, and texts of the command line, as the types of their fields."""
+
+from __future__ import annotations
+
+import ast
+import collections.abc
+import dataclasses
+import functools
+import types
+import typing
+from typing import Any
+
+import numpy as np
+
+from tensorar_jax.experiment.schema import choose
+
+NAMES = {  # one of a type, and many
+  bool: ("True or False", "True or False"),
+  int: ("a whole number", "whole numbers"),
+  float: ("a number", "numbers"),
+  str: ("a text", "texts"),
+  dict: ("a dict", "dicts"),
+  type(None): ("None", "None"),
+}
+
+
+class Text(str):
+  """A value as a command line has it; the type of its field says what it is."""
+
+
+@functools.cache
+def fields(cls: type) -> dict[str, Any]:
+  """The type of each field of a dataclass."""
+  hints = typing.get_type_hints(cls)
+  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def make(cls: type, given: collections.abc.Mapping, where: str) -> Any:
+  """cls(**given), every key and type checked; `where` is for messages."""
+  kinds = fields(cls)
+  values = {
+    key: convert(
+      value, kind=choose(f"{where}: key", key, kinds), where=f"{where}.{key}"
+    )
+    for key, value in given.items()
+  }
+  return cls(**values)
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+  """`value` as the type `kind`, or a ValueError that says what was expected.
+
+  A `Text` is read first: `None`, `true`, numbers and tuples as Python writes
+  them; where a text is expected, the text itself; where a tuple of any length
+  is, one value stands for a tuple of it. Whole numbers pass for numbers, lists
+  for tuples.
+  """
+  given = value
+  value = _read(value, kind) if isinstance(value, Text) else value
+  try:
+    return _fit(_plain(value), kind)
+  except TypeError as error:
+    raise ValueError(f"{where}={given!r}: expected {words(kind)}.") from error
+
+
+def words(kind: Any, many: bool = False) -> str:
+  """What values of a type look like, for messages."""
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if kind in NAMES:
+    return NAMES[kind][many]
+  if _is_union(kind):
+    return " or ".join(dict.fromkeys(words(one, many) for one in args))
+  if origin is tuple and Ellipsis not in args:
+    return f"({', '.join(map(words, args))})"
+  if origin is not None:
+    return f"{'tuples' if many else 'a tuple'} of {words(args[0], many=True)}"
+  return getattr(kind, "__name__", str(kind))
+
+
+def _is_union(kind) -> bool:
+  return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
+def _read(text: Text, kind: Any) -> Any:
+  """The value that a text of the command line stands for."""
+  kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
+  text = str(text)
+  if text == "None" and type(None) in kinds:
+    return None
+  if str in kinds and not (len(kinds) > 1 and text[:1] in ("(", "[")):
+    return text
+  if bool in kinds and text.lower() in ("true", "false"):
+    return text.lower() == "true"
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  many = typing.get_origin(kind) is tuple and Ellipsis in typing.get_args(kind)
+  return (value,) if many and not isinstance(value, list | tuple) else value
+
+
+def _fit(value: Any, kind: Any) -> Any:
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if kind is Any:
+    return value
+  if _is_union(kind):
+    # An exact type first: 0 of `float | int` stays a whole number.
+    for one in sorted(args, key=lambda one: type(value) is not one):
+      try:
+        return _fit(value, one)
+      except TypeError:
+        pass
+    raise TypeError
+  if kind is float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+      return float(value)
+    raise TypeError
+  if origin in (tuple, collections.abc.Sequence):
+    if not isinstance(value, tuple):
+      raise TypeError
+    if origin is tuple and Ellipsis not in args:
+      if len(args) != len(value):
+        raise TypeError
+      return tuple(map(_fit, value, args))
+    return tuple(_fit(one, args[0]) for one in value)
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise TypeError
+  return value
+
+
+def _plain(value: Any) -> Any:
+  """NumPy's numbers and arrays, and lists, as plain numbers and tuples."""
+  if isinstance(value, np.ndarray | np.generic):
+    value = value.tolist()
+  return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
