@@ -67,8 +67,9 @@ def train_command(config: str, workdir: pathlib.Path, *others) -> list[str]:
 
 def start(command: list[str], log: pathlib.Path) -> subprocess.Popen:
   """The command in a process of its own, with its words in a file."""
-  both = dict(stdout=log.open("a"), stderr=subprocess.STDOUT)
-  return subprocess.Popen(command, cwd=ROOT, **both)
+  return subprocess.Popen(
+    command, cwd=ROOT, stdout=log.open("a"), stderr=subprocess.STDOUT
+  )
 
 
 def unfinished(workdir: pathlib.Path) -> set[pathlib.Path]:
@@ -133,6 +134,7 @@ def _bits(path: pathlib.Path) -> dict[str, bytes]:
   import jax
   import numpy as np
   import orbax.checkpoint as ocp
+  from etils import epath
 
   # On the host: this process may have other devices than the run had.
   on_host = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -146,7 +148,7 @@ def _bits(path: pathlib.Path) -> dict[str, bytes]:
     jax.tree_util.keystr(name): np.asarray(leaf).tobytes()
     for name, leaf in jax.tree_util.tree_leaves_with_path(state)
   }
-  data = ocp.JsonCheckpointHandler().restore(path / "data")
+  data = ocp.JsonCheckpointHandler().restore(epath.Path(path / "data"))
   return {
     **found,
     "name": path.name.encode(),

@@ -46,15 +46,15 @@ def get_config(data: str, **axes: dict) -> ConfigDict:
   config = importlib.import_module(f"configs.{data}").get_config()
   stages = config.stages
   if "sampling" not in config:
-    config.sampling = dict()
+    config.sampling = ConfigDict()
   config.sampling.draft_temperature = 1.0  # a number, as the variants have it
   for name in ("continued", "drafts"):
     if name in stages:
       del stages[name]
   seeds = 1
   if data in SMALL:
-    seeds, *sizes = SMALL[data]
-    small(config, *sizes)
+    seeds, guidance, num_steps, batch_size = SMALL[data]
+    small(config, guidance, num_steps, batch_size)
   config.ablation = dict(
     data=data, centre="tensorar", seeds=seeds, axes=copy.deepcopy(axes)
   )

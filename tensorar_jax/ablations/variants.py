@@ -122,4 +122,7 @@ class Ablation:
     rows = [
       row for axis in self.axes.values() for row in axis["rows"] * axis["timed"]
     ]
-    return {tuple(shapes[row["variant"]]) for row in rows}
+    return {
+      (window, depth)
+      for window, depth in (shapes[row["variant"]] for row in rows)
+    }

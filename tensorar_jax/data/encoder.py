@@ -117,7 +117,7 @@ class Encoder:
     return zip(subjects, tokens.reshape(shape))
 
 
-def identity(model: nnx.Module) -> dict[str, Any]:
+def identity(model: nnx.Module | Tokenizer) -> dict[str, Any]:
   """Describes a model for JSON: class, config and the digest of its weights."""
   digest = hashlib.sha256()
   state = nnx.to_flat_state(nnx.state(model))
@@ -129,7 +129,7 @@ def identity(model: nnx.Module) -> dict[str, Any]:
   return {
     "class": f"{type(model).__module__}.{type(model).__qualname__}",
     "config": dataclasses.asdict(config)
-    if dataclasses.is_dataclass(config)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type)
     else None,
     "sha256": digest.hexdigest(),
   }

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tensorar_jax.conditioning.conditions import TextConditioning
 from tensorar_jax.demo.service import Asked, Drawn, Studio
 from tensorar_jax.generation import pictures
 
@@ -110,7 +111,7 @@ def _gradio():
 def _fields(gr, studio: Studio, name: str) -> list:
   """What the form has for a stage: class, prompt, guidance."""
   conditions = studio.conditioning(name)
-  is_text = conditions.is_text
+  is_text = isinstance(conditions, TextConditioning)
   words = "Class" if is_text else f"Class, 0 to {conditions.num_classes - 1}"
   own = studio.guidance(name)
   hint = "1 is none."

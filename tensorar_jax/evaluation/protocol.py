@@ -85,7 +85,7 @@ class Judge:
     resumable.check_share(*share)
     self.file, self.bootstrap, self.share = _open(reference), bootstrap, share
     named = isinstance(network, (str, os.PathLike))
-    network = hub.find(network) if named else network
+    network = hub.find(os.fspath(network)) if named else network
     model = inception.load(network)
     devices = jax.local_devices()
     default = BATCH_PER_DEVICE.get(devices[0].platform, 64) * len(devices)

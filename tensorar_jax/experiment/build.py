@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from tensorar_jax.experiment.schema import (
   Stage,
   choose,
 )
-from tensorar_jax.interfaces import TextEncoder
+from tensorar_jax.interfaces import TextEncoder, Tokenizer
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import classifier
 from tensorar_jax.parallel import sharding
@@ -49,34 +50,50 @@ TEXT_ENCODERS = {**encoders.TEXT_ENCODERS, "words": _words}
 NEW_MODULES = ("encoder/", "decoder/")  # what TensorAR adds to a backbone
 
 
-def component(part: ComponentConfig, rngs: nnx.Rngs) -> nnx.Module:
+# Any: an nnx.Module that is a `Backbone` or a `Tokenizer`, too; Python has no
+# type for both.
+def component(part: ComponentConfig, rngs: nnx.Rngs) -> Any:
   """A freshly initialised backbone or tokenizer."""
   module = families.family(part.kind, part.name)
   return module.Model(part.config, rngs=rngs)
 
 
 @functools.cache  # the stages of a config share their tokenizer
-def abstract(part: ComponentConfig) -> nnx.Module:
+def abstract(part: ComponentConfig) -> Any:
   """The model of a section without its arrays."""
   return weights_lib.abstract(lambda rngs: component(part, rngs))
 
 
-def conditioning(section: ConditioningConfig):
+def conditioning(
+  section: ConditioningConfig,
+) -> ClassConditioning | TextConditioning:
   """What makes conditions: an `interfaces.Conditioning`."""
   kind = choose("conditioning", section.name, CONDITIONINGS)
-  return kind(**dataclasses.asdict(section.options))
+  options = dataclasses.asdict(section.options) if section.options else {}
+  return kind(**options)
+
+
+def text_conditioning(section: ConditioningConfig) -> TextConditioning:
+  """What makes conditions of texts; ValueError for classes."""
+  made = conditioning(section)
+  if not isinstance(made, TextConditioning):
+    raise ValueError(
+      f"conditioning.name={section.name!r}: expected one that reads texts,"
+      " 'text' or 'prompt'."
+    )
+  return made
 
 
 def text_encoder(
   section: ConditioningConfig, mesh: Mesh | None = None
 ) -> TextEncoder:
   """What the conditioning's `encoder` names: a kind, or the folder of one."""
-  texts = conditioning(section)
   if not section.encoder:
     raise ValueError(
       f"conditioning.name={section.name!r}, encoder='': expected an `encoder`"
       " that reads texts, such as weights/flan-t5-xl."
     )
+  texts = text_conditioning(section)
   kind = texts.encoder if texts.encoder in TEXT_ENCODERS else texts.reads
   made = TEXT_ENCODERS[kind](texts.encoder, texts, mesh)
   if (has := (made.width, made.length)) != (texts.width, texts.length):
@@ -116,7 +133,7 @@ def initial_model(
 
   abstract = weights_lib.abstract(lambda rngs: model(stage, rngs))
   want = sharding.layout(jax.eval_shape(fresh), abstract, mesh)
-  found = _parent_weights(stage, workdir, want) if stage.init else {}
+  found = _parent_weights(stage.init, workdir, want) if stage.init else {}
   missing = {path: like for path, like in want.items() if path not in found}
 
   @functools.partial(jax.jit, out_shardings=sharding.shardings(missing))
@@ -128,9 +145,9 @@ def initial_model(
   return skeleton.merge(found, make() if missing else {})
 
 
-def _parent_weights(stage: Stage, workdir: pathlib.Path, want: dict) -> dict:
+def _parent_weights(init: str, workdir: pathlib.Path, want: dict) -> dict:
   """The weights that `init` names, which must fit those that are wanted."""
-  source = saved.resolve(stage.init, workdir)
+  source = saved.resolve(init, workdir)
   found = orbax_io.weight_shapes(source)
   problems = [f"{path} is not in this model" for path in found.keys() - want]
   problems += [
@@ -146,7 +163,7 @@ def _parent_weights(stage: Stage, workdir: pathlib.Path, want: dict) -> dict:
   if problems:
     listed = "\n  ".join(sorted(problems)[:20])
     raise ValueError(
-      f"init={stage.init!r} ({source}) does not fit this stage's model"
+      f"init={init!r} ({source}) does not fit this stage's model"
       f" ({len(problems)} problems):\n  {listed}"
     )
   parts = orbax_io.read_weights(
@@ -191,8 +208,28 @@ def load_stage(
   return load(folder, ema=stage.is_averaged, mesh=mesh)
 
 
-def frozen_tokenizer(stage: Stage, workdir: pathlib.Path) -> nnx.Module:
+def load_tensorar(
+  stage: Stage, folder: pathlib.Path, mesh: Mesh | None = None
+) -> TensorAR:
+  """As `load_stage`, for a stage that draws images; ValueError for others."""
+  found = load_stage(stage, folder, mesh)
+  if not isinstance(found, TensorAR):
+    raise ValueError(
+      f"{folder} holds a {stage.objective}: images are drawn by stages whose"
+      " objective is 'tensorar'. Name one of them."
+    )
+  return found
+
+
+def frozen_tokenizer(stage: Stage, workdir: pathlib.Path) -> Tokenizer:
   """The stage's tokenizer with the weights that its `init` names."""
-  if stage.tokenizer.init:
-    return load(saved.resolve(stage.tokenizer.init, workdir))
-  return component(stage.tokenizer, nnx.Rngs(stage.seed))
+  init = stage.tokenizer.init
+  if not init:
+    return component(stage.tokenizer, nnx.Rngs(stage.seed))
+  found = load(saved.resolve(init, workdir))
+  if not isinstance(found, Tokenizer):
+    raise ValueError(
+      f"tokenizer.init={init!r} holds no tokenizer: name a stage whose"
+      " objective is 'tokenizer'."
+    )
+  return found

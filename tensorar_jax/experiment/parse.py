@@ -116,7 +116,7 @@ def stage_of(tree: Mapping[str, Any], name: str = "") -> Stage:
 
 
 def _section(kind: Any, value: Any, where: str) -> Any:
-  if not dataclasses.is_dataclass(kind):
+  if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
     return values.convert(value, kind, where)
   if not isinstance(value, Mapping):
     keys = ", ".join(values.fields(kind))
@@ -157,7 +157,7 @@ def as_dict(stage: Stage) -> dict[str, Any]:
 
 
 def _plain_section(section: Any) -> Any:
-  if not dataclasses.is_dataclass(section):
+  if not dataclasses.is_dataclass(section) or isinstance(section, type):
     return section
   found = dataclasses.asdict(section)
   for inner in ("config", "options"):  # beside the name, as in a file
@@ -208,7 +208,7 @@ def _override(tree: dict, path: str, text: str) -> None:
     name = choose(f"{flag}: stage", parents[1], list(tree["stages"]))
     where, known, parents = tree["stages"][name], STAGE, parents[2:]
   kind = known[choose(f"{flag}: section", [*parents, key][0], list(known))]
-  if not dataclasses.is_dataclass(kind):
+  if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
     if parents or kind is None:
       raise ValueError(f"{flag}={text}: nothing of that name can be set.")
     where[key] = values.convert(Text(text), kind, flag)

@@ -115,7 +115,7 @@ def sample(
   place = choose_place(output, home / "samples", settings, share[1])
   last = share[0] == 0
   if not place.complete:
-    model = build.load_stage(chosen, found, mesh)
+    model = build.load_tensorar(chosen, found, mesh)
     sampler = batches.Sampler(model, conditioning, sampling, request.seed, mesh)
     draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
     overview = functools.partial(
@@ -163,7 +163,7 @@ def software() -> dict[str, Any]:
     "python": platform.python_version(),
     **versions,
     "device": jax.local_devices()[0].device_kind,
-    "matmul_precision": jax.config.jax_default_matmul_precision,
+    "matmul_precision": jax.config.values["jax_default_matmul_precision"],
   }
 
 

@@ -18,7 +18,7 @@ PICTURE = "progress.png"
 def steps_before(stages: Mapping[str, Stage], name: str) -> int:
   """What the stages were trained that a stage goes on from."""
   parent = stages[name].init
-  if parent not in stages:
+  if parent is None or parent not in stages:
     return 0
   own = 0 if stages[parent].source else stages[parent].train.num_steps
   return steps_before(stages, parent) + own

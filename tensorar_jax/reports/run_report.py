@@ -230,7 +230,8 @@ def _cells(metrics: dict) -> list[list[tuple[str, bool]]]:
   for metric in names:
     spreads = [_spread((row or {}).get(metric)) for _, row in rows]
     means = [spread[0] for spread in spreads[: len(models)] if spread]
-    pick = {True: max, False: min}.get(_HIGHER.get(metric))
+    higher = _HIGHER.get(metric)
+    pick = None if higher is None else max if higher else min
     best = pick(means) if pick and len(means) > 1 else None
     for i, (line, spread) in enumerate(zip(lines[1:], spreads)):
       wins = bool(spread) and i < len(models) and spread[0] == best

@@ -26,11 +26,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tensorar_jax.checkpoints import orbax_io, torch_import
+from tensorar_jax.conditioning.conditions import TextConditioning
 from tensorar_jax.data import codes, pipeline, sources
 from tensorar_jax.experiment import build, published, saved
 from tensorar_jax.experiment.schema import Stage
-from tensorar_jax.interfaces import Batch
+from tensorar_jax.interfaces import Batch, Tokenizer
 from tensorar_jax.method import objective
+from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import layers
 from tensorar_jax.nn.image_bytes import from_uint8
 from tensorar_jax.parallel import preemption, processes, sharding, weights
@@ -56,7 +58,7 @@ def make_task(
   stage: Stage, workdir: pathlib.Path, model: nnx.Module, *, images: bool
 ) -> Task:
   """The task of a stage's objective on batches of images, or of tokens."""
-  if stage.objective != "tensorar":
+  if not isinstance(model, TensorAR):
     # Tokenizers and classifiers are `Trainable`: they carry their own loss.
     def own_loss(model, context, batch, rng, step):
       return model.loss(batch, rng)
@@ -105,9 +107,9 @@ def check(stage: Stage) -> None:
   saved.saved_config(stage)
   torch_import.check_dtype(stage.source_dtype)
   model = weights.abstract(lambda rngs: build.model(stage, rngs))
-  if stage.objective != "tensorar":
+  if not isinstance(model, TensorAR):
     return
-  tokenizer = build.abstract(stage.tokenizer)
+  tokenizer: Tokenizer = build.abstract(stage.tokenizer)
   rows, cols = tokenizer.grid
   made = (rows * cols, tuple(tokenizer.vocab_sizes))
   read = (model.num_tokens, tuple(model.vocab_sizes))
@@ -237,15 +239,22 @@ def _task_and_data(
   """What to train on, and the endless iterator over this process's part."""
   read = stage.data
   source = sources.load(read.name, read.train_split, data_dir=read.data_dir)
-  tokens = isinstance(source, codes.TokenSource)
-  if tokens:
+  images = not isinstance(source, codes.TokenSource)
+  if not images:
+    if not isinstance(model, TensorAR):
+      raise ValueError(
+        f"data.name={read.name!r} holds tokens: a {stage.objective} is trained"
+        " on images. Name a data set of images."
+      )
     reads = build.conditioning(stage.conditioning)
     source = codes.expect(
       source,
       num_tokens=model.num_tokens,
       vocab_sizes=model.vocab_sizes,
       num_classes=getattr(reads, "num_classes", None),
-      text=(reads.width, reads.length) if reads.is_text else None,
+      text=(reads.width, reads.length)
+      if isinstance(reads, TextConditioning)
+      else None,
     )
   share = sharding.share(mesh)
   data = pipeline.train_iterator(
@@ -255,7 +264,7 @@ def _task_and_data(
     flip=read.flip,
     share=share,
   )
-  task = make_task(stage, folder.parent, model, images=not tokens)
+  task = make_task(stage, folder.parent, model, images=images)
 
   def prepare(batch):
     return sharding.global_batch(task.prepare(batch), mesh, share)
