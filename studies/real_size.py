@@ -24,7 +24,7 @@ from absl import app, flags
 
 from tensorar_jax.experiment import config_file
 
-flags.DEFINE_string("config", None, "As of main.", required=True)
+flags.DEFINE_string("config", None, "As of main.")
 flags.DEFINE_string("folder", None, "An empty folder to work in.")
 _FAKE = flags.DEFINE_boolean("fake", False, "Only write the files.")
 NUM_IMAGES = 4

@@ -313,6 +313,8 @@ def read_weights(
     with _reader() as reader:
       tree = reader.metadata(path / "state").item_metadata.tree
       item = {name: tree[name] for name in parts if tree.get(name)}
+      if not item:
+        return {}
       return reader.restore(
         path / "state",
         args=ocp.args.PyTreeRestore(

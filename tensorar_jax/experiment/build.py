@@ -110,6 +110,11 @@ def model(stage: Stage, rngs: nnx.Rngs) -> nnx.Module:
     return component(stage.tokenizer, rngs)
   if stage.objective == "classifier":
     return classifier.Model(stage.classifier, rngs=rngs)
+  return tensorar(stage, rngs)
+
+
+def tensorar(stage: Stage, rngs: nnx.Rngs) -> TensorAR:
+  """A freshly initialised model that draws images."""
   backbone = component(stage.backbone, rngs)
   return TensorAR(backbone, **dataclasses.asdict(stage.tensorar), rngs=rngs)
 
