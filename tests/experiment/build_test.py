@@ -90,7 +90,7 @@ def test_what_is_loaded_is_what_is_asked_for(tmp_path):
   _, params, _ = weights.split(build.model(config, nnx.Rngs(0)))
   checkpoints = orbax_io.Checkpoints(tmp_path / "a" / "checkpoints")
   meta = {"config": saved.saved_config(config)}
-  checkpoints.save(0, {"params": params}, {}, meta)
+  checkpoints.save(6, {"params": params}, {}, meta)
   checkpoints.close()
   with pytest.raises(ValueError, match="holds no EMA: train with"):
     build.load(tmp_path / "a", ema=True)
