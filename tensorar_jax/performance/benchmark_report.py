@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorar_jax.evaluation import tables
 from tensorar_jax.performance.workloads import OURS, Case, Work
 from tensorar_jax.reports import plots
 
@@ -195,9 +196,7 @@ def markdown(record: Mapping[str, Any]) -> str:
   parts = ["# Benchmark", "\n".join(f"- {s}" for s in heading(record))]
   for rows in (case_rows(record), ratio_rows(record)):
     if rows:
-      lines = ["| " + " | ".join(row) + " |" for row in rows]
-      lines.insert(1, "| --- " * len(rows[0]) + "|")
-      parts.append("\n".join(lines))
+      parts.append(tables.markdown(rows))
   return "\n\n".join([*parts, "![](benchmark.png)"]) + "\n"
 
 
