@@ -7,11 +7,12 @@ changed. All start from one base model and train for equally many steps; so does
 
 import copy
 import importlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
 DATA = ("digits", "fashion_mnist", "llamagen_b")
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
   "digits": dict(seeds=3, guidance=1.0, num_steps=200, batch_size=16),
   "fashion_mnist": dict(seeds=1, guidance=1.5, num_steps=100, batch_size=32),
 }

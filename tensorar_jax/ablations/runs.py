@@ -183,7 +183,7 @@ def records(path: pathlib.Path) -> dict[str, dict]:
 
 def keep_programs(workdir: pathlib.Path) -> None:
   """Keeps compiled programs on disk, for all seeds and processes."""
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values["jax_compilation_cache_dir"]:
     folder = workdir / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

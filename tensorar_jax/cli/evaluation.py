@@ -150,7 +150,7 @@ def evaluate(
     measure_models(options, experiment, workdir)
 
 
-def summarise_scores(options: Evaluate) -> None:
+def summarise_scores(options: Evaluate, scores: pathlib.Path) -> None:
   """Makes the table of --scores."""
   from tensorar_jax.evaluation import summary
 
@@ -163,7 +163,7 @@ def summarise_scores(options: Evaluate) -> None:
   print(folder / "metrics.json")
 
 
-def measure_file(options: Evaluate) -> None:
+def measure_file(options: Evaluate, samples: pathlib.Path) -> None:
   """Measures the images of --samples against --reference."""
   from tensorar_jax.evaluation import protocol
 
@@ -173,7 +173,6 @@ def measure_file(options: Evaluate) -> None:
     raise ValueError(
       f"{needless[0]} with --samples: the images are drawn already."
     )
-  samples = pathlib.Path(options.samples)
   folder = options.output or protocol.default_folder(samples, options.reference)
   record = options.judge().measure(samples, folder)
   if record:

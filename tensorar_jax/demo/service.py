@@ -164,14 +164,14 @@ class Studio:
     seed = _whole("the seed", request.seed, 0, MAX_SEED)
     scale = _scale(request.guidance)
     conditioning, label = self.conditioning(name), 0
-    if conditioning.is_text:
+    if isinstance(conditioning, TextConditioning):
       _check_prompt(request.prompt)
     else:
       last = conditioning.num_classes - 1
       label = _whole("the class", request.label, 0, last)
     checkpoint = orbax_io.find(self.workdir / name)  # perhaps a newer one
     loaded = self.load(name, checkpoint)
-    if loaded.encode:
+    if loaded.encode and isinstance(conditioning, TextConditioning):
       rows = conditions.real_rows(*loaded.encode([request.prompt]))
       conditioning = requests.Prompts(conditioning, rows)
     sampler = batches.Sampler(

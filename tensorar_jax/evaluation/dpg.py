@@ -159,7 +159,7 @@ def _read_images(
         " SCORE, ..., MEAN."
       )
     *scores, mean = map(float, match[2][2:].split(", "))
-    _agree(f"{path}, line {number}", "the mean", mean, np.mean(scores))
+    _agree(f"{path}, line {number}", "the mean", mean, float(np.mean(scores)))
     if _item(match[1]) in images:
       raise ValueError(f"{path}, line {number}: {match[1]} is there twice.")
     images[_item(match[1])] = scores

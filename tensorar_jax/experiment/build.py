@@ -50,19 +50,23 @@ def _words(name, texts, mesh):
 TEXT_ENCODERS = {**encoders.TEXT_ENCODERS, "words": _words}
 
 
-def component(part: ComponentConfig, rngs: nnx.Rngs) -> nnx.Module:
+# Any: an nnx.Module that is a `Backbone` or a `Tokenizer`, too; Python has no
+# type for both.
+def component(part: ComponentConfig, rngs: nnx.Rngs) -> Any:
   """Makes a freshly initialised backbone or tokenizer."""
   module = families.family(part.kind, part.name)
   return module.Model(part.config, rngs=rngs)
 
 
 @functools.cache  # the stages of a config share their tokenizer
-def abstract(part: ComponentConfig) -> nnx.Module:
+def abstract(part: ComponentConfig) -> Any:
   """Makes a backbone or tokenizer with shapes in place of its arrays."""
   return weights.abstract(lambda rngs: component(part, rngs))
 
 
-def conditioning(section: ConditioningConfig):
+def conditioning(
+  section: ConditioningConfig,
+) -> ClassConditioning | TextConditioning:
   """Makes the `interfaces.Conditioning` that a section describes."""
   kind = choose("conditioning", section.name, CONDITIONINGS)
   options = dataclasses.asdict(section.options) if section.options else {}
@@ -70,7 +74,7 @@ def conditioning(section: ConditioningConfig):
 
 
 def text_conditioning(section: ConditioningConfig) -> TextConditioning:
-  """What makes conditions of texts; ValueError for classes."""
+  """Makes a conditioning that reads texts; ValueError if it reads classes."""
   made = conditioning(section)
   if not isinstance(made, TextConditioning):
     raise ValueError(
@@ -88,7 +92,6 @@ def text_encoder(
   Raises:
     ValueError: there is no `encoder`, or its features have other sizes.
   """
-  texts = conditioning(section)
   if not section.encoder:
     raise ValueError(
       f"conditioning.name={section.name!r}, encoder='': expected an `encoder`"
@@ -116,7 +119,7 @@ def model(stage: Stage, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def tensorar(stage: Stage, rngs: nnx.Rngs) -> TensorAR:
-  """A freshly initialised model that draws images."""
+  """Makes a freshly initialised model that draws images."""
   backbone = component(stage.backbone, rngs)
   return TensorAR(backbone, **dataclasses.asdict(stage.tensorar), rngs=rngs)
 
@@ -163,8 +166,28 @@ def load_stage(
   return load(folder, ema=stage.is_averaged, mesh=mesh)
 
 
-def frozen_tokenizer(stage: Stage, workdir: pathlib.Path) -> nnx.Module:
+def load_tensorar(
+  stage: Stage, folder: pathlib.Path, mesh: Mesh | None = None
+) -> TensorAR:
+  """As `load_stage`, for stages that draw images; ValueError for others."""
+  loaded = load_stage(stage, folder, mesh)
+  if not isinstance(loaded, TensorAR):
+    raise ValueError(
+      f"{folder} holds a {stage.objective}: images are drawn by stages whose"
+      " objective is 'tensorar'. Name one of them."
+    )
+  return loaded
+
+
+def frozen_tokenizer(stage: Stage, workdir: pathlib.Path) -> Tokenizer:
   """Makes the stage's tokenizer, with the weights that its `init` names."""
-  if stage.tokenizer.init:
-    return load(saved.resolve(stage.tokenizer.init, workdir))
-  return component(stage.tokenizer, nnx.Rngs(stage.seed))
+  init = stage.tokenizer.init
+  if not init:
+    return component(stage.tokenizer, nnx.Rngs(stage.seed))
+  loaded = load(saved.resolve(init, workdir))
+  if not isinstance(loaded, Tokenizer):
+    raise ValueError(
+      f"tokenizer.init={init!r} holds no tokenizer: name a stage whose"
+      " objective is 'tokenizer'."
+    )
+  return loaded

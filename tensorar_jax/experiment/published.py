@@ -7,7 +7,7 @@ import pathlib
 import time
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from absl import logging
 from flax import nnx
@@ -37,7 +37,7 @@ def import_backbone(
   *,
   weights_dtype: str | None = None,
   **fields,
-) -> nnx.Module:
+) -> Backbone:
   """Makes a family's backbone with published PyTorch weights.
 
   Args:
@@ -60,7 +60,7 @@ def import_tokenizer(
   *,
   weights_dtype: str | None = None,
   **fields,
-) -> nnx.Module:
+) -> Tokenizer:
   """Makes a tokenizer with published PyTorch weights; as `import_backbone`."""
   module = families.family("tokenizers", name)
   config = families.config_of(module, variant, fields, name)
@@ -73,7 +73,7 @@ def _import(
   path: str,
   dtype: str | None,
   mesh: Mesh | None = None,
-) -> nnx.Module:
+) -> Any:
   """Makes the model of a family's Config with the weights of a file."""
   abstract = weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
   rules = module.import_rules(config)

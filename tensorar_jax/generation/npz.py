@@ -122,7 +122,7 @@ class SampleFile:
 
     Ranges must be in rising order.
     """
-    if not self._streams:
+    if self.shape is None or not self._streams:
       with np.load(self.path) as arrays:
         images = np.ascontiguousarray(arrays[_IMAGES])
       yield from (images[r.start : r.stop] for r in chosen)

@@ -297,7 +297,9 @@ def save_gif(path: Path_ | io.BytesIO, frames: UInt8[np.ndarray, "S H W 3"]):
   """Writes an endless GIF of about 6 s that rests on its last frame."""
   from PIL import Image
 
-  first, *more = [Image.fromarray(f).quantize(dither=0) for f in frames]
+  first, *more = [
+    Image.fromarray(f).quantize(dither=Image.Dither.NONE) for f in frames
+  ]
   # Browsers slow down frames of 10 ms and less.
   milliseconds = max(40, min(500, 6000 // len(frames)))
   durations = [milliseconds] * len(more) + [2500]

@@ -105,7 +105,7 @@ class Request:
     self, part: range, images: UInt8[np.ndarray, "n h w C"]
   ) -> list[Any]:
     """The contents of the files of `names`: images, or text."""
-    if not self.layout:
+    if not self.layout or self.sources is None:
       return list(images)
     source = self.sources[part.start // self.num_images]
     return list(LAYOUTS[self.layout].contents(source, images))
@@ -154,19 +154,19 @@ class Prompts:
 
 def condition(
   request: Request, name: str, stage: Stage, mesh: Mesh | None
-) -> tuple[Conditioning, dict[str, Any]]:
+) -> tuple[ClassConditioning | Prompts, dict[str, Any]]:
   """The conditioning of a request's images, and a description for its record.
 
   Prompts are encoded here, so the text encoder is freed on return. ValueError
   for classes or prompts that the stage does not know.
   """
-  conditioning = build.conditioning(stage.conditioning)
   if request.prompts is None:
-    check_classes(name, stage)
+    conditioning = check_classes(name, stage)
     # An unknown class is an error here, before anything is written.
     conditioning.encode(np.unique(request.labels(conditioning.num_classes)))
     return conditioning, {"num_classes": conditioning.num_classes}
-  if not conditioning.is_text:
+  conditioning = build.conditioning(stage.conditioning)
+  if not isinstance(conditioning, TextConditioning):
     raise ValueError(
       f"stage {name!r} makes images from the conditioning"
       f" {stage.conditioning.name!r}, not from prompts:"

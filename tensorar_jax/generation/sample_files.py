@@ -121,7 +121,7 @@ def sample(
   )
   completes = worker.is_first
   if not target.complete:
-    model = build.load_stage(chosen, checkpoint, mesh)
+    model = build.load_tensorar(chosen, checkpoint, mesh)
     sampler = batches.Sampler(model, conditioning, sampling, request.seed, mesh)
     draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
     overview = functools.partial(

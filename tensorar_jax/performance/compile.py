@@ -258,8 +258,8 @@ def report(
   if path and path.exists():
     raise ValueError(f"--output={path} is there already: name a new file.")
   known = [n for n, s in stages.items() if s.objective == "tensorar"]
-  name = choose("--stage", name or known[-1], known)
-  stage, devices = stages[name], len(target.devices)
+  chosen: str = choose("--stage", name or known[-1], known)
+  stage, devices = stages[chosen], len(target.devices)
   mesh = sharding.make_mesh(stage.mesh, target.devices)
   batch_size = batch_size or IMAGES_PER_DEVICE * devices
   programs = (

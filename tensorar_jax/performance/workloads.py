@@ -108,8 +108,7 @@ class Workloads:
     self.workdir = workdir
     self.mesh = sharding.local_mesh(stage.mesh)
     self.conditioning = build.conditioning(stage.conditioning)
-    base = initial_weights.initial_model(self._with(1, 1), workdir, self.mesh)
-    self.backbone = base.backbone
+    self.backbone = self._initial_model(self._with(1, 1)).backbone
     self._models: dict[tuple[int, int], TensorAR] = {}
 
   def _with(self, window: int, depth: int) -> Stage:
@@ -118,7 +117,7 @@ class Workloads:
     return dataclasses.replace(self.stage, tensorar=own)
 
   def _initial_model(self, stage: Stage) -> TensorAR:
-    model = build.initial_model(stage, self.workdir, self.mesh)
+    model = initial_weights.initial_model(stage, self.workdir, self.mesh)
     assert isinstance(model, TensorAR)  # by the stage's objective
     return model
 
@@ -190,7 +189,7 @@ class Workloads:
     """
     stage, mesh = self._with(window, depth), self.mesh
     # Its own weights: the step gives them away.
-    model = initial_weights.initial_model(stage, self.workdir, mesh)
+    model = self._initial_model(stage)
     task = loop.make_task(stage, self.workdir, model, images=False)
     tx, like = loop.make_layout(stage, model, mesh)
     averaged = like.ema is not None
