@@ -152,7 +152,7 @@ def groups_of(options: type) -> dict[str, list[tuple[str, Flag]]]:
 
 def summary(options: type) -> str:
   """Returns the first paragraph of a docstring on one line."""
-  return " ".join(inspect.getdoc(options).split("\n\n")[0].split())
+  return " ".join((inspect.getdoc(options) or "").split("\n\n")[0].split())
 
 
 def changed(options: Shared, group: type) -> list[str]:

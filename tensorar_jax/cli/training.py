@@ -147,18 +147,21 @@ def run_ablation(
       "--stage and --profile with --mode=run: ablations train every variant."
       " --mode=train takes them."
     )
+  ablation = experiment.ablation
+  if ablation is None:
+    raise ValueError("the config has no section `ablation`.")
   only_with_reference(options)
   if options.reference:
     measure = runs.ByReference(
-      experiment.ablation,
+      ablation,
       workdir,
       judge=options.judge(),
       images=options.request(50_000),
       batch_size=options.batch_size,
     )
   else:
-    measure = runs.ByEvaluation(experiment.ablation, workdir)
-  runs.run(experiment.ablation, workdir, tables(options.output), measure)
+    measure = runs.ByEvaluation(ablation, workdir)
+  runs.run(ablation, workdir, tables(options.output), measure)
 
 
 def tables(output: str | None) -> pathlib.Path:

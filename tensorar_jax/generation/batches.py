@@ -150,8 +150,10 @@ class Sampler:
     # A pair's second batch is started before its first is read; the None at the
     # end is the partner of the last batch.
     pairs = itertools.pairwise(itertools.chain(started, [None]))
-    for (images, out, count), _ in pairs:
-      yield np.asarray(images)[:count], _cut(out, count)
+    for batch, _ in pairs:
+      if batch is not None:
+        images, out, count = batch
+        yield np.asarray(images)[:count], _cut(out, count)
 
 
 def _cut(out: sampling.Samples, count: int) -> sampling.Samples:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.method.windows import valid_slots
 from tensorar_jax.nn import layers
-from tensorar_jax.parallel import sharding
+from tensorar_jax.parallel import sharding, weights
 
 
 @struct.dataclass
@@ -211,7 +211,7 @@ def _platform_and_mesh(cond) -> tuple[str, Mesh | None]:
       f"the condition is on a mesh of {layout.mesh.axis_names}: expected one of"
       f" {sharding.AXES}. Make it by sharding.make_mesh."
     )
-  return platform, layout.mesh
+  return platform, cast(Mesh, layout.mesh)  # of devices, as they are here
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "program"))
@@ -288,7 +288,7 @@ def _generate_rows(graphdef, program, state, inputs: SamplingInputs):
   return Samples(tokens=drafts[:, :, 0], drafts=drafts, logits=logits)
 
 
-def in_compute_dtype(model: nnx.Module) -> nnx.Module:
+def in_compute_dtype(model: weights.Model) -> weights.Model:
   """Returns a copy with weights in the dtype that their module computes in.
 
   The results are the same. But every step reads the weights, and some compilers
@@ -296,11 +296,13 @@ def in_compute_dtype(model: nnx.Module) -> nnx.Module:
   """
   model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
-    size = jnp.dtype(getattr(module, "dtype", None) or "float32").itemsize
+    dtype = jnp.dtype(getattr(module, "dtype", None) or "float32")
     for name in ("kernel", "embedding"):
       weight = getattr(module, name, None)
-      if isinstance(weight, nnx.Param) and size < weight.dtype.itemsize:
-        setattr(module, name, nnx.Param(weight[...].astype(module.dtype)))
+      if (
+        isinstance(weight, nnx.Param) and dtype.itemsize < weight.dtype.itemsize
+      ):
+        setattr(module, name, nnx.Param(weight[...].astype(dtype)))
   return model
 
 

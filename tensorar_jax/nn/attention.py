@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,9 @@ def plain(q, k, v, mask: Mask, rate: float = 0.0, rng: Key | None = None):
   return out.astype(q.dtype).reshape(b, n, m, h)
 
 
-def cudnn(q, k, v, mask: Mask, implementation: str = "cudnn"):
+def cudnn(
+  q, k, v, mask: Mask, implementation: Literal["cudnn", "xla"] = "cudnn"
+):
   """Attention of whole sequences by `jax.nn`; "xla" runs on any device."""
   q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
   padded = mask.is_padding is not None

@@ -88,10 +88,10 @@ def case_record(
   case: Case, warm: Row, runs: Sequence[Row], limits: Sequence[Row]
 ) -> dict[str, Any]:
   """A case with all that was measured of it, and what follows."""
-  row = {"name": case.work.name, "program": case.program}
+  row: dict[str, Any] = {"name": case.work.name, "program": case.program}
   row |= dataclasses.asdict(case.work)
   if "error" in warm:
-    return row | warm
+    return {**row, **warm}
   seconds = [run["seconds"] for run in runs]
   extra = [run["extra_bytes"] for run in runs if run["extra_bytes"] is not None]
   compiled = warm.get("compile_seconds")
