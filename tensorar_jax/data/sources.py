@@ -30,7 +30,6 @@ import urllib.request
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Int32, UInt8
 
@@ -226,6 +225,8 @@ def _load_digits(split: str) -> ArraySource:
 def _load_tfds(
   dataset: str, split: str, data_dir: str | None
 ) -> ArraySource | LazySource:
+  import tensorflow_datasets as tfds
+
   # An unknown data set is a ValueError of TFDS that lists all it has.
   builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
   _check_features(builder)
@@ -261,7 +262,9 @@ def _load_tfds(
     return lazy
 
 
-def _check_features(builder: tfds.core.DatasetBuilder):
+def _check_features(builder: Any):
+  import tensorflow_datasets as tfds
+
   features = dict(builder.info.features.items())
   image, label = features.get("image"), features.get("label")
   if (
@@ -277,9 +280,10 @@ def _check_features(builder: tfds.core.DatasetBuilder):
     )
 
 
-def _prepare(builder: tfds.core.DatasetBuilder):
+def _prepare(builder: Any):
   """Writes the data set into its folder, downloading what it takes."""
   import tensorflow as tf
+  import tensorflow_datasets as tfds
 
   tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
   with tempfile.TemporaryDirectory() as folder:
@@ -297,13 +301,15 @@ def _prepare(builder: tfds.core.DatasetBuilder):
 
 
 def _fashion_mnist_options(
-  builder: tfds.core.DatasetBuilder, folder: pathlib.Path
+  builder: Any, folder: pathlib.Path
 ) -> dict[str, Any]:
   """How to prepare the set: offline with Debian's files, else by download.
 
   Debian keeps upstream's deflate streams but puts a plain gzip header of 10
   bytes in place of the published one, which TFDS's checksums cover.
   """
+  import tensorflow_datasets as tfds
+
   files = [DEBIAN_FOLDER / f"{name}.gz" for name in UPSTREAM_MTIME]
   if not all(file.exists() for file in files):
     # Without a network TFDS would retry for minutes before it gives up.
