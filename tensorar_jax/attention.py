@@ -129,7 +129,7 @@ def plain(q, k, v, mask: Mask, rate: float = 0.0, rng: Key | None = None):
 
 def cudnn(q, k, v, mask: Mask, implementation: str = "cudnn"):
   """Attention of whole sequences by `jax.nn`; "xla" runs on any device."""
-  # JAX trains by cuDNN on even lengths alone. No row sees the row that is added,
+  # JAX trains by cuDNN on even lengths alone. No row sees the one that is added,
   # and what it gets is cut off again.
   length, visible = q.shape[2], None
   extra = length % 2

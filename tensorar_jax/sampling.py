@@ -63,8 +63,8 @@ def _place(cond) -> tuple[str, Mesh | None]:
   """(platform, mesh) that a condition is on; None is a single device."""
   place = getattr(jax.tree.leaves(cond)[0], "sharding", None)
   if place is None:
-    return jax.default_backend(), None
-  platform = next(iter(place.device_set)).platform
+    return sharding.platform(), None
+  platform = sharding.platform_of(next(iter(place.device_set)))
   if not isinstance(place, NamedSharding) or place.num_devices == 1:
     return platform, None
   if place.mesh.axis_names != sharding.AXES:
@@ -80,25 +80,29 @@ _UNGUIDED = dict(guidance=1.0, guidance_power=0.0, guidance_interval=None)
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "how"))
 def _generate(graphdef, state, cond, null, rng, image_index, scales, path, how):
-  """`how` is (SamplingConfig, whether it is for a CPU, mesh)."""
-  config, on_cpu, mesh = how
+  """`how` is (SamplingConfig, the platform that it is for, mesh)."""
+  config, platform, mesh = how
   graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
+  on_cpu = platform == "cpu"
   run = functools.partial(_generate_rows, graphdef, config, on_cpu)
-  if mesh:
-    # Left to the partitioner, [cond | null] would be one batch to split, and
-    # the halves of an image would meet across devices at every token. Rows are
-    # split by hand, and what `fsdp` splits of the weights is gathered once;
-    # `tensor` is the partitioner's.
-    one, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
-    run = jax.shard_map(
-      run,
-      mesh=mesh,
-      in_specs=(one, rows, rows, one, rows, one, rows),
-      out_specs=rows,
-      axis_names=set(sharding.ROWS),
-      check_vma=False,
-    )
-  return run(state, cond, null, rng, image_index, scales, path)
+  args = state, cond, null, rng, image_index, scales, path
+  if not mesh:
+    with sharding.on_one_device(platform):
+      return run(*args)
+  # Left to the partitioner, [cond | null] would be one batch to split, and the
+  # halves of an image would meet across devices at every token. Rows are split
+  # by hand, and what `fsdp` splits of the weights is gathered once; `tensor` is
+  # the partitioner's.
+  one, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
+  run = jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(one, rows, rows, one, rows, one, rows),
+    out_specs=rows,
+    axis_names=set(sharding.ROWS),
+    check_vma=False,
+  )
+  return run(*args)
 
 
 def _generate_rows(
@@ -263,4 +267,4 @@ def _arguments(model, conds, rng, config, image_index=None, path=None):
   config = dataclasses.replace(config, **_UNGUIDED)
   platform, mesh = _place(cond)
   args = (*nnx.split(model), cond, null, rng, image_index, scales, path)
-  return args, (config, platform == "cpu", mesh)
+  return args, (config, platform, mesh)
