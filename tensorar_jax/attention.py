@@ -129,8 +129,8 @@ def plain(q, k, v, mask: Mask, rate: float = 0.0, rng: Key | None = None):
 
 def cudnn(q, k, v, mask: Mask, implementation: str = "cudnn"):
   """Attention of whole sequences by `jax.nn`; "xla" runs on any device."""
-  # JAX trains by cuDNN on even lengths alone. No row sees the one that is added,
-  # and what it gets is cut off again.
+  # JAX trains by cuDNN on even lengths alone. No row sees the added one, and
+  # what that gets is cut off again.
   length, visible = q.shape[2], None
   extra = length % 2
   q, k, v = (

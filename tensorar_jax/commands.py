@@ -19,6 +19,7 @@ from tensorar_jax import (
   demo,
   demo_page,
   drawing,
+  hardware,
   published,
   sharding,
   targets,
@@ -39,13 +40,17 @@ from tensorar_jax.evaluation.yardsticks import EvaluationConfig
 def checked_stages(
   given: Flags, config: ConfigDict
 ) -> tuple[variants.Ablation | None, dict[str, dict]]:
-  """The stages of a config, with what --init names, if all can be built."""
+  """The stages of a config, with what --init names, if all can be built.
+
+  From here on JAX multiplies as --precision says.
+  """
   ablation = variants.Ablation(config) if "ablation" in config else None
   stages = ablation.stages if ablation else build.stages(config)
   if given.stage:
     build.choose("--stage", given.stage, stages)
   if given.init:
     published.start_from(stages, given.init, given.stage)
+  hardware.set_precision(given.precision, stages)
   for name, stage in stages.items():
     try:
       train.check(stage)

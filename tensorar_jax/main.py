@@ -54,6 +54,9 @@ launch/ has a script for each of these. What an array is split over:
 
 SIGTERM makes training save and exit with 75: the same command continues.
 
+--precision=float32|tensorfloat32|bfloat16 says what matrix products are made
+of; without it the config's dtype, and on GPUs TF32 for float32.
+
 Any value of the config can be set from here:
   python -m tensorar_jax.main --config=configs/digits.py \\
     --workdir=runs/k8 --config.stages.tensorar.tensorar.window=8
@@ -69,7 +72,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from tensorar_jax import metrics
+from tensorar_jax import hardware, metrics
 
 SHARED_MODES = ("train", "sample", "import", "tokenize")  # and --reference
 MODES = (
@@ -205,6 +208,14 @@ _HOST = flags.DEFINE_string(
 )
 _PORT = flags.DEFINE_integer(
   "port", None, "Of --mode=demo. Default: the first free one from 7860."
+)
+_PRECISION = flags.DEFINE_enum(
+  "precision",
+  None,
+  tuple(hardware.PRECISIONS),
+  "What matrix products are made of: sets backbone.dtype, and how float32 is"
+  " multiplied; see hardware.py. Default: the config's dtype, and on GPUs TF32"
+  " for float32.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of --mode=sample.")
 _PROFILE = flags.DEFINE_string(

@@ -52,6 +52,23 @@ def test_the_report_has_memory_flops_and_a_bound(too_large):
   assert sampler["flops"] == sampler["model_flops"] > 0
 
 
+def test_the_bound_is_of_what_is_multiplied(monkeypatch):
+  """Products of float32 on a GPU are of TF32, unless it is told otherwise."""
+  twice = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((7, 7), "f4"))
+  chip = hardware.CHIPS["h100"]
+  monkeypatch.setattr(compile.sharding, "platform_of", lambda device: "gpu")
+  target = targets.Target("h100:1", HERE, chip)
+
+  def busy(dtype):
+    program = compile.Program("p", lambda: twice, 686, 686, 1, dtype=dtype)
+    return compile.measure(program, target)["busy_seconds"]["flops"]
+
+  assert busy("float32") == pytest.approx(686 / 494.5e12)
+  assert busy("bfloat16") == pytest.approx(686 / 989e12)
+  with jax.default_matmul_precision("highest"):
+    assert busy("float32") == pytest.approx(686 / 67e12)
+
+
 def test_the_cache_of_the_sampler_is_not_copied(too_large):
   sampler = too_large[1]["programs"][1]
   assert sampler["cache_copies"] == 0

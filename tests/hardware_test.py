@@ -1,0 +1,68 @@
+"""Which peak counts, and the one setting that decides it for float32."""
+
+import jax
+import pytest
+
+from tensorar_jax import hardware
+
+
+@pytest.fixture
+def setting():
+  """Sets the precision, and undoes it."""
+  before = jax.config.jax_default_matmul_precision
+  yield lambda name: hardware.set_precision(name, {})
+  jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.mark.parametrize(
+  "precision, platform, products",
+  [
+    (None, "gpu", "tensorfloat32"),
+    ("tensorfloat32", "gpu", "tensorfloat32"),
+    ("float32", "gpu", "float32"),
+    (None, "tpu", "bfloat16"),
+    ("tensorfloat32", "tpu", "bfloat16_3x"),
+    ("float32", "tpu", "float32"),
+    (None, "cpu", "float32"),
+    ("tensorfloat32", "cpu", "float32"),
+  ],
+)
+def test_one_setting_decides_what_products_of_float32_are(
+  setting, precision, platform, products
+):
+  setting(None)
+  jax.config.update("jax_default_matmul_precision", None)
+  setting(precision)
+  assert hardware.products_of("float32", platform) == products
+  assert hardware.products_of("bfloat16", platform) == "bfloat16"
+
+
+def test_each_kind_of_product_has_its_peak():
+  gpu, tpu = hardware.CHIPS["h100"], hardware.CHIPS["v5e"]
+  assert gpu.peak("bfloat16") == 989e12
+  assert gpu.peak("tensorfloat32") == 494.5e12 and gpu.peak("float32") == 67e12
+  assert tpu.peak("bfloat16") == 197e12
+  assert tpu.peak("bfloat16_3x") == pytest.approx(197e12 / 3)
+  assert tpu.peak("float32") == pytest.approx(197e12 / 6)
+
+
+def test_the_setting_reaches_the_program(setting):
+  setting("float32")
+  program = jax.jit(lambda a: a @ a).lower(jax.ShapeDtypeStruct((3, 3), "f4"))
+  assert "HIGHEST" in program.as_text()
+
+
+def test_the_setting_reaches_the_models(setting):
+  stages = {
+    "tokenizer": {"tokenizer": {}},
+    "base": {"backbone": {"dtype": "bfloat16"}},
+    "plain": {"backbone": {"width": 8}},
+  }
+  hardware.set_precision(None, stages)
+  assert stages["base"] == {"backbone": {"dtype": "bfloat16"}}
+  hardware.set_precision("float32", stages)
+  assert stages["base"] == {"backbone": {"dtype": "float32"}}
+  assert stages["plain"] == {"backbone": {"width": 8}}  # its family's: float32
+  hardware.set_precision("bfloat16", stages)
+  assert stages["plain"] == {"backbone": {"width": 8, "dtype": "bfloat16"}}
+  assert stages["tokenizer"] == {"tokenizer": {}}
