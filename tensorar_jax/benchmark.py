@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +22,12 @@ from absl import logging
 from tensorar_jax import benchmark_report as report
 from tensorar_jax import (
   build,
+  hardware,
   machine,
   metrics,
   peer_torch,
   resumable,
+  traces,
   workloads,
 )
 from tensorar_jax.drawing import SamplingConfig
@@ -33,6 +37,7 @@ from tensorar_jax.workloads import Case, Work
 PARTS = ("decode", "tokenizer", "train")
 PEERS = ("torch",)
 TRAIN_BATCH_CPU = 4
+NO_TIME = {"error": "no time was left"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,13 @@ class Settings:
     rounds: how often every case is timed.
     train_batch: images of a training step; None: the config's, on a CPU 4.
     parts: of PARTS.
+    unguided: whether the base model is also run without guidance.
     peer: of PEERS, or None.
+    peer_modes: of `peer_torch.MODES`.
+    precision: of --precision, which is set already; here for the record.
+    profile: of PARTS; one more run of the first case of each is traced, and
+      what its kernels took is written down.
+    seconds: after so many no further case is begun; None: all are run.
   """
 
   batches: tuple[int, ...] = (1, 8)
@@ -56,7 +67,12 @@ class Settings:
   rounds: int = 3
   train_batch: int | None = None
   parts: tuple[str, ...] = PARTS
+  unguided: bool = True
   peer: str | None = None
+  peer_modes: tuple[str, ...] = ("eager", "compile")
+  precision: str | None = None
+  profile: tuple[str, ...] = ()
+  seconds: float | None = None
 
   def __post_init__(self):
     for name in ("batches", "windows", "depths"):
@@ -71,6 +87,10 @@ class Settings:
         raise ValueError(f"--{name}={value}: expected at least 1.")
     for part in self.parts:
       build.choose("--parts", part, list(PARTS))
+    for part in self.profile:
+      build.choose("--profile", part, list(PARTS))
+    for mode in self.peer_modes:
+      build.choose("--peer_modes", mode, list(peer_torch.MODES))
     if not self.parts:
       raise ValueError(f"--parts is empty: expected some of {PARTS}.")
     if self.peer is not None:
@@ -87,7 +107,10 @@ def parse(given: Mapping[str, Any]) -> Settings:
       raise ValueError(
         f"--{name}={given[name]}: expected integers, as 1,8."
       ) from error
-  values["parts"] = tuple(given.get("parts", PARTS))
+  if isinstance(given.get("profile"), str):
+    values["profile"] = given["profile"].split(",")
+  for name in ("parts", "profile", "peer_modes"):
+    values[name] = tuple(values.get(name, getattr(Settings, name)))
   return Settings(**values)
 
 
@@ -104,7 +127,7 @@ def plan(
         depths = settings.depths if window == deep else (first,)
         for depth in depths if window > 1 else (1,):
           works.append(Work("decode", batch, window, depth, True))
-      if 1 in settings.windows:
+      if 1 in settings.windows and settings.unguided:
         works.append(Work("decode", batch, 1, 1, False))
   if "tokenizer" in settings.parts:
     works += [Work("tokenizer", batch) for batch in settings.batches]
@@ -147,25 +170,19 @@ def run(
     peer_torch.check_installed()
   folder = _new_folder(output, workdir / "benchmark")
   loads = workloads.Workloads(stages[name], workdir)
-  peer = _peer(loads) if settings.peer else None
-  record = {
-    "stage": name,
-    "started": datetime.datetime.now(datetime.UTC).isoformat(
-      timespec="seconds"
-    ),
-    "config": build.training_config({**stages[name], "source": None}),
-    "settings": dataclasses.asdict(settings),
-    "dtype": loads.backbone.dtype,
-    "machine": machine.describe(),
-    "software": sample_files.software() | (peer.about if peer else {}),
-  }
+  peer = make_peer(loads) if settings.peer else None
+  record = {"stage": name, **about(stages[name], loads, settings, peer)}
   folder.mkdir(parents=True, exist_ok=True)
+  limit = machine.Limits(loads.backbone.dtype)
   try:
-    cases = _Cases(loads, settings, peer)
+    cases = Cases(loads, settings, limit, peer)
     cases.warm_up()
     for _ in range(settings.rounds):
       cases.round()
       found = {**record, **cases.record()}
+      resumable.write_json(folder / "benchmark.json", found)
+    if settings.profile:
+      found["profiles"] = cases.profiles()
       resumable.write_json(folder / "benchmark.json", found)
   finally:
     if peer:
@@ -174,6 +191,21 @@ def run(
   print(report.text(found))
   print(f"{folder}")
   return folder
+
+
+def about(stage, loads, settings: Settings, peer) -> dict[str, Any]:
+  """What is measured, on what and with what."""
+  now = datetime.datetime.now(datetime.UTC)
+  dtype = loads.backbone.dtype
+  return {
+    "started": now.isoformat(timespec="seconds"),
+    "config": build.training_config({**stage, "source": None}),
+    "settings": dataclasses.asdict(settings),
+    "dtype": dtype,
+    "products": hardware.products_of(dtype, jax.default_backend()),
+    "machine": machine.describe(),
+    "software": sample_files.software() | (peer.about if peer else {}),
+  }
 
 
 def _new_folder(output: str | None, numbered: pathlib.Path) -> pathlib.Path:
@@ -190,7 +222,8 @@ def _new_folder(output: str | None, numbered: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _peer(loads: workloads.Workloads) -> peer_torch.Peer:
+def make_peer(loads: workloads.Workloads) -> peer_torch.Peer:
+  """The peer of a stage's sizes, in JAX's precision; close it."""
   section = loads.stage.get("sampling", {})
   sampling = build.call(SamplingConfig, section, "sampling")
   cond = loads.conditioning.example()
@@ -200,11 +233,12 @@ def _peer(loads: workloads.Workloads) -> peer_torch.Peer:
 # --- rounds ------------------------------------------------------------------
 
 
-class _Cases:
+class Cases:
   """The cases of a run and what was measured of each."""
 
-  def __init__(self, loads, settings: Settings, peer):
+  def __init__(self, loads, settings: Settings, limit: machine.Limits, peer):
     self.loads, self.peer, self.settings = loads, peer, settings
+    self.limit, self.limits = limit, []
     stage = loads.stage
     own = stage["tensorar"].get("window", 1), stage["tensorar"].get("depth", 1)
     train_batch = settings.train_batch or (
@@ -213,9 +247,9 @@ class _Cases:
       else stage["train"]["batch_size"]
     )
     self.works = plan(settings, own, train_batch)
-    devices = loads.mesh.size
-    self.limit = machine.Limits(loads.backbone.dtype)
-    self.devices, self.limits = devices, []
+    self.devices = loads.mesh.size
+    self.peak = machine.peak_flops(loads.backbone.dtype, self.devices)
+    self.end = time.monotonic() + (settings.seconds or math.inf)
     self.cases: list[Case] = []
     self.warm: list[dict[str, Any]] = []
     self.runs: list[list[dict[str, Any]]] = []
@@ -224,13 +258,20 @@ class _Cases:
     """Builds and runs every case for the first time."""
     for i, wanted in enumerate(self.works):
       logging.info("warm-up %d/%d: %s", i + 1, len(self.works), wanted.name)
+      if self.is_over():
+        self._keep(Case(wanted, workloads.OURS, dict, dict), NO_TIME)
+        continue
       case = self._build(wanted)
       self._start(case)
       alike = wanted.kind == "train" or wanted.guided
       if self.peer and alike and wanted.window == 1:
-        for mode in peer_torch.MODES:
+        for mode in self.settings.peer_modes:
           logging.info("warm-up of the peer: %s, %s", wanted.name, mode)
           self._start(self.peer.case(case.work, mode))
+
+  def is_over(self) -> bool:
+    """Whether no further case may begin."""
+    return time.monotonic() > self.end
 
   def _build(self, work: Work) -> Case:
     w, sizes = work, (work.batch, work.window, work.depth)
@@ -242,17 +283,26 @@ class _Cases:
 
   def _start(self, case: Case) -> None:
     # What does not fit or does not compile is a line of the table.
+    before = machine.device_peak()
     try:
       warm = case.warm_up()
     except RuntimeError as error:
       logging.info("%s, %s: %s", case.work.name, case.program, error)
       warm = {"error": str(error).splitlines()[0]}
+    peak = machine.device_peak()
+    if case.program == workloads.OURS and peak != before:
+      warm["device_bytes"] = peak
+    self._keep(case, warm)
+
+  def _keep(self, case: Case, warm: dict[str, Any]) -> None:
     self.cases.append(case)
     self.warm.append(warm)
     self.runs.append([])
 
   def round(self) -> None:
-    """Times the limits and then every case once."""
+    """Times the limits and then every case once, if there is time for all."""
+    if self.limits and self.is_over():
+      return
     limits = self.limit.measure()
     self.limits.append({k: v * self.devices for k, v in limits.items()})
     at, rounds = len(self.limits), self.settings.rounds
@@ -271,10 +321,22 @@ class _Cases:
         metrics.duration(left),
       )
 
+  def profiles(self) -> list[dict[str, Any]]:
+    """What the kernels of one more run took, of each part to be traced."""
+    found = []
+    for kind in self.settings.profile:
+      for case, warm in zip(self.cases, self.warm):
+        ours = case.program == workloads.OURS and "error" not in warm
+        if ours and case.work.kind == kind:
+          traced = traces.of_run(lambda case=case: case.time(1))
+          found.append({"name": case.work.name, **traced})
+          break
+    return found
+
   def record(self) -> dict[str, Any]:
     """Everything measured so far, and what follows from it."""
     rows = [
-      report.case_record(*measured, self.limits)
+      report.case_record(*measured, self.limits, self.peak)
       for measured in zip(self.cases, self.warm, self.runs)
     ]
     return {
@@ -282,6 +344,7 @@ class _Cases:
         key: report.summary([one[key] for one in self.limits])
         for key in self.limits[0]
       },
+      "peak_flops": self.peak,
       "device_peak_bytes": machine.device_peak(),
       "cases": rows,
       "ratios": report.ratios(rows),

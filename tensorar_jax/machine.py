@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tensorar_jax import hardware
+
 MATMUL = {"cpu": 2048}  # rows of the square matrices; elsewhere MATMUL_LARGE
 MATMUL_LARGE = 8192
 READ_BYTES = 2**30  # more than the caches of a socket
@@ -159,3 +161,13 @@ def device_peak() -> int | None:
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
   return max(peaks, default=None)
+
+
+def peak_flops(dtype: str, devices: int) -> float | None:
+  """FLOP/s of so many devices by their data sheet, if there is one.
+
+  Of products as JAX makes them now of arrays of `dtype`.
+  """
+  chip = hardware.of(jax.devices()[0])
+  products = hardware.products_of(dtype, jax.default_backend())
+  return chip.peak(products) * devices if chip else None

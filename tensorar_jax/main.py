@@ -40,7 +40,8 @@ Modes:
   export     write a stage's base weights as published: --stage, --output.
   benchmark  measure speed on random weights, beside the machine's own limits:
              --stage, --batches, --windows, --depths, --rounds, --train_batch,
-             --parts, --peer=torch, --output=FOLDER.
+             --parts, --nounguided, --peer=torch, --peer_modes, --profile,
+             --seconds, --output=FOLDER.
   compile    compile a stage's train step and sampler for hardware that need not
              be there: memory, traffic and a bound on the time of each; fails if
              one does not fit. --target=v5e:4x4, --stage, --batch_size,
@@ -201,7 +202,14 @@ _BENCHMARK = (
     "train_batch", None, "Images of a step. Default: the config's; on a CPU 4."
   ),
   flags.DEFINE_list("parts", None, "Of decode,tokenizer,train. Default: all."),
+  flags.DEFINE_bool("unguided", None, "The base unguided, too. Default: yes."),
   flags.DEFINE_string("peer", None, "torch: runs it too, for comparison."),
+  flags.DEFINE_list(
+    "peer_modes",
+    None,
+    "Of eager,compile,graphs (CUDA graphs). Default: the first two.",
+  ),
+  flags.DEFINE_float("seconds", None, "Begins no case after so many."),
 )
 _HOST = flags.DEFINE_string(
   "host", "127.0.0.1", "Who can open --mode=demo; 0.0.0.0: other machines too."
@@ -222,7 +230,8 @@ _PROFILE = flags.DEFINE_string(
   "profile",
   None,
   "FIRST:LAST, steps counted from this start of training, to trace with the JAX"
-  " profiler.",
+  " profiler. Of --mode=benchmark: of decode,tokenizer,train, whose first case"
+  " is traced.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -263,7 +272,8 @@ def run(config, folder: pathlib.Path) -> None:
       f"--mode={_MODE.value} in {count} processes: expected one of"
       f" {SHARED_MODES}. Run the other modes in one process."
     )
-  profile = throughput.parse_profile(_PROFILE.value)
+  measures = _MODE.value == "benchmark"  # it traces cases in place of steps
+  profile = None if measures else throughput.parse_profile(_PROFILE.value)
   mode, given = _MODE.value, flags.FLAGS
   ablation, stages = commands.checked_stages(given, config)
   if ablation and mode in ("run", "visualize"):

@@ -66,7 +66,7 @@ LAYERS = (
   {"tensorar", "losses", "transformer", "text.t5"},
   {
     *("windows", "noising", "layers", "convolutions", "flops", "machine"),
-    *("targets", "drawing"),
+    *("targets", "drawing", "traces"),
     *("conditioning", "preemption", "resumable", "text.captions"),
   },
   {"attention"},
