@@ -59,13 +59,11 @@ def _lines(folder: pathlib.Path):
   for path in sorted(folder.rglob("*.xplane.pb")):
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     devices = [p for p in planes if p.name.startswith("/device:")]
-    if devices:
-      for plane in devices:
-        yield from (
-          line
-          for line in plane.lines
-          if line.name.startswith(("Stream", "XLA Ops"))
-        )
-    else:
-      for plane in planes:
-        yield from (l for l in plane.lines if "tf_XLA" in l.name)
+    lines = [line for plane in devices for line in plane.lines]
+    # A GPU's streams, a TPU's operations, a CPU's threads.
+    streams = [line for line in lines if line.name.startswith("Stream")]
+    streams = streams or [line for line in lines if line.name == "XLA Ops"]
+    if not devices:
+      lines = [line for plane in planes for line in plane.lines]
+      streams = [line for line in lines if "tf_XLA" in line.name]
+    yield from streams

@@ -1,0 +1,525 @@
+"""What one GPU is asked in a few minutes: how fast, how right, and why.
+
+  launch/gpu_check.sh --output=runs/gpu     # all parts; its head says more
+  python -m launch.gpu_check --part=speed --seconds=240 --output=runs/gpu
+
+| part          | what it does                                               |
+| ------------- | ---------------------------------------------------------- |
+| `speed`       | guided generation, beside PyTorch's; training steps        |
+| `correctness` | parity tests; tokens and losses equal to a CPU's           |
+| `more`        | other batches, float32, the tokenizer; kernels of two runs |
+| `summary`     | summary.json and summary.md of all that was found          |
+
+What comes first matters most. Whatever is measured is a line of results.jsonl
+at once, so a part that is stopped has lost what it was doing and no more, and
+the same command goes on with what is not done. `--tiny` does all of it with a
+model of a few thousand weights, on any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+
+from launch import gpu_report
+from launch.gpu_report import RESULTS
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+FLOATS = ("bfloat16", "tensorfloat32")
+PARITY_TESTS = ("tests/backbones", "tests/tokenizers")
+TRAINING_STEPS = 12
+
+_PART = flags.DEFINE_enum(
+  "part",
+  None,
+  ("speed", "correctness", "more", "summary", "tokens"),
+  "What to do; see above. tokens is a piece of correctness.",
+  required=True,
+)
+_SECONDS = flags.DEFINE_float("seconds", 240.0, "When to begin nothing more.")
+_OUTPUT = flags.DEFINE_string("output", "runs/gpu", "The folder of results.")
+_TINY = flags.DEFINE_bool("tiny", False, "A model that any machine can run.")
+_PEER = flags.DEFINE_bool("peer", True, "Whether to run PyTorch beside it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Cases that are measured in turn.
+
+  Attributes:
+    name: of the group; what is done is known by it.
+    model: of `stages`.
+    precision: of --precision.
+    settings: of `benchmark.Settings`.
+  """
+
+  name: str
+  model: str
+  precision: str
+  settings: dict[str, Any]
+
+
+def decode(precision: str, batch: int, **settings) -> Group:
+  """Guided generation of the base model and of windows of 4."""
+  given = dict(batches=(batch,), parts=("decode",)) | settings
+  return Group(f"decode {batch} {precision}", "B", precision, given)
+
+
+def peer(precision: str, batch: int) -> Group:
+  """PyTorch beside the base model, in the same rounds."""
+  given = dict(batches=(batch,), windows=(1,), parts=("decode",), peer="torch")
+  given |= dict(peer_modes=("eager",) if _TINY.value else ("graphs",))
+  return Group(f"peer {batch} {precision}", "B", precision, given)
+
+
+def train(model: str, batch: int, **settings) -> Group:
+  """Training steps of the base model and of windows of 4."""
+  given = dict(parts=("train",), train_batch=batch) | settings
+  return Group(f"train {model} {batch}", model, "bfloat16", given)
+
+
+def groups(part: str, tiny: bool) -> list[Group]:
+  """What a part measures, in its order."""
+  large, small = (2, 1) if tiny else (128, 1)
+  if part == "speed":
+    found = [decode(p, b) for p in FLOATS for b in (large, small)]
+    found += [peer(p, b) for p in FLOATS for b in (large, small)]
+    steps = 3 if tiny else 128
+    return found + [train("B", steps), train("L", steps // 2)]
+  others = (3,) if tiny else (8, 64)
+  one = dict(windows=(4,), rounds=1)
+  return [
+    decode("float32", large),
+    Group(
+      "tokenizer",
+      "B",
+      "tensorfloat32",
+      dict(batches=(small, large), parts=("tokenizer",)),
+    ),
+    dataclasses.replace(
+      decode("bfloat16", large, **one, profile=("decode",)),
+      name=f"kernels of decode {large}",
+    ),
+    dataclasses.replace(
+      train("B", 3 if tiny else 128, **one, profile=("train",)),
+      name="kernels of train B",
+    ),
+    *(decode(p, b) for p in FLOATS for b in others),
+  ]
+
+
+def stages(tiny: bool) -> dict[str, dict[str, Any]]:
+  """The stage of each model, with windows of 4."""
+  from configs import digits, llamagen_b, llamagen_l
+  from tensorar_jax import build
+
+  if not tiny:
+    made = {"B": llamagen_b, "L": llamagen_l}
+    return {
+      n: build.stages(m.get_config())["tensorar"] for n, m in made.items()
+    }
+  config = digits.get_config()
+  with config.unlocked():
+    config.backbone.update(num_layers=1, width=16, num_heads=2, grid=(4, 4))
+    config.tokenizer.update(image_size=(4, 4))
+  stage = build.stages(config)["tensorar"]
+  return {"B": stage, "L": stage}
+
+
+# --- results -----------------------------------------------------------------
+
+
+class Results:
+  """The lines of a folder; every new one is on the disk when `add` returns."""
+
+  def __init__(self, folder: pathlib.Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    self._path = folder / RESULTS
+
+  def add(self, line: str, /, **fields) -> None:
+    """One more line; `line` says of what."""
+    found = {"line": line, "at": round(time.time(), 1), **fields}
+    with self._path.open("a") as file:
+      file.write(json.dumps(found) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+
+  def done(self) -> set[str]:
+    """The groups that are complete."""
+    lines = gpu_report.read(self._path)
+    return {line["group"] for line in lines if line["line"] == "done"}
+
+
+def about() -> dict[str, Any]:
+  """The card, its driver, and the versions of what runs on it."""
+  import jax
+
+  query = "--query-gpu=name,driver_version,memory.total,power.limit"
+  command = ["nvidia-smi", query, "--format=csv,noheader"]
+  try:
+    card = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    card = card.stdout.strip() or None
+  except (OSError, subprocess.TimeoutExpired):
+    card = None
+  versions = {}
+  for name in PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  return {
+    "device": jax.devices()[0].device_kind,
+    "card": card,
+    "python": platform.python_version(),
+    "commit": os.environ.get("COMMIT"),
+    "tiny": _TINY.value,
+    "versions": versions,
+  }
+
+
+# --- speed -------------------------------------------------------------------
+
+
+class Bench:
+  """What the groups share: models, the peer's process and measured limits."""
+
+  def __init__(self, folder: pathlib.Path, tiny: bool):
+    self._folder, self._tiny = folder, tiny
+    self._limits: dict[str, Any] = {}
+    self._loads: dict[tuple[str, str], Any] = {}
+    self._peer: tuple[str, Any] | None = None
+
+  def loads(self, model: str, precision: str):
+    """The workloads of a model; JAX multiplies by `precision` from here on."""
+    from tensorar_jax import hardware, workloads
+
+    chosen = {"stage": stages(self._tiny)[model]}
+    hardware.set_precision(precision, chosen)
+    if (model, precision) not in self._loads:
+      made = workloads.Workloads(chosen["stage"], self._folder)
+      self._loads[model, precision] = made
+    return self._loads[model, precision]
+
+  def limit(self, precision: str, dtype: str):
+    """Limits that are measured once; a GPU is alone, and minutes are few."""
+    from tensorar_jax import machine
+
+    if precision not in self._limits:
+      measured = machine.Limits(dtype).measure()
+      same = types.SimpleNamespace(measure=lambda: measured)
+      self._limits[precision] = same
+    return self._limits[precision]
+
+  def peer(self, precision: str, loads):
+    """The process of PyTorch at a precision."""
+    from tensorar_jax import benchmark
+
+    if self._peer and self._peer[0] != precision:
+      self.close()
+    if not self._peer:
+      self._peer = precision, benchmark.make_peer(loads)
+    return self._peer[1]
+
+  def close(self) -> None:
+    """Ends the process of PyTorch."""
+    if self._peer:
+      self._peer[1].close()
+    self._peer = None
+
+
+def measure(group: Group, bench: Bench, results: Results, seconds: float):
+  """The lines of a group."""
+  from tensorar_jax import benchmark
+
+  rounds = 1 if _TINY.value else 3
+  given = dict(windows=(1, 4), depths=(1,), rounds=rounds, unguided=False)
+  given |= dict(precision=group.precision, seconds=seconds)
+  settings = benchmark.Settings(**{**given, **group.settings})
+  loads = bench.loads(group.model, group.precision)
+  with_peer = settings.peer and _PEER.value
+  beside = bench.peer(group.precision, loads) if with_peer else None
+  limit = bench.limit(group.precision, loads.backbone.dtype)
+  cases = benchmark.Cases(loads, settings, limit, beside)
+  same = dict(group=group.name, model=group.model, precision=group.precision)
+  cases.warm_up()
+  for _ in range(settings.rounds):
+    cases.round()
+    found = cases.record()
+    shared = {key: found[key] for key in ("limits", "peak_flops")}
+    for row in found["cases"]:
+      results.add("case", **same, **shared, **row)
+  for ratio in found["ratios"]:
+    results.add("ratio", **same, **ratio)
+  for profile in cases.profiles():
+    results.add("profile", **same, **profile)
+  errors = [row["error"] for row in found["cases"] if "error" in row]
+  if not errors:
+    results.add("done", **same)
+
+
+def run_groups(part: str, results: Results, folder: pathlib.Path, end: float):
+  """Measures the groups of a part until the time is over."""
+  done, bench = results.done(), Bench(folder, _TINY.value)
+  try:
+    for group in groups(part, _TINY.value):
+      seconds = end - time.monotonic()
+      if group.name in done or seconds < 0:
+        continue
+      logging.info("%s: %.0f s left", group.name, seconds)
+      with noted(results, group.name):
+        measure(group, bench, results, seconds)
+  finally:
+    bench.close()
+
+
+class noted:
+  """Makes a line of an error; the next group goes on."""
+
+  def __init__(self, results: Results, group: str):
+    self._results, self._group = results, group
+
+  def __enter__(self):
+    self._started = time.monotonic()
+
+  def __exit__(self, kind, error, trace) -> bool:
+    took = round(time.monotonic() - self._started, 1)
+    if not isinstance(error, Exception):
+      self._results.add("took", group=self._group, seconds=took)
+      return False
+    words = f"{type(error).__name__}: {error}"[:2000]
+    logging.error(
+      "%s: %s", self._group, "".join(traceback.format_exception(error))
+    )
+    self._results.add("error", group=self._group, error=words, seconds=took)
+    return True
+
+
+# --- correctness -------------------------------------------------------------
+
+
+def compare_tokens(results: Results, folder: pathlib.Path) -> None:
+  """Samples digits here and on the CPU: the tokens have to be the same."""
+  import jax
+  import numpy as np
+
+  from configs import digits
+  from tensorar_jax import build, hardware, sampling, sharding
+  from tensorar_jax.drawing import SamplingConfig
+
+  made = build.stages(digits.get_config())
+  hardware.set_precision("float32", made)
+  conditioning = build.conditioning(made["tensorar"]["conditioning"])
+  cond = conditioning.encode(np.arange(10))
+  null = conditioning.null(cond)
+  key = jax.random.key(0)
+  one = lambda device: sharding.make_mesh(devices=[device])
+  cpu, here = one(jax.devices("cpu")[0]), one(jax.devices()[0])
+  for name in ("base", "tensorar"):
+    model = build.initial_model({**made[name], "init": None}, folder, cpu)
+    drawn = []
+    for mesh in (cpu, here):
+      placed = sharding.shard(model, mesh)
+      rows = jax.device_put((cond, null), sharding.rows(mesh))
+      config = SamplingConfig(guidance=2.0)
+      out = sampling.generate(placed, *rows, key, config)
+      drawn.append(np.asarray(out.drafts))
+    different = int((drawn[0] != drawn[1]).sum())
+    results.add(
+      "check",
+      name=f"tokens of {name}, drafts included",
+      passed=drawn[0].size - different,
+      failed=different,
+      device=here.devices.flat[0].device_kind,
+    )
+
+
+def command_of(*words: str) -> list[str]:
+  """A command of this interpreter."""
+  return [sys.executable, "-m", *words]
+
+
+def start_training(folder: pathlib.Path, where: str, tiny: bool):
+  """A short training on digits as a process; `where` is of JAX_PLATFORMS."""
+  workdir = folder / f"digits-{where or 'here'}"
+  steps = 2 if tiny else TRAINING_STEPS
+  small = ["--config.backbone.width=16", "--config.backbone.num_layers=1"]
+  command = command_of(
+    "tensorar_jax.main",
+    "--config=configs/digits.py",
+    "--mode=train",
+    "--stage=base",
+    "--precision=float32",
+    f"--workdir={workdir}",
+    f"--config.stages.base.train.num_steps={steps}",
+    "--config.train.log_every=1",
+    *(small if tiny else []),
+  )
+  env = {**os.environ, "JAX_PLATFORMS": where} if where else os.environ
+  log = (folder / f"train-{where or 'here'}.log").open("w")
+  process = subprocess.Popen(
+    command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
+  )
+  return process, workdir / "base" / "log.jsonl"
+
+
+def compare_training(results: Results, runs, seconds: float) -> None:
+  """The losses of two runs, step by step."""
+  losses = []
+  for process, path in runs:
+    try:
+      process.wait(timeout=max(seconds, 1.0))
+    except subprocess.TimeoutExpired:
+      process.kill()
+    rows = gpu_report.read(path)
+    losses.append([row["loss"] for row in rows])
+  here, cpu = losses
+  if not here or len(here) != len(cpu):
+    results.add(
+      "check", name="losses of digits", passed=0, failed=1, rows=losses
+    )
+    return
+  worst = max(abs(a - b) / abs(b) for a, b in zip(here, cpu))
+  results.add(
+    "check",
+    name="losses of digits follow the CPU's within 0.1 %",
+    passed=int(worst < 1e-3),
+    failed=int(worst >= 1e-3),
+    largest_relative_difference=worst,
+    losses=here,
+    losses_of_cpu=cpu,
+  )
+
+
+def run_parity(
+  results: Results, folder: pathlib.Path, seconds: float, tiny: bool
+) -> None:
+  """The parity tests on this device; what is over is counted when stopped."""
+  tests = ["tests/optim_test.py"] if tiny else list(PARITY_TESTS)
+  workers = min(8, os.cpu_count() or 1)
+  command = command_of("pytest", *tests, "-m", "parity", "-v", "-rf")
+  command += ["-p", "no:cacheprovider", "--tb=line", "-o", "addopts="]
+  command += [] if tiny else ["-n", str(workers)]
+  found = "cuda,cpu" if shutil.which("nvidia-smi") else "cpu"
+  where = os.environ.get("JAX_PLATFORMS") or found
+  path = folder / "parity.log"
+  with path.open("w") as log:
+    process = subprocess.Popen(
+      command,
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": where},
+      stdout=log,
+      stderr=subprocess.STDOUT,
+    )
+    try:
+      process.wait(timeout=max(seconds, 1.0))
+    except subprocess.TimeoutExpired:
+      process.terminate()
+      process.wait()
+  for row in parity_rows(path.read_text(errors="replace")):
+    results.add("check", **row)
+
+
+def parity_rows(log: str) -> list[dict[str, Any]]:
+  """{"name", "passed", "failed", "skipped", "failures"} of each test file."""
+  found: dict[str, dict[str, set[str]]] = {}
+  for line in log.splitlines():
+    name = re.search(r"(tests/\S+\.py)::(\S+)", line)
+    word = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
+    if name and word:
+      file = found.setdefault(name[1], {})
+      file.setdefault(word[1], set()).add(name[2])
+  rows = []
+  for name, words in sorted(found.items()):
+    failures = words.get("FAILED", set()) | words.get("ERROR", set())
+    rows.append(
+      {
+        "name": f"parity {name}",
+        "passed": len(words.get("PASSED", set()) - failures),
+        "failed": len(failures),
+        "skipped": len(words.get("SKIPPED", set())),
+        "failures": sorted(failures),
+      }
+    )
+  return rows
+
+
+def check_correctness(results: Results, folder: pathlib.Path, end: float):
+  """All three checks; those in processes of their own run side by side."""
+  tiny, left = _TINY.value, lambda: end - time.monotonic()
+  runs = [start_training(folder, where, tiny) for where in ("", "cpu")]
+  tokens = subprocess.Popen(
+    command_of("launch.gpu_check", "--part=tokens", f"--output={folder}"),
+    cwd=ROOT,
+  )
+  try:
+    with noted(results, "parity"):
+      run_parity(results, folder, left() - 5, tiny)
+    with noted(results, "losses"):
+      compare_training(results, runs, left() - 2)
+    tokens.wait(timeout=max(left(), 1.0))
+  except subprocess.TimeoutExpired:
+    results.add("error", group="tokens", error="no time was left")
+  finally:
+    for process in (tokens, *(process for process, _ in runs)):
+      if process.poll() is None:
+        process.kill()
+
+
+# --- parts -------------------------------------------------------------------
+
+
+def shrink() -> None:
+  """Measures a machine's limits in no time, and badly."""
+  from tensorar_jax import machine
+
+  machine.MATMUL, machine.MATMUL_LARGE = {"cpu": 64}, 64
+  machine.READ_BYTES = 2**20
+  machine.LIMIT_SECONDS = machine.RUN_SECONDS = 0.0
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  end = time.monotonic() + _SECONDS.value
+  folder = pathlib.Path(_OUTPUT.value).absolute()
+  results = Results(folder)
+  if _PART.value == "summary":
+    print(gpu_report.write(folder))
+    return
+  if _TINY.value:
+    shrink()
+  logging.set_verbosity(logging.INFO)
+  logging.use_absl_handler()
+  if _PART.value == "tokens":
+    with noted(results, "tokens"):
+      compare_tokens(results, folder)
+    return
+  steps: dict[str, Callable] = {
+    "speed": functools.partial(run_groups, "speed"),
+    "more": functools.partial(run_groups, "more"),
+  }
+  if _PART.value == "correctness":
+    check_correctness(results, folder, end)
+    return
+  results.add("about", **about())
+  steps[_PART.value](results, folder, end)
+
+
+if __name__ == "__main__":
+  app.run(main)
