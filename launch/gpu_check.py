@@ -31,7 +31,6 @@ import subprocess
 import sys
 import time
 import traceback
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -99,10 +98,15 @@ def groups(part: str, tiny: bool) -> list[Group]:
   """What a part measures, in its order."""
   large, small = (2, 1) if tiny else (128, 1)
   if part == "speed":
-    found = [decode(p, b) for p in FLOATS for b in (large, small)]
-    found += [peer(p, b) for p in FLOATS for b in (large, small)]
     steps = 3 if tiny else 128
-    return found + [train("B", steps), train("L", steps // 2)]
+    both = large, small
+    return [
+      *(decode(p, b) for p in FLOATS for b in both),
+      *(peer("bfloat16", b) for b in both),
+      train("B", steps),
+      train("L", steps // 2),
+      *(peer("tensorfloat32", b) for b in both),
+    ]
   others = (3,) if tiny else (8, 64)
   one = dict(windows=(4,), rounds=1)
   return [
@@ -222,9 +226,7 @@ class Bench:
     from tensorar_jax import machine
 
     if precision not in self._limits:
-      measured = machine.Limits(dtype).measure()
-      same = types.SimpleNamespace(measure=lambda: measured)
-      self._limits[precision] = same
+      self._limits[precision] = machine.Limits(dtype, once=True)
     return self._limits[precision]
 
   def peer(self, precision: str, loads):
@@ -357,7 +359,8 @@ def command_of(*words: str) -> list[str]:
 
 def start_training(folder: pathlib.Path, where: str, tiny: bool):
   """A short training on digits as a process; `where` is of JAX_PLATFORMS."""
-  workdir = folder / f"digits-{where or 'here'}"
+  workdir = folder / "work" / (where or "here")
+  workdir.mkdir(parents=True, exist_ok=True)
   steps = 2 if tiny else TRAINING_STEPS
   small = ["--config.backbone.width=16", "--config.backbone.num_layers=1"]
   command = command_of(
@@ -372,7 +375,7 @@ def start_training(folder: pathlib.Path, where: str, tiny: bool):
     *(small if tiny else []),
   )
   env = {**os.environ, "JAX_PLATFORMS": where} if where else os.environ
-  log = (folder / f"train-{where or 'here'}.log").open("w")
+  log = (workdir / "train.log").open("w")
   process = subprocess.Popen(
     command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
   )
@@ -413,7 +416,8 @@ def run_parity(
   """The parity tests on this device; what is over is counted when stopped."""
   tests = ["tests/optim_test.py"] if tiny else list(PARITY_TESTS)
   workers = min(8, os.cpu_count() or 1)
-  command = command_of("pytest", *tests, "-m", "parity", "-v", "-rf")
+  chosen = "parity and not slow"
+  command = command_of("pytest", *tests, "-m", chosen, "-v", "-rf")
   command += ["-p", "no:cacheprovider", "--tb=line", "-o", "addopts="]
   command += [] if tiny else ["-n", str(workers)]
   found = "cuda,cpu" if shutil.which("nvidia-smi") else "cpu"

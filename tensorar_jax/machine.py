@@ -56,8 +56,13 @@ def describe() -> dict[str, Any]:
 class Limits:
   """Measures the limits of one device, again and again."""
 
-  def __init__(self, dtype: str):
-    """`dtype` is that of the matrices; products are summed in float32."""
+  def __init__(self, dtype: str, once: bool = False):
+    """`dtype` is that of the matrices; products are summed in float32.
+
+    `once` measures the first time and then says the same: for a device that
+    nobody else uses, in minutes that are few.
+    """
+    self._once, self._known = once, None
     on_cpu = jax.default_backend() == "cpu"
     self._rows = MATMUL.get(jax.default_backend(), MATMUL_LARGE)
     self._matrix = jnp.ones((self._rows, self._rows), dtype)
@@ -84,8 +89,15 @@ class Limits:
 
   def measure(self) -> dict[str, float]:
     """{"flops": FLOP/s of a product, "read": bytes/s}, the best of a few."""
+    if self._known:
+      return self._known
     flops = 2 * self._rows**3 / _best(self._multiply)
-    return {"flops": flops, "read": self._memory.nbytes / _best(self._read)}
+    read = self._memory.nbytes / _best(self._read)
+    found = {"flops": flops, "read": read}
+    if self._once:
+      self._known = found
+      del self._matrix, self._memory
+    return found
 
 
 def _best(run: Callable[[], None]) -> float:

@@ -120,6 +120,14 @@ def test_a_step_reads_what_it_uses():
   assert alone < count < 2 * alone  # the input encoder runs once for both
 
 
+def test_limits_can_be_measured_once(quick):
+  once = machine.Limits("float32", once=True)
+  first = once.measure()
+  assert first["flops"] > 0 and once.measure() is first
+  again = machine.Limits("float32")
+  assert again.measure() is not again.measure()
+
+
 # --- errors ------------------------------------------------------------------
 
 
