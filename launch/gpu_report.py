@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 RESULTS = "results.jsonl"
+FOLDER = pathlib.Path(__file__).parent / "gpu"
+MARK = "<!-- measured -->"
 # Seconds an image at batch 128 in float32 on an A100, by window: TensorAR's
 # paper, for LlamaGen-B with classifier-free guidance.
 PAPER = {1: 0.11, 4: 0.12}
@@ -174,10 +175,16 @@ def profile_text(profile: Mapping[str, Any], count: int = 12) -> str:
   return head + "\n\n" + table(rows)
 
 
-def main(paths: Sequence[str]) -> None:
-  for path in paths:
-    print(markdown(json.loads(pathlib.Path(path).read_text())))
+def page(folder: pathlib.Path = FOLDER) -> str:
+  """The text of a folder's README.md with the tables of its JSON files."""
+  text = (folder / "README.md").read_text()
+  head, _, _ = text.partition(MARK)
+  found = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+  tables = [markdown(one).replace("# GPU check", "##", 1) for one in found]
+  tables = [text.replace("##\n\n", "## ", 1) for text in tables]
+  rest = "\n".join(tables) or "Not measured yet.\n"
+  return f"{head}{MARK}\n\n{rest}"
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  (FOLDER / "README.md").write_text(page())

@@ -98,6 +98,26 @@ def test_the_newest_line_counts_and_a_torn_one_does_not(tmp_path):
   assert (check["passed"], check["failed"]) == (1, 0)
 
 
+def test_the_page_shows_what_is_committed(tmp_path):
+  page = gpu_report.FOLDER / "README.md"
+  assert page.read_text() == gpu_report.page()
+  (tmp_path / "README.md").write_text(f"Words.\n\n{gpu_report.MARK}\n\nOld.\n")
+  assert gpu_report.page(tmp_path).endswith("-->\n\nNot measured yet.\n")
+  case = dict(kind="decode", batch=128, window=4, precision="float32")
+  case |= dict(program="ours", images_per_second={"median": 50.0})
+  case |= dict(ms_per_step={"median": 10.0}, mfu={"median": 0.125})
+  about = dict(card="NVIDIA H100", versions={"jax": "0.11.2", "torch": None})
+  lines = dict.fromkeys(("ratios", "checks", "profiles", "errors"), [])
+  summary = dict(about=about, cases=[case], **lines)
+  (tmp_path / "h100.json").write_text(json.dumps(summary))
+  found = gpu_report.page(tmp_path)
+  assert "## NVIDIA H100, jax 0.11.2\n" in found and "Old." not in found
+  # 0.12 s an image in the paper, 0.02 s here.
+  assert (
+    "| 128 | 4 | float32 | ours | 0.02 | 50 | 10 | 6.0 x | 12.5% |" in found
+  )
+
+
 def run(folder, *options):
   """The script's own console, tiny and on the CPU."""
   env = {**os.environ, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
