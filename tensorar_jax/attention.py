@@ -8,7 +8,8 @@
 
 The kernels never write a head's [M, S] scores to memory. They are for whole
 sequences in bfloat16 or float16 without attention dropout, which is training;
-float32 stays on the exact path, and so does decoding, a row at a time.
+float32 stays on the plain path, and so does decoding, a row at a time. What its
+products are made of on a GPU or TPU is what --precision says; see `hardware`.
 """
 
 from __future__ import annotations
