@@ -18,8 +18,10 @@ TOP = 25  # kernels that are named
 
 def of_run(run: Callable[[], Any]) -> dict[str, Any]:
   """Runs once under the profiler; see `of_folder`."""
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0  # the host's calls are not asked for
   with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder):
+    with jax.profiler.trace(folder, profiler_options=options):
       run()
     return of_folder(pathlib.Path(folder))
 
