@@ -18,8 +18,8 @@ model of a few thousand weights, on any machine.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
@@ -31,10 +31,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags, logging
+from absl import logging
 
 from launch import gpu_report
 from launch.gpu_report import RESULTS
@@ -45,17 +44,29 @@ FLOATS = ("bfloat16", "tensorfloat32")
 PARITY_TESTS = ("tests/backbones", "tests/tokenizers")
 TRAINING_STEPS = 12
 
-_PART = flags.DEFINE_enum(
-  "part",
-  None,
-  ("speed", "correctness", "more", "summary", "tokens"),
-  "What to do; see above. tokens is a piece of correctness.",
-  required=True,
-)
-_SECONDS = flags.DEFINE_float("seconds", 240.0, "When to begin nothing more.")
-_OUTPUT = flags.DEFINE_string("output", "runs/gpu", "The folder of results.")
-_TINY = flags.DEFINE_bool("tiny", False, "A model that any machine can run.")
-_PEER = flags.DEFINE_bool("peer", True, "Whether to run PyTorch beside it.")
+PARTS = ("speed", "correctness", "more", "summary", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Of the command line; `peer` is whether to run PyTorch too."""
+
+  part: str
+  seconds: float = 240.0
+  output: str = "runs/gpu"
+  tiny: bool = False
+  peer: bool = True
+
+
+def parse(argv: list[str]) -> Options:
+  """The options of a command line; SystemExit with a message if one is bad."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--part", choices=PARTS, required=True)
+  parser.add_argument("--seconds", type=float, default=Options.seconds)
+  parser.add_argument("--output", default=Options.output)
+  parser.add_argument("--tiny", action="store_true")
+  parser.add_argument("--nopeer", action="store_false", dest="peer")
+  return Options(**vars(parser.parse_args(argv)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +92,10 @@ def decode(precision: str, batch: int, **settings) -> Group:
   return Group(f"decode {batch} {precision}", "B", precision, given)
 
 
-def peer(precision: str, batch: int) -> Group:
+def peer(precision: str, batch: int, tiny: bool) -> Group:
   """PyTorch beside the base model, in the same rounds."""
   given = dict(batches=(batch,), windows=(1,), parts=("decode",), peer="torch")
-  given |= dict(peer_modes=("eager",) if _TINY.value else ("graphs",))
+  given |= dict(peer_modes=("eager",) if tiny else ("graphs",))
   return Group(f"peer {batch} {precision}", "B", precision, given)
 
 
@@ -102,10 +113,10 @@ def groups(part: str, tiny: bool) -> list[Group]:
     both = large, small
     return [
       *(decode(p, b) for p in FLOATS for b in both),
-      *(peer("bfloat16", b) for b in both),
+      *(peer("bfloat16", b, tiny) for b in both),
       train("B", steps),
       train("L", steps // 2),
-      *(peer("tensorfloat32", b) for b in both),
+      *(peer("tensorfloat32", b, tiny) for b in both),
     ]
   others = (3,) if tiny else (8, 64)
   one = dict(windows=(4,), rounds=1)
@@ -171,7 +182,7 @@ class Results:
     return {line["group"] for line in lines if line["line"] == "done"}
 
 
-def about() -> dict[str, Any]:
+def about(tiny: bool) -> dict[str, Any]:
   """The card, its driver, and the versions of what runs on it."""
   import jax
 
@@ -193,7 +204,7 @@ def about() -> dict[str, Any]:
     "card": card,
     "python": platform.python_version(),
     "commit": os.environ.get("COMMIT"),
-    "tiny": _TINY.value,
+    "tiny": tiny,
     "versions": versions,
   }
 
@@ -204,8 +215,8 @@ def about() -> dict[str, Any]:
 class Bench:
   """What the groups share: models, the peer's process and measured limits."""
 
-  def __init__(self, folder: pathlib.Path, tiny: bool):
-    self._folder, self._tiny = folder, tiny
+  def __init__(self, options: Options):
+    self.options = options
     self._limits: dict[str, Any] = {}
     self._loads: dict[tuple[str, str], Any] = {}
     self._peer: tuple[str, Any] | None = None
@@ -214,10 +225,12 @@ class Bench:
     """The workloads of a model; JAX multiplies by `precision` from here on."""
     from tensorar_jax import hardware, workloads
 
-    chosen = {"stage": stages(self._tiny)[model]}
+    chosen = {"stage": stages(self.options.tiny)[model]}
     hardware.set_precision(precision, chosen)
     if (model, precision) not in self._loads:
-      made = workloads.Workloads(chosen["stage"], self._folder)
+      made = workloads.Workloads(
+        chosen["stage"], pathlib.Path(self.options.output)
+      )
       self._loads[model, precision] = made
     return self._loads[model, precision]
 
@@ -247,15 +260,15 @@ class Bench:
 
 
 def measure(group: Group, bench: Bench, results: Results, seconds: float):
-  """The lines of a group."""
+  """The lines of a group; no case begins when the seconds are over."""
   from tensorar_jax import benchmark
 
-  rounds = 1 if _TINY.value else 3
+  rounds = 1 if bench.options.tiny else 3
   given = dict(windows=(1, 4), depths=(1,), rounds=rounds, unguided=False)
   given |= dict(precision=group.precision, seconds=seconds)
   settings = benchmark.Settings(**{**given, **group.settings})
   loads = bench.loads(group.model, group.precision)
-  with_peer = settings.peer and _PEER.value
+  with_peer = settings.peer and bench.options.peer
   beside = bench.peer(group.precision, loads) if with_peer else None
   limit = bench.limit(group.precision, loads.backbone.dtype)
   cases = benchmark.Cases(loads, settings, limit, beside)
@@ -276,11 +289,11 @@ def measure(group: Group, bench: Bench, results: Results, seconds: float):
     results.add("done", **same)
 
 
-def run_groups(part: str, results: Results, folder: pathlib.Path, end: float):
+def run_groups(options: Options, results: Results, end: float) -> None:
   """Measures the groups of a part until the time is over."""
-  done, bench = results.done(), Bench(folder, _TINY.value)
+  done, bench = results.done(), Bench(options)
   try:
-    for group in groups(part, _TINY.value):
+    for group in groups(options.part, options.tiny):
       seconds = end - time.monotonic()
       if group.name in done or seconds < 0:
         continue
@@ -464,9 +477,11 @@ def parity_rows(log: str) -> list[dict[str, Any]]:
   return rows
 
 
-def check_correctness(results: Results, folder: pathlib.Path, end: float):
+def check_correctness(
+  results: Results, folder: pathlib.Path, end: float, tiny: bool
+) -> None:
   """All three checks; those in processes of their own run side by side."""
-  tiny, left = _TINY.value, lambda: end - time.monotonic()
+  left = lambda: end - time.monotonic()
   runs = [start_training(folder, where, tiny) for where in ("", "cpu")]
   tokens = subprocess.Popen(
     command_of("launch.gpu_check", "--part=tokens", f"--output={folder}"),
@@ -499,31 +514,25 @@ def shrink() -> None:
 
 
 def main(argv: list[str]) -> None:
-  del argv
-  end = time.monotonic() + _SECONDS.value
-  folder = pathlib.Path(_OUTPUT.value).absolute()
+  options = parse(argv)
+  end = time.monotonic() + options.seconds
+  folder = pathlib.Path(options.output).absolute()
   results = Results(folder)
-  if _PART.value == "summary":
-    print(gpu_report.write(folder))
-    return
-  if _TINY.value:
-    shrink()
   logging.set_verbosity(logging.INFO)
   logging.use_absl_handler()
-  if _PART.value == "tokens":
+  if options.tiny:
+    shrink()
+  if options.part == "summary":
+    print(gpu_report.write(folder))
+  elif options.part == "tokens":
     with noted(results, "tokens"):
       compare_tokens(results, folder)
-    return
-  steps: dict[str, Callable] = {
-    "speed": functools.partial(run_groups, "speed"),
-    "more": functools.partial(run_groups, "more"),
-  }
-  if _PART.value == "correctness":
-    check_correctness(results, folder, end)
-    return
-  results.add("about", **about())
-  steps[_PART.value](results, folder, end)
+  elif options.part == "correctness":
+    check_correctness(results, folder, end, options.tiny)
+  else:
+    results.add("about", **about(options.tiny))
+    run_groups(options, results, end)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main(sys.argv[1:])

@@ -8,8 +8,6 @@ import sys
 import time
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from launch import gpu_check, gpu_report
 from tensorar_jax import benchmark, machine
@@ -19,20 +17,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def tiny(monkeypatch):
-  """The flags of a tiny run, and limits that take no time."""
+  """Limits that take no time to measure."""
   monkeypatch.setattr(machine, "MATMUL", {"cpu": 64})
   monkeypatch.setattr(machine, "READ_BYTES", 2**20)
   monkeypatch.setattr(machine, "LIMIT_SECONDS", 0.0)
   monkeypatch.setattr(machine, "RUN_SECONDS", 0.0)
-  saved = flagsaver.save_flag_values()
-  flags.FLAGS(["gpu_check", "--part=speed", "--tiny", "--nopeer"])
-  yield
-  flagsaver.restore_flag_values(saved)
 
 
 @pytest.mark.parametrize("part", ["speed", "more"])
 @pytest.mark.parametrize("is_tiny", [False, True])
-def test_every_group_can_be_planned(part, is_tiny, tiny):
+def test_every_group_can_be_planned(part, is_tiny):
   found = gpu_check.groups(part, is_tiny)
   assert len({group.name for group in found}) == len(found)
   for group in found:
@@ -40,7 +34,7 @@ def test_every_group_can_be_planned(part, is_tiny, tiny):
     assert benchmark.plan(settings, (4, 1), train_batch=2)
 
 
-def test_the_first_groups_are_worth_most(tiny):
+def test_the_first_groups_are_worth_most():
   names = [group.name for group in gpu_check.groups("speed", tiny=False)]
   assert names[:2] == ["decode 128 bfloat16", "decode 1 bfloat16"]
   assert names.index("peer 128 bfloat16") < names.index("train B 128")
@@ -53,8 +47,9 @@ def test_what_is_measured_is_kept_and_not_measured_again(
   bad = gpu_check.Group("bad", "no such model", "float32", {})
   monkeypatch.setattr(gpu_check, "groups", lambda part, tiny: [bad, one])
   results = gpu_check.Results(tmp_path)
+  options = gpu_check.Options("speed", output=str(tmp_path), tiny=True)
   late = time.monotonic() + 1000
-  gpu_check.run_groups("speed", results, tmp_path, late)
+  gpu_check.run_groups(options, results, late)
   assert results.done() == {one.name}
   page = gpu_report.write(tmp_path)
   summary = json.loads((tmp_path / "summary.json").read_text())
@@ -65,12 +60,12 @@ def test_what_is_measured_is_kept_and_not_measured_again(
   assert error["group"] == "bad" and "no such model" in error["error"]
   before = len(gpu_report.read(tmp_path / gpu_report.RESULTS))
   monkeypatch.setattr(gpu_check, "groups", lambda part, tiny: [one])
-  gpu_check.run_groups("speed", results, tmp_path, late)
+  gpu_check.run_groups(options, results, late)
   assert len(gpu_report.read(tmp_path / gpu_report.RESULTS)) == before
   # Nothing begins when the time is over.
   other = gpu_check.decode("float32", 2)
   monkeypatch.setattr(gpu_check, "groups", lambda part, tiny: [other])
-  gpu_check.run_groups("speed", results, tmp_path, time.monotonic() - 1)
+  gpu_check.run_groups(options, results, time.monotonic() - 1)
   assert len(gpu_report.read(tmp_path / gpu_report.RESULTS)) == before
 
 
