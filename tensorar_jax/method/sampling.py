@@ -80,12 +80,12 @@ class SamplingProgram:
 
   Attributes:
     config: how tokens are drawn; its guidance is in the inputs' scales.
-    on_cpu: whether to decode with the layers that a CPU runs fastest.
+    platform: what it runs on: "cpu", "gpu" or "tpu".
     mesh: what splits the rows; None is one device.
   """
 
   config: SamplingConfig
-  on_cpu: bool
+  platform: str
   mesh: Mesh | None
 
 
@@ -202,8 +202,8 @@ def _platform_and_mesh(cond) -> tuple[str, Mesh | None]:
   """Returns where a condition is: (platform, mesh or None for one device)."""
   layout = getattr(jax.tree.leaves(cond)[0], "sharding", None)
   if layout is None:
-    return jax.default_backend(), None
-  platform = next(iter(layout.device_set)).platform
+    return sharding.platform(), None
+  platform = sharding.platform_of(next(iter(layout.device_set)))
   if not isinstance(layout, NamedSharding) or layout.num_devices == 1:
     return platform, None
   if layout.mesh.axis_names != sharding.AXES:
@@ -219,35 +219,37 @@ def _generate(graphdef, state, inputs: SamplingInputs, program):
   """`generate`, compiled once for each `SamplingProgram`."""
   graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
   run = functools.partial(_generate_rows, graphdef, program)
-  if program.mesh:
-    # Left to the partitioner, [cond | null] would be one batch to split, and
-    # the halves of an image would meet across devices at every token. Rows are
-    # split by hand, and what `fsdp` splits of the weights is gathered once;
-    # `tensor` is the partitioner's.
-    whole, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
-    split = SamplingInputs(
-      cond=rows,
-      null=rows,
-      rng=whole,
-      image_index=rows,
-      scales=whole,
-      committed=rows,
-    )
-    run = jax.shard_map(
-      run,
-      mesh=program.mesh,
-      in_specs=(whole, split),
-      out_specs=rows,
-      axis_names=set(sharding.ROWS),
-      check_vma=False,
-    )
+  if not program.mesh:
+    with sharding.on_one_device(program.platform):
+      return run(state, inputs)
+  # Left to the partitioner, [cond | null] would be one batch to split, and the
+  # halves of an image would meet across devices at every token. Rows are split
+  # by hand, and what `fsdp` splits of the weights is gathered once; `tensor` is
+  # the partitioner's.
+  whole, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
+  split = SamplingInputs(
+    cond=rows,
+    null=rows,
+    rng=whole,
+    image_index=rows,
+    scales=whole,
+    committed=rows,
+  )
+  run = jax.shard_map(
+    run,
+    mesh=program.mesh,
+    in_specs=(whole, split),
+    out_specs=rows,
+    axis_names=set(sharding.ROWS),
+    check_vma=False,
+  )
   return run(state, inputs)
 
 
 def _generate_rows(graphdef, program, state, inputs: SamplingInputs):
   """Samples of the rows of one device, or of those that share its rows."""
   model = nnx.merge(graphdef, state)
-  model = layers.for_decoding(model) if program.on_cpu else model
+  model = layers.for_decoding(model) if program.platform == "cpu" else model
   config, cond = program.config, inputs.cond
   num_tokens, window = model.num_tokens, model.window
   guided = inputs.null is not None
@@ -428,5 +430,5 @@ def _prepare_call(
   config = dataclasses.replace(
     config, guidance=1.0, guidance_power=0.0, guidance_interval=None
   )
-  program = SamplingProgram(config, on_cpu=platform == "cpu", mesh=mesh)
+  program = SamplingProgram(config, platform=platform, mesh=mesh)
   return nnx.split(model), inputs, program

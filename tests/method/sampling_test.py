@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from tensorar_jax.method import drawing, sampling, windows
 from tensorar_jax.method.drawing import TokenConfig
 from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
-from tensorar_jax.nn import layers
+from tensorar_jax.nn import attention, layers
 from tensorar_jax.parallel import sharding
 from tests import programs, tiny
 
@@ -264,6 +265,41 @@ def test_bad_calls_say_what_to_do():
     tiny.CLASSES.encode([1, 5])
   with pytest.raises(ValueError, match="class id -1"):
     tiny.CLASSES.encode([-1])
+
+
+@pytest.mark.parametrize("name, rows", [("cpu", 2), ("cuda", 1), ("tpu", 1)])
+def test_one_device_is_traced_for_what_it_is(name, rows, monkeypatch):
+  """Also if it is not there, as a single target of --mode=compile is not.
+
+  A CPU multiplies a row of bfloat16 as two.
+  """
+  config = dataclasses.replace(tiny.backbone().config, dtype="bfloat16")
+  model = TensorAR(type(tiny.backbone())(config, rngs=nnx.Rngs(0)))
+  cond = tiny.cond()
+  seen = set()
+  plain = attention.plain
+
+  def spy(q, *args):
+    seen.add((sharding.platform(), q.shape[2]))
+    return plain(q, *args)
+
+  monkeypatch.setattr(attention, "plain", spy)
+  device = types.SimpleNamespace(platform=name)
+  place = types.SimpleNamespace(device_set=[device], num_devices=1)
+  cond = jax.tree.map(
+    lambda a: types.SimpleNamespace(shape=a.shape, sharding=place), cond
+  )
+  platform, mesh = sampling._platform_and_mesh(cond)
+  assert mesh is None
+  monkeypatch.setattr(
+    sampling, "_platform_and_mesh", lambda cond: (platform, None)
+  )
+  sampling._generate.clear_cache()
+  rng = jax.random.key(0)
+  sampling.trace(model, tiny.cond(), None, rng, SamplingConfig())
+  sampling._generate.clear_cache()
+  platform = "gpu" if name == "cuda" else name
+  assert (platform, rows) in seen and {p for p, _ in seen} == {platform}
 
 
 def test_no_removed_token_is_ever_drawn():
