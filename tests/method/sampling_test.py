@@ -39,11 +39,12 @@ def test_cached_logits_equal_teacher_forced_ones_on_the_same_windows(window):
 
 
 def test_both_cache_layouts_compute_the_same():
-  """Unrolled layers (CPU) and layers under scan (GPU, TPU)."""
+  """Single layers, transposed on a CPU, and layers under scan (TPU)."""
   model, cond = tiny.wrapped(2), tiny.cond()
   x = jax.random.normal(jax.random.key(0), (2, 8, 16))
   want = programs.forward(model.backbone, cond, x)
-  for layout in (model, layers.for_decoding(model)):
+  for platform in ("cpu", "gpu", "tpu"):
+    layout = layers.for_decoding(model, platform)
     got = programs.cached(layout.backbone, cond, x)
     np.testing.assert_allclose(got, want, atol=2e-5)
 
@@ -57,6 +58,51 @@ def test_a_model_is_prepared_once_and_samples_the_same():
   want, got = (generate(m, return_logits=True) for m in (model, prepared))
   np.testing.assert_array_equal(got.drafts, want.drafts)
   np.testing.assert_allclose(got.logits[0], want.logits[0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  "platform, is_single, is_transposed",
+  [("cpu", True, True), ("gpu", True, False), ("tpu", False, False)],
+)
+def test_a_model_is_prepared_for_its_platform(
+  platform, is_single, is_transposed, monkeypatch
+):
+  """Whatever the form, it draws the same."""
+  model = tiny.wrapped(2)
+  monkeypatch.setattr(sharding, "platform_of", lambda device: platform)
+  prepared = sampling.prepare(model, sharding.local_mesh())
+  assert layers.is_for_decoding(prepared) == is_single
+  assert not layers.is_for_decoding(model)
+  names = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(prepared))}
+  assert ("transposed" in names, "kernel" in names) == (
+    is_transposed,
+    not is_transposed,
+  )
+  monkeypatch.undo()
+  want, got = (generate(m, return_logits=True) for m in (model, prepared))
+  np.testing.assert_array_equal(got.drafts, want.drafts)
+  np.testing.assert_allclose(got.logits[0], want.logits[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize(
+  "platform, loops", [("cpu", 1), ("gpu", 1), ("tpu", 3)]
+)
+def test_only_tpus_loop_over_layers(platform, loops, is_prepared, monkeypatch):
+  """One loop is over the tokens; the others are of prefill and of a step."""
+  model = tiny.wrapped(2)
+  monkeypatch.setattr(sharding, "platform_of", lambda device: platform)
+  if is_prepared:
+    model = sampling.prepare(model, sharding.local_mesh())
+  monkeypatch.setattr(
+    sampling, "_platform_and_mesh", lambda cond: (platform, None)
+  )
+  sampling._generate.clear_cache()
+  traced = sampling.trace(
+    model, tiny.cond(), None, jax.random.key(0), SamplingConfig()
+  )
+  sampling._generate.clear_cache()
+  assert str(traced.jaxpr).count(" scan[") == loops
 
 
 def test_weights_are_read_in_the_dtype_of_the_computation():
