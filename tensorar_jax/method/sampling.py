@@ -81,7 +81,8 @@ class SamplingProgram:
   Attributes:
     config: how tokens are drawn; its guidance is in the inputs' scales.
     platform: what it runs on: "cpu", "gpu" or "tpu".
-    mesh: what splits the rows; None is one device.
+    mesh: the mesh of the inputs, which splits the rows if it has several
+      devices; None is one device without a mesh.
   """
 
   config: SamplingConfig
@@ -199,12 +200,12 @@ class WindowDrawer:
 
 
 def _platform_and_mesh(cond) -> tuple[str, Mesh | None]:
-  """Returns where a condition is: (platform, mesh or None for one device)."""
+  """Returns where a condition is: (platform, its mesh if it has one)."""
   layout = getattr(jax.tree.leaves(cond)[0], "sharding", None)
   if layout is None:
     return sharding.platform(), None
   platform = sharding.platform_of(next(iter(layout.device_set)))
-  if not isinstance(layout, NamedSharding) or layout.num_devices == 1:
+  if not isinstance(layout, NamedSharding):
     return platform, None
   if layout.mesh.axis_names != sharding.AXES:
     raise ValueError(
@@ -219,8 +220,8 @@ def _generate(graphdef, state, inputs: SamplingInputs, program):
   """`generate`, compiled once for each `SamplingProgram`."""
   graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
   run = functools.partial(_generate_rows, graphdef, program)
-  if not program.mesh:
-    with sharding.on_one_device(program.platform):
+  if program.mesh is None or program.mesh.size == 1:
+    with sharding.on_one_device(program.platform, program.mesh):
       return run(state, inputs)
   # Left to the partitioner, [cond | null] would be one batch to split, and the
   # halves of an image would meet across devices at every token. Rows are split

@@ -245,7 +245,7 @@ def platform() -> str:
 
 
 def platform_of(device: Any) -> str:
-  """Its platform: "cpu", "gpu" or "tpu"; it need not be there."""
+  """Returns the platform of a device: "cpu", "gpu" or "tpu"."""
   return _family(device.platform)
 
 
@@ -258,15 +258,19 @@ def as_if_plain():
   return use_abstract_mesh(_one_device("cpu"))
 
 
-def on_one_device(wanted: str):
+def on_one_device(wanted: str, mesh: Mesh | None = None):
   """A context in which programs are traced for one device of a platform.
 
-  A single device has no mesh that would say what it is, and it need not be
-  that of the default backend: it may be compiled for, or one of several kinds.
+  By default a program is traced for the default backend. But the device may be
+  one that is compiled for and not there, or one of several kinds.
+
+  Args:
+    wanted: "cpu", "gpu" or "tpu".
+    mesh: that of the program's inputs, if they have one.
   """
   if wanted == platform():
     return contextlib.nullcontext()
-  return use_abstract_mesh(_one_device(wanted))
+  return use_abstract_mesh(mesh.abstract_mesh if mesh else _one_device(wanted))
 
 
 def _one_device(name: str) -> AbstractMesh:
