@@ -16,6 +16,7 @@ they call is `constrain`, which does nothing on one device.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -252,15 +253,42 @@ def bytes_of(tree: Any) -> tuple[int, int]:
 def platform() -> str:
   """Returns what a program is traced for: "cpu", "gpu" or "tpu"."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  name = device.platform if device else jax.default_backend()
-  return "gpu" if name == "cuda" else name
+  return _family(device.platform if device else jax.default_backend())
+
+
+def platform_of(device: Any) -> str:
+  """Returns the platform of a device: "cpu", "gpu" or "tpu"."""
+  return _family(device.platform)
+
+
+def _family(name: str) -> str:
+  return "gpu" if name in ("cuda", "rocm") else name
 
 
 def as_if_plain():
   """A context in which programs are traced for one device without kernels."""
-  device = AbstractDevice("cpu", None, "cpu")
-  mesh = AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
-  return use_abstract_mesh(mesh)
+  return use_abstract_mesh(_one_device("cpu"))
+
+
+def on_one_device(wanted: str, mesh: Mesh | None = None):
+  """A context in which programs are traced for one device of a platform.
+
+  By default a program is traced for the default backend. But the device may be
+  one that is compiled for and not there, or one of several kinds.
+
+  Args:
+    wanted: "cpu", "gpu" or "tpu".
+    mesh: that of the program's inputs, if they have one.
+  """
+  if wanted == platform():
+    return contextlib.nullcontext()
+  return use_abstract_mesh(mesh.abstract_mesh if mesh else _one_device(wanted))
+
+
+def _one_device(name: str) -> AbstractMesh:
+  types = (AxisType.Auto,) * len(AXES)
+  device = AbstractDevice(name, None, name)
+  return AbstractMesh((1,) * len(AXES), AXES, types, abstract_device=device)
 
 
 def _free(mesh: AbstractMesh) -> set[str]:

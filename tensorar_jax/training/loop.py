@@ -271,13 +271,14 @@ def _prepare(
     meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
   step, count_flops = make_step(stage, model, task, tx, layout)
+  dtype = model.backbone.dtype if hasattr(model, "backbone") else "float32"
   return Training(
     folder=folder,
     config=config,
     mesh=mesh,
     task=task,
     data=data,
-    meter=throughput.Meter(folder, step, count_flops, profile),
+    meter=throughput.Meter(folder, step, count_flops, profile, dtype),
     checkpoints=checkpoints,
     origin=origin,
     began=time.monotonic() - meta["seconds"],

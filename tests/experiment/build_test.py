@@ -1,5 +1,7 @@
 """Where weights come from: finished stages, and measurements tied to them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -8,10 +10,12 @@ from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.evaluation import evaluate, yardsticks
 from tensorar_jax.experiment import build, saved
 from tensorar_jax.experiment.schema import (
+  BackboneConfig,
   ConditioningConfig,
   EvaluationConfig,
   TextOptions,
 )
+from tensorar_jax.experiment.stages import with_precision
 from tensorar_jax.generation import requests, sample_files
 from tensorar_jax.parallel import weights
 from tests import tiny_configs
@@ -101,3 +105,14 @@ def test_what_is_loaded_is_what_is_asked_for(tmp_path):
     build.frozen_tokenizer(reader, tmp_path)
   with pytest.raises(ValueError, match="'class': expected one that reads text"):
     build.text_conditioning(config.conditioning)
+
+
+def test_precision_sets_the_dtype_of_every_backbone():
+  one, other = tiny_configs.stage(6), tiny_configs.stage(objective="classifier")
+  stages = {"one": one, "other": other}
+  made = with_precision(stages, "bfloat16")
+  assert made["one"].backbone.config.dtype == "bfloat16"
+  assert one.backbone.config.dtype == "float32"  # not changed in place
+  assert with_precision(made, "tensorfloat32") == stages
+  bare = dataclasses.replace(one, backbone=BackboneConfig())
+  assert with_precision({"bare": bare}, "bfloat16") == {"bare": bare}
