@@ -1,5 +1,7 @@
 """Small models of prime sizes for the tests."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,17 @@ CONFIG = llamagen.Config(
   token_dropout=0.0,
   residual_dropout=0.0,
   mlp_dropout=0.0,
+)
+# Fields of a VQ tokenizer of as many tokens of the same vocabulary.
+VQ = dict(
+  channels=8,
+  channel_multipliers=(1, 2),
+  num_res_blocks=1,
+  latent_channels=8,
+  code_dim=4,
+  codebook_size=11,
+  norm_groups=4,
+  image_size=(6, 6),
 )
 CLASSES = conditions.ClassConditioning(5)
 TEXTS = conditions.TextConditioning(width=7, length=5)
@@ -44,8 +57,6 @@ def redraw(model: nnx.Module, seed: int = 0, scale: float = 0.3) -> nnx.Module:
 
 def backbone(seed: int = 0, **fields) -> nnx.Module:
   """A random LlamaGen; fields override CONFIG."""
-  import dataclasses
-
   config = dataclasses.replace(CONFIG, **fields)
   make = lambda rngs: llamagen.Model(config, rngs=rngs)
   return redraw(weights.abstract(make), seed)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """What images are compared with."""
+  """What images are measured against."""
 
   reference: str | None = option(
     None,
@@ -43,7 +43,7 @@ class Reference:
   )
 
   def judge(self) -> Judge:
-    """The network and the reference; each of several processes has a share."""
+    """Loads network and reference; each of several processes has a share."""
     from tensorar_jax.checkpoints import resumable
     from tensorar_jax.evaluation import protocol
 
@@ -128,7 +128,7 @@ def evaluate(
   experiment: Experiment | None,
   workdir: pathlib.Path | None,
 ) -> None:
-  """--mode=evaluate: one of its four ways."""
+  """Carries out --mode=evaluate, in one of its four ways."""
   if options.questions and not options.scores:
     raise ValueError("--questions goes with --scores=FILE of DPG-Bench.")
   if options.scores:
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def summarise_scores(options: Evaluate) -> None:
-  """--scores."""
+  """Makes the table of --scores."""
   from tensorar_jax.evaluation import summary
 
   if options.samples or options.reference:
@@ -152,13 +152,13 @@ def summarise_scores(options: Evaluate) -> None:
   scores = pathlib.Path(options.scores)
   questions = pathlib.Path(options.questions) if options.questions else None
   folder = pathlib.Path(options.output or scores.with_suffix(""))
-  found = summary.summarise(scores, questions, folder)
-  print(summary.table(scores.stem, found))
+  metrics = summary.summarise(scores, questions, folder)
+  print(summary.table(scores.stem, metrics))
   print(folder / "metrics.json")
 
 
 def measure_file(options: Evaluate) -> None:
-  """--samples --reference."""
+  """Measures the images of --samples against --reference."""
   from tensorar_jax.evaluation import protocol
 
   if not options.reference:
@@ -178,7 +178,7 @@ def measure_file(options: Evaluate) -> None:
 def measure_stage(
   options: Evaluate, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--reference: draws the images of a stage, and measures them."""
+  """Draws images of a stage and measures them against --reference."""
   from tensorar_jax.evaluation import protocol
   from tensorar_jax.method import drawing
   from tensorar_jax.reports import guidance_report
@@ -209,7 +209,7 @@ def measure_stage(
 def measure_checkpoints(
   options: Evaluate, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--every_checkpoint, with --reference or without."""
+  """Measures all checkpoints that were kept, with or without --reference."""
   from tensorar_jax.evaluation import progress
   from tensorar_jax.reports import progress_report
 
@@ -223,26 +223,26 @@ def measure_checkpoints(
   if options.reference:
     name, _ = drawn_stage(options, stages)
     judge, request = options.judge(), options.request(50_000)
-    found = progress.by_reference(
+    results = progress.by_reference(
       judge, stages, workdir, request, name=name, batch_size=options.batch_size
     )
     title = f"{request.num_images:,} images against {judge.file.path.stem}"
   elif settings:
     names = (options.stage,) if options.stage else settings.models
-    found = progress.by_yardstick(stages, settings, workdir, names)
+    results = progress.by_yardstick(stages, settings, workdir, names)
     title = f"{settings.num_images:,} images of each checkpoint"
   else:
     raise ValueError(
       "--every_checkpoint: the config has no section `evaluation`; name a"
       " reference batch with --reference=FILE.npz."
     )
-  progress_report.draw(found, stages, workdir, title)
+  progress_report.draw(results, stages, workdir, title)
 
 
 def measure_models(
   options: Evaluate, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """The models and the measure of the section `evaluation`."""
+  """Measures the models of the section `evaluation` as it says."""
   from tensorar_jax.evaluation import evaluate
 
   if not experiment.evaluation:
@@ -262,10 +262,13 @@ def measure_models(
 
 
 def only_with_reference(options: Any) -> None:
-  """ValueError for flags of a measurement by --reference without it.
+  """Refuses flags that need --reference, without it.
 
   Args:
     options: with the flags of `Images` and `Reference`.
+
+  Raises:
+    ValueError: such a flag is given, and --reference is not.
   """
   if options.reference:
     return
@@ -280,7 +283,7 @@ def only_with_reference(options: Any) -> None:
 def drawn_stage(
   options: Evaluate, stages: Mapping[str, Stage]
 ) -> tuple[str, Stage]:
-  """(name, stage) to draw from; ValueError if it draws from text."""
+  """Returns the (name, stage) to draw from; ValueError if it reads text."""
   from tensorar_jax.generation import requests, sample_files
 
   name = sample_files.drawable(stages, options.stage)

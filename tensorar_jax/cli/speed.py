@@ -96,7 +96,7 @@ class Benchmark(Shared):
 def compile_stage(
   options: Compile, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=compile."""
+  """Carries out --mode=compile."""
   from tensorar_jax.performance import compile, targets
 
   compile.report(
@@ -111,7 +111,7 @@ def compile_stage(
 def run_benchmark(
   options: Benchmark, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=benchmark."""
+  """Carries out --mode=benchmark."""
   from tensorar_jax.performance import benchmark
 
   settings = benchmark.Settings(

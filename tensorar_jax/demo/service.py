@@ -22,7 +22,7 @@ from jaxtyping import Bool, UInt8
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.experiment import build
-from tensorar_jax.experiment.schema import Stage
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import batches, requests
 from tensorar_jax.interfaces import Conditioning, TextEncoder, Tokenizer
 from tensorar_jax.method import drawing, sampling
@@ -111,7 +111,7 @@ class Studio:
         f"{workdir} holds no trained stage that draws images: run --mode=train"
         " or --mode=import first, or name another --workdir."
       )
-    self.first = build.choose("--stage", stage or self.names[-1], self.names)
+    self.first = choose("--stage", stage or self.names[-1], self.names)
     self.load = functools.lru_cache(maxsize=IN_MEMORY)(self._load)
 
   def title(self, name: str) -> str:
@@ -153,7 +153,7 @@ class Studio:
   def draw(self, request: DemoRequest) -> Drawn:
     """Draws the images; ValueError, in words for the page, for bad requests."""
     started = time.monotonic()
-    name = build.choose("checkpoint", request.stage, self.names)
+    name = choose("checkpoint", request.stage, self.names)
     count = _whole(
       "the number of images", request.num_images, 1, self.num_images
     )

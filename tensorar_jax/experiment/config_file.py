@@ -24,12 +24,12 @@ FOLDER = pathlib.Path("configs")
 def load(
   path_or_name: str, overrides: Mapping[str, str] | None = None
 ) -> Experiment:
-  """The experiment of a config file.
+  """Reads and checks the experiment of a config file.
 
   Args:
     path_or_name: a file, or the name of one of configs/, with `:ARGUMENT` after
       it if its get_config() takes one.
-    overrides: texts by the dotted name of the value that they set, as in
+    overrides: values as written on the command line, by dotted name, such as
       {"noise.schedule_start": "1", "stages.base.train.num_steps": "10"}.
 
   Raises:
@@ -42,27 +42,27 @@ def load(
 
 
 def find(name: str) -> pathlib.Path:
-  """The file that a path, or the name of a file of configs/, stands for."""
+  """Finds the file of a path, or of the name of a file in configs/."""
   for path in (pathlib.Path(name), FOLDER / name, FOLDER / f"{name}.py"):
     if path.is_file():
       return path
   parent = pathlib.Path(name).parent
-  alone = parent == pathlib.Path() or not parent.is_dir()
-  folder = FOLDER if alone else parent
+  has_folder = parent != pathlib.Path() and parent.is_dir()
+  folder = parent if has_folder else FOLDER
   known = {
     path.stem: str(path)
     for path in sorted([*folder.glob("*.py"), *folder.glob("*/*.py")])
-    # A config says how to run it; what configs share does not.
+    # Configs say how to run them; files that they share do not.
     if "--config=" in path.read_text(errors="ignore")
   }
   close = difflib.get_close_matches(pathlib.Path(name).stem, known, n=1)
   hint = f" Did you mean {known[close[0]]}?" if close else ""
-  there = ", ".join(known.values()) or f"none; {folder}/ has no configs"
-  raise ValueError(f"--config={name}: no such file.{hint} There are: {there}.")
+  listed = ", ".join(known.values()) or f"none; {folder}/ has no configs"
+  raise ValueError(f"--config={name}: no such file.{hint} There are: {listed}.")
 
 
 def read(path: pathlib.Path, argument: str | None = None) -> ConfigDict:
-  """What `get_config()` of a file returns, called with `argument` if given."""
+  """Calls `get_config()` of a file, with `argument` if there is one."""
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   if spec is None or spec.loader is None:
     raise ValueError(f"--config={path}: expected a Python file, NAME.py.")
@@ -73,14 +73,14 @@ def read(path: pathlib.Path, argument: str | None = None) -> ConfigDict:
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise ValueError(f"--config={path}: the file has no get_config().")
-  given = () if argument is None else (argument,)
-  takes = inspect.signature(module.get_config)
+  arguments = () if argument is None else (argument,)
+  signature = inspect.signature(module.get_config)
   try:
-    takes.bind(*given)
+    signature.bind(*arguments)
   except TypeError as error:
-    found = "nothing" if argument is None else repr(argument)
-    expected = ", ".join(takes.parameters) or "nothing"
+    given = "nothing" if argument is None else repr(argument)
+    expected = ", ".join(signature.parameters) or "nothing"
     raise ValueError(
-      f"--config={path} with {found} after a colon: expected {expected}."
+      f"--config={path} with {given} after a colon: expected {expected}."
     ) from error
-  return module.get_config(*given)
+  return module.get_config(*arguments)

@@ -1,4 +1,4 @@
-"""Published PyTorch weights in and out: files -> models, stages, and back."""
+"""Reads published PyTorch files into models and stages, and writes them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 from absl import logging
 from flax import nnx
+from jax.sharding import Mesh
 
 from tensorar_jax.checkpoints import (
   hub,
@@ -22,7 +25,7 @@ from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import processes, sharding, weights
 
-# What published files end with; an index stands for the files that it names.
+# Endings of published files; an index stands for the files that it names.
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", hub.INDEX)
 
 
@@ -34,15 +37,15 @@ def import_backbone(
   weights_dtype: str | None = None,
   **fields,
 ) -> nnx.Module:
-  """A family's backbone with published PyTorch weights in it.
+  """Makes a family's backbone with published PyTorch weights.
 
   Args:
     name: a module of `backbones/`, such as "llamagen".
     path: the published file, see the family's SOURCES, or its name on the hub,
       `hf://OWNER/REPOSITORY/FILE[@REVISION]`.
     variant: a published size; `fields` of its Config override it.
-    weights_dtype: one of torch_import.DTYPES, that of the weights in memory;
-      None: the model's own, float32.
+    weights_dtype: of the weights in memory, one of torch_import.DTYPES; None:
+      the model's own, float32.
   """
   module = families.family("backbones", name)
   config = families.config_of(module, variant, fields, name)
@@ -57,13 +60,20 @@ def import_tokenizer(
   weights_dtype: str | None = None,
   **fields,
 ) -> nnx.Module:
-  """A tokenizer with published PyTorch weights; as `import_backbone`."""
+  """Makes a tokenizer with published PyTorch weights; as `import_backbone`."""
   module = families.family("tokenizers", name)
   config = families.config_of(module, variant, fields, name)
   return _import(module, config, path, weights_dtype)
 
 
-def _import(module, config, path, dtype, mesh=None):
+def _import(
+  module: ModuleType,
+  config: Any,
+  path: str,
+  dtype: str | None,
+  mesh: Mesh | None = None,
+) -> nnx.Module:
+  """Makes the model of a family's Config with the weights of a file."""
   abstract = weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
   rules = module.import_rules(config)
   tensors = torch_import.load_state_dict(path)
@@ -73,16 +83,19 @@ def _import(module, config, path, dtype, mesh=None):
 def start_from(
   stages: Mapping[str, Stage], init: str, name: str | None = None
 ) -> dict[str, Stage]:
-  """The stages, one of which starts from `init` in place of the config's.
+  """Lets a stage start from `init` in place of what the config names.
 
   Args:
     stages: of an experiment.
     init: a published file, by path or by name on the hub: the stage is imported
       from it. Another stage or a checkpoint of this project: its training
-      starts there. "hf://" alone gives whatever stages read from published
-      files its name on the hub, the text encoder too.
-    name: the stage; by default the first of a model that starts from no other,
-      which is the base model.
+      starts there. "hf://" alone: all published files of the config, that of
+      the text encoder too, come from the hub.
+    name: the stage; by default the base model, which is the first that starts
+      from no other.
+
+  Returns:
+    All stages, that one changed.
   """
   if init == SCHEME:
     return {n: _read_from_hub(stage) for n, stage in stages.items()}
@@ -97,6 +110,7 @@ def start_from(
 
 
 def _read_from_hub(stage: Stage) -> Stage:
+  """Replaces paths of published files by their names on the hub."""
   if stage.source:
     stage = dataclasses.replace(stage, source=_hub_name(stage.source))
   encoder = stage.conditioning.encoder
@@ -109,20 +123,23 @@ def _read_from_hub(stage: Stage) -> Stage:
 def _hub_name(path: str) -> str:
   if hub.is_name(path):
     return path
-  found = hub.location(path)
-  if found is None or not hub.is_name(found):
+  hub_name = hub.location(path)
+  if hub_name is None or not hub.is_name(hub_name):
     raise ValueError(
       f"{path}: no published file of this name is known on the hub. Name the"
       f" source itself, as --init={SCHEME}OWNER/REPOSITORY/FILE."
     )
-  return found
+  return hub_name
 
 
 def import_stage(stage: Stage, folder: pathlib.Path) -> None:
-  """Fills a stage's folder from its `source`; complete or not there at all.
+  """Imports a stage's `source` into its folder, unless that was done before.
 
-  The checkpoint's `meta` says where the weights come from: file, size, sha256,
-  and what they have become: variant, dtype.
+  The checkpoint's `meta` says where the weights come from (file, size, sha256)
+  and what they are here (variant, dtype). It is complete, or not there at all.
+
+  Raises:
+    ValueError: the file does not fit; the folder is another config's.
   """
   part, source = stage.component, stage.source
   config = saved.claim(folder, stage)
@@ -160,7 +177,7 @@ def import_stage(stage: Stage, folder: pathlib.Path) -> None:
 def export_stage(folder: pathlib.Path, path: pathlib.Path) -> None:
   """Writes a stage's base weights in the layout they are published in.
 
-  TensorAR's own modules have no place there and stay behind.
+  TensorAR's own modules have no place there and are left out.
   """
   part = saved.stage_in(orbax_io.find(folder)).component
   module = families.family(part.kind, part.name)

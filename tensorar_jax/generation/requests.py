@@ -21,7 +21,7 @@ from tensorar_jax.conditioning import conditions
 from tensorar_jax.conditioning.conditions import TextConditioning
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
-from tensorar_jax.experiment.schema import Stage
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation.layouts import LAYOUTS, parse_line
 from tensorar_jax.interfaces import Batch, Cond, Conditioning
 
@@ -68,7 +68,7 @@ class Request:
         raise ValueError("classes and prompts: expected one or the other.")
       check_prompts(self.prompts, "prompt")
     if self.layout is not None:
-      layout = build.choose("--layout", self.layout, LAYOUTS)
+      layout = choose("--layout", self.layout, LAYOUTS)
       if len(self.sources or ()) != len(self.prompts or ()) or not self.sources:
         raise ValueError(f"layout={self.layout!r} needs --prompts, its file.")
       if self.num_images not in layout.counts:

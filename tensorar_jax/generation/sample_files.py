@@ -40,7 +40,7 @@ from jaxtyping import Int, UInt8
 from tensorar_jax.checkpoints import files, orbax_io, resumable
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
-from tensorar_jax.experiment.schema import Stage
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import batches, npz, pictures
 from tensorar_jax.generation.requests import Request, condition
 from tensorar_jax.interfaces import Samples, Tokenizer
@@ -142,7 +142,7 @@ def sample(
 def drawable(stages: Mapping[str, Stage], stage: str | None) -> str:
   """The name of a stage that draws images, by default of the last one."""
   known = [n for n, s in stages.items() if s.objective == "tensorar"]
-  return build.choose("--stage", stage or known[-1], known)
+  return choose("--stage", stage or known[-1], known)
 
 
 def _drawing(sampler, tokenizer, num_images, resize, batch_size) -> Draw:

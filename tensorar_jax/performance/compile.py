@@ -25,7 +25,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tensorar_jax.experiment import build
-from tensorar_jax.experiment.schema import Stage
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.method import sampling
 from tensorar_jax.nn import flops
 from tensorar_jax.parallel import sharding, weights
@@ -258,7 +258,7 @@ def report(
   if path and path.exists():
     raise ValueError(f"--output={path} is there already: name a new file.")
   known = [n for n, s in stages.items() if s.objective == "tensorar"]
-  name = build.choose("--stage", name or known[-1], known)
+  name = choose("--stage", name or known[-1], known)
   stage, devices = stages[name], len(target.devices)
   mesh = sharding.make_mesh(stage.mesh, target.devices)
   batch_size = batch_size or IMAGES_PER_DEVICE * devices

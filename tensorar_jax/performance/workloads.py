@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import build, initial_weights
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import batches
 from tensorar_jax.method import sampling, windows
@@ -107,7 +107,7 @@ class Workloads:
     self.workdir = workdir
     self.mesh = sharding.local_mesh(stage.mesh)
     self.conditioning = build.conditioning(stage.conditioning)
-    base = build.initial_model(self._with(1, 1), workdir, self.mesh)
+    base = initial_weights.initial_model(self._with(1, 1), workdir, self.mesh)
     self.backbone = base.backbone
     self._models: dict[tuple[int, int], TensorAR] = {}
 
@@ -184,7 +184,7 @@ class Workloads:
     """
     stage, mesh = self._with(window, depth), self.mesh
     # Its own weights: the step gives them away.
-    model = build.initial_model(stage, self.workdir, mesh)
+    model = initial_weights.initial_model(stage, self.workdir, mesh)
     task = loop.make_task(stage, self.workdir, model, images=False)
     tx, like = loop.make_layout(stage, model, mesh)
     averaged = like.ema is not None

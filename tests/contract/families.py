@@ -99,16 +99,7 @@ _TINY_TOKENIZERS = {
     image_size=(6, 6),
   ),
   "pixels": dict(image_size=(3, 3), levels=11),
-  "vq": dict(
-    channels=8,
-    channel_multipliers=(1, 2),
-    num_res_blocks=1,
-    latent_channels=8,
-    code_dim=4,
-    codebook_size=11,
-    norm_groups=4,
-    image_size=(6, 6),
-  ),
+  "vq": tiny.VQ,
 }
 
 
