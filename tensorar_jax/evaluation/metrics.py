@@ -57,6 +57,8 @@ class FeatureSet:
   @functools.cached_property
   def radii(self) -> np.ndarray:
     """The squared radii of the manifold; at least 4 images are needed."""
+    if self.pool is None:
+      raise ValueError("precision and recall need the features `pool`.")
     return adm.squared_radii(self.pool)
 
 

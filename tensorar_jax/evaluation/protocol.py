@@ -86,7 +86,7 @@ class Judge:
       )
     self.file, self.bootstrap, self.worker = _open(reference), bootstrap, worker
     is_file = isinstance(network, (str, os.PathLike))
-    network = hub.find(network) if is_file else network
+    network = hub.find(os.fspath(network)) if is_file else network
     model = inception.load(network)
     devices = jax.local_devices()
     default = BATCH_PER_DEVICE.get(devices[0].platform, 64) * len(devices)

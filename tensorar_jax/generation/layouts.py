@@ -27,7 +27,10 @@ class Layout(Protocol):
   `source` identifies the prompt to the benchmark: a line of its file, or an id.
   """
 
-  counts: Collection[int]  # allowed numbers of images of a prompt
+  @property
+  def counts(self) -> Collection[int]:
+    """The allowed numbers of images of a prompt."""
+    ...
 
   def names(self, number: int, source: str, count: int) -> list[str]:
     """The files of prompt `number` with `count` images."""

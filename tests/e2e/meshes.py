@@ -41,7 +41,7 @@ STEPS = 3
 
 
 def largest_array() -> int:
-  """The most bytes that any live array has on one device."""
+  """Returns the most bytes that any live array has on one device."""
   arrays = [
     array
     for array in jax.live_arrays()
@@ -57,7 +57,7 @@ def collectives(compiled) -> dict[str, int]:
 
 
 def train_on(family, mesh) -> dict:
-  """Losses, weights, bytes and collectives of a few steps."""
+  """Trains a few steps: losses, weights, bytes and collectives."""
   config = tiny_configs.stage(
     STEPS,
     tensorar=dict(window=2),
@@ -110,7 +110,7 @@ def train_on(family, mesh) -> dict:
 
 
 def sample_on(mesh) -> dict:
-  """Guided samples of eight images, their logits and collectives."""
+  """Draws eight images with guidance: tokens, logits and collectives."""
   model, cond = tiny.wrapped(3), tiny.cond(8)
   null = tiny.CLASSES.null(cond)
   config = sampling.SamplingConfig(guidance=1.5, return_logits=True)
@@ -137,7 +137,7 @@ def sample_on(mesh) -> dict:
 
 
 def attend_on(mesh) -> float:
-  """The TPU's kernel, interpreted on a mesh, against plain attention."""
+  """Compares the TPU's kernel, interpreted on a mesh, with plain attention."""
   arrays = attention_test.heads(groups=4, rows=128)
   mask = attention_test.mask(True, 128)
   want = attention_test.compiled(attention.plain, arrays, mask)
@@ -148,9 +148,16 @@ def attend_on(mesh) -> float:
 
 
 def encode_on(mesh) -> dict:
-  """Captions' features on a mesh against one device's; who holds what."""
-  sizes = dict(width=16, num_layers=2, num_heads=4, head_dim=4, mlp_width=32)
-  config = t5.Config(vocab_size=64, dtype="float32", **sizes)
+  """Compares captions' features on a mesh with one device's."""
+  config = t5.Config(
+    vocab_size=64,
+    width=16,
+    num_layers=2,
+    num_heads=4,
+    head_dim=4,
+    mlp_width=32,
+    dtype="float32",
+  )
   make = lambda rngs: t5.Model(config, rngs=rngs)
   model = tiny.redraw(weights.abstract(make))
   with tempfile.TemporaryDirectory() as folder:
