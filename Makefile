@@ -1,7 +1,7 @@
 # make demo   trains, samples and compares on handwritten digits
 # make test   runs the tests
 # make test-all  runs all tests, the slow notebooks too
-# make lint   ruff and shellcheck
+# make lint   ruff, basedpyright and shellcheck
 # make docs   renders the API reference into docs/api
 # make soak   kills a training run 20 times; it must not show in the results
 # All make .venv first if it is not there.
@@ -23,6 +23,7 @@ soak: .venv/installed
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck -x launch/*.sh .ci/run
 
 # pdoc is the lightest renderer of Markdown docstrings: no theme, no site to

@@ -25,8 +25,8 @@ from absl import app, flags
 from tensorar_jax.checkpoints import hub, torch_export
 from tensorar_jax.experiment import config_file
 
-_CONFIG = flags.DEFINE_string("config", None, "As of main.")
-_FOLDER = flags.DEFINE_string("folder", None, "An empty folder to work in.")
+flags.DEFINE_string("config", None, "As of main.")
+flags.DEFINE_string("folder", None, "An empty folder to work in.")
 _FAKE = flags.DEFINE_boolean("fake", False, "Only write the files.")
 NUM_IMAGES = 4
 CAPTION = "a red cat on a mat"
@@ -118,8 +118,9 @@ def measure(name: str, command: list[str]) -> tuple[str, float, float]:
 def main(argv: list[str]) -> None:
   """Writes the files, runs the modes and prints a table of them."""
   del argv
-  folder = pathlib.Path(_FOLDER.value).absolute()
-  stages = config_file.load(_CONFIG.value).stages
+  given = flags.FLAGS
+  folder = pathlib.Path(given.folder).absolute()
+  stages = config_file.load(given.config).stages
   prompted = stages["base"].conditioning.name == "prompt"
   if _FAKE.value:
     write_weights(stages, folder)
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> None:
       write_tokenizer(folder)
     return
   folder.mkdir(parents=True)
-  config = f"--config={_CONFIG.value}"
+  config = f"--config={given.config}"
   sources = [
     f"--config.stages.{name}.source={folder / pathlib.Path(stage.source).name}"
     for name, stage in stages.items()

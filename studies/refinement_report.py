@@ -59,24 +59,24 @@ def comparison_rows(models: Models) -> Iterable[list[str]]:
   ]
   base = models.get((1, "continued"), {})
   for (window, recipe), seeds in models.items():
-    metrics = {seed: record["metrics"] for seed, record in seeds.items()}
+    measured = {seed: record["metrics"] for seed, record in seeds.items()}
     matched, gaps = {}, ["", ""]
     if window > 1:
       matched = {seed: record["matched"] for seed, record in seeds.items()}
-      bases = {s: base[s]["metrics"] for s in metrics if s in base}
+      bases = {s: base[s]["metrics"] for s in measured if s in base}
       gaps = [
         spread(
-          (metrics[s]["frechet"] - other[s]["frechet"] for s in other),
+          (measured[s]["frechet"] - other[s]["frechet"] for s in other),
           sign=True,
         )
         for other in (bases, matched)
       ]
-    scales = sorted({f"{row['guidance']:g}" for row in metrics.values()})
+    scales = sorted({f"{row['guidance']:g}" for row in measured.values()})
     yield [
       NAMES[recipe],
       str(window),
       ", ".join(scales),
-      *(spread(row[name] for row in metrics.values()) for name in COLUMNS),
+      *(spread(row[name] for row in measured.values()) for name in COLUMNS),
       *gaps,
     ]
     if window > 1:

@@ -263,7 +263,8 @@ class Study:
     scale = reference["metrics"]["guidance"]
     scan = sorted((e, t) for t, e in reference["temperatures"])
     # Beyond the scan this is its end; the record shows the entropy reached.
-    temperature = float(np.interp(entropy, *zip(*scan)))
+    entropies, temperatures = zip(*scan)
+    temperature = float(np.interp(entropy, entropies, temperatures))
     sampler = self._sampler("continued", temperature)
     labels = self.yardstick.labels(0, self.settings.num_images)
     drawn = sampler.draw(scale, SEED, labels)

@@ -96,7 +96,8 @@ def by_number(count: int, width: int) -> dict:
     "batches": count,
     "seconds": [float(np.median(seconds[p])) for p in (first, end)],
     "megabytes": [max(memory[p]) / 1e6 for p in (first, end)],
-    "programs": sampling._generate._cache_size(),
+    # JAX has no other way to ask how often something was compiled.
+    "programs": sampling._generate._cache_size(),  # pyright: ignore[reportAttributeAccessIssue]
   }
 
 

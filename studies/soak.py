@@ -142,6 +142,7 @@ def _bits(path: pathlib.Path) -> dict[str, bytes]:
   import jax
   import numpy as np
   import orbax.checkpoint as ocp
+  from etils import epath
 
   # On the host: this process may have other devices than the run had.
   on_host = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -155,7 +156,7 @@ def _bits(path: pathlib.Path) -> dict[str, bytes]:
     jax.tree_util.keystr(name): np.asarray(leaf).tobytes()
     for name, leaf in jax.tree_util.tree_leaves_with_path(state)
   }
-  data = ocp.JsonCheckpointHandler().restore(path / "data")
+  data = ocp.JsonCheckpointHandler().restore(epath.Path(path / "data"))
   return {
     **arrays,
     "name": path.name.encode(),

@@ -7,11 +7,12 @@ changed. All start from one base model and train for equally many steps; so does
 
 import copy
 import importlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
 DATA = ("digits", "fashion_mnist", "llamagen_b")
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
   "digits": dict(seeds=3, guidance=1.0, num_steps=200, batch_size=16),
   "fashion_mnist": dict(seeds=1, guidance=1.5, num_steps=100, batch_size=32),
 }
@@ -61,7 +62,7 @@ def get_config(data: str, **axes: dict) -> ConfigDict:
   config = importlib.import_module(f"configs.{data}").get_config()
   stages = config.stages
   if "sampling" not in config:
-    config.sampling = dict()
+    config.sampling = ConfigDict()
   config.sampling.draft_temperature = 1.0  # a number, as the variants have it
   for name in ("continued", "drafts"):
     if name in stages:

@@ -116,6 +116,11 @@ class ByReference:
       scales=[scale],
       batch_size=self.batch_size,
     )
+    if not records:
+      raise ValueError(
+        f"{name}: the first of several processes has the measurements. Run"
+        " ablations in one process."
+      )
     (record,) = records.values()
     metrics = {n: entry["value"] for n, entry in record["metrics"].items()}
     return {"metrics": {**metrics, "guidance": scale}}
@@ -178,7 +183,7 @@ def records(path: pathlib.Path) -> dict[str, dict]:
 
 def keep_programs(workdir: pathlib.Path) -> None:
   """Keeps compiled programs on disk, for all seeds and processes."""
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values["jax_compilation_cache_dir"]:
     folder = workdir / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -144,7 +144,7 @@ class Ablation:
     """Returns (window, depth) of all rows of the axes that are timed."""
     shapes = self.shapes()
     return {
-      tuple(shapes[row["variant"]])
+      (shapes[row["variant"]][0], shapes[row["variant"]][1])
       for axis in self.axes.values()
       if axis["timed"]
       for row in axis["rows"]

@@ -45,7 +45,7 @@ def read(config: str, overrides: Mapping[str, str]) -> schema.Experiment:
 
 
 def check(experiment: schema.Experiment, options: Shared) -> Experiment:
-  """Applies --init, and checks that all models can be built.
+  """Applies --init and --precision, and checks that all models can be built.
 
   Args:
     experiment: of `read`.
@@ -58,11 +58,16 @@ def check(experiment: schema.Experiment, options: Shared) -> Experiment:
   from tensorar_jax.evaluation import yardsticks
   from tensorar_jax.experiment import published
   from tensorar_jax.experiment.schema import choose
+  from tensorar_jax.experiment.stages import with_precision
   from tensorar_jax.training import loop
 
   chosen = getattr(options, "stage", None)
   if options.init:
     stages = published.start_from(experiment.stages, options.init, chosen)
+    experiment = dataclasses.replace(experiment, stages=stages)
+  precision = getattr(options, "precision", None)
+  if precision:
+    stages = with_precision(experiment.stages, precision)
     experiment = dataclasses.replace(experiment, stages=stages)
   ablation = variants.Ablation(experiment) if experiment.ablation else None
   stages = ablation.stages if ablation else experiment.stages

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tensorar_jax.cli.config import Experiment
-from tensorar_jax.cli.options import Shared, changed, option
+from tensorar_jax.cli.options import Products, Shared, changed, option
 from tensorar_jax.cli.sampling import Images
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Reference:
     from tensorar_jax.checkpoints import resumable
     from tensorar_jax.evaluation import protocol
 
+    if self.reference is None:
+      raise ValueError("name a reference batch with --reference=FILE.npz.")
     return protocol.Judge(
       self.reference,
       self.inception,
@@ -57,7 +59,7 @@ class Reference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(Images, Reference, Shared):
+class Evaluate(Images, Reference, Products, Shared):
   """Measures trained models, or images that any program made.
 
   There are four ways:
@@ -132,9 +134,14 @@ def evaluate(
   if options.questions and not options.scores:
     raise ValueError("--questions goes with --scores=FILE of DPG-Bench.")
   if options.scores:
-    summarise_scores(options)
+    summarise_scores(options, pathlib.Path(options.scores))
   elif options.samples:
-    measure_file(options)
+    measure_file(options, pathlib.Path(options.samples))
+  elif experiment is None or workdir is None:
+    raise ValueError(
+      "--mode=evaluate needs --config=FILE.py, or images by --samples=FILE.npz,"
+      " or a scorer's results by --scores=FILE."
+    )
   elif options.every_checkpoint:
     measure_checkpoints(options, experiment, workdir)
   elif options.reference:
@@ -143,13 +150,12 @@ def evaluate(
     measure_models(options, experiment, workdir)
 
 
-def summarise_scores(options: Evaluate) -> None:
+def summarise_scores(options: Evaluate, scores: pathlib.Path) -> None:
   """Makes the table of --scores."""
   from tensorar_jax.evaluation import summary
 
   if options.samples or options.reference:
     raise ValueError("--scores goes without --samples and --reference.")
-  scores = pathlib.Path(options.scores)
   questions = pathlib.Path(options.questions) if options.questions else None
   folder = pathlib.Path(options.output or scores.with_suffix(""))
   metrics = summary.summarise(scores, questions, folder)
@@ -157,7 +163,7 @@ def summarise_scores(options: Evaluate) -> None:
   print(folder / "metrics.json")
 
 
-def measure_file(options: Evaluate) -> None:
+def measure_file(options: Evaluate, samples: pathlib.Path) -> None:
   """Measures the images of --samples against --reference."""
   from tensorar_jax.evaluation import protocol
 
@@ -167,7 +173,6 @@ def measure_file(options: Evaluate) -> None:
     raise ValueError(
       f"{needless[0]} with --samples: the images are drawn already."
     )
-  samples = pathlib.Path(options.samples)
   folder = options.output or protocol.default_folder(samples, options.reference)
   record = options.judge().measure(samples, folder)
   if record:

@@ -124,6 +124,19 @@ class Shared:
     return False
 
 
+@dataclasses.dataclass(frozen=True)
+class Products:
+  """How matrices are multiplied."""
+
+  precision: str | None = option(
+    None,
+    "Sets backbone.dtype, and how JAX multiplies float32: exactly, or on GPUs"
+    " in TF32. Default: the config's dtype; float32 on GPUs in TF32, on TPUs in"
+    " bfloat16.",
+    choices=("float32", "tensorfloat32", "bfloat16"),
+  )
+
+
 @functools.cache
 def flags_of(options: type[Shared]) -> dict[str, Flag]:
   """Lists the flags of a mode by name: its own first, shared ones last."""
@@ -152,7 +165,7 @@ def groups_of(options: type) -> dict[str, list[tuple[str, Flag]]]:
 
 def summary(options: type) -> str:
   """Returns the first paragraph of a docstring on one line."""
-  return " ".join(inspect.getdoc(options).split("\n\n")[0].split())
+  return " ".join((inspect.getdoc(options) or "").split("\n\n")[0].split())
 
 
 def changed(options: Shared, group: type) -> list[str]:

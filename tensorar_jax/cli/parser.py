@@ -248,7 +248,7 @@ def _boolean(text: str) -> bool:
 def _shown(default: Any) -> str:
   """Writes a default as one would on the command line."""
   if isinstance(default, tuple):
-    return ",".join(map(str, default))
+    return ",".join(map(str, default)) or "none"
   return str(default).lower() if isinstance(default, bool) else str(default)
 
 

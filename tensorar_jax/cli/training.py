@@ -8,7 +8,7 @@ import sys
 
 from tensorar_jax.cli.config import Experiment
 from tensorar_jax.cli.evaluation import Reference, only_with_reference
-from tensorar_jax.cli.options import Shared, changed, option
+from tensorar_jax.cli.options import Products, Shared, changed, option
 from tensorar_jax.cli.sampling import Images
 
 PROFILE = (
@@ -23,7 +23,7 @@ TABLES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Run(Images, Reference, Shared):
+class Run(Images, Reference, Products, Shared):
   """Trains every stage of the config, evaluates, and draws the report.
 
   What is done is skipped, what was interrupted continues. With a config of
@@ -41,7 +41,7 @@ class Run(Images, Reference, Shared):
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Shared):
+class Train(Products, Shared):
   """Trains the stages of the config, and nothing else.
 
   What is done is skipped, what was interrupted continues, bit for bit.
@@ -147,18 +147,21 @@ def run_ablation(
       "--stage and --profile with --mode=run: ablations train every variant."
       " --mode=train takes them."
     )
+  ablation = experiment.ablation
+  if ablation is None:
+    raise ValueError("the config has no section `ablation`.")
   only_with_reference(options)
   if options.reference:
     measure = runs.ByReference(
-      experiment.ablation,
+      ablation,
       workdir,
       judge=options.judge(),
       images=options.request(50_000),
       batch_size=options.batch_size,
     )
   else:
-    measure = runs.ByEvaluation(experiment.ablation, workdir)
-  runs.run(experiment.ablation, workdir, tables(options.output), measure)
+    measure = runs.ByEvaluation(ablation, workdir)
+  runs.run(ablation, workdir, tables(options.output), measure)
 
 
 def tables(output: str | None) -> pathlib.Path:

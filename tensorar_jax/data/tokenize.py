@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
-from array_record.python import array_record_module
+from array_record.python import (
+  array_record_module,  # pyright: ignore[reportAttributeAccessIssue]: compiled
+)
 
 from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.data import encoder as encoder_lib

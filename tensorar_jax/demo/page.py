@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tensorar_jax.conditioning.conditions import TextConditioning
 from tensorar_jax.demo.service import DemoRequest, Drawn, Studio
 from tensorar_jax.generation import pictures
 
@@ -111,7 +112,7 @@ def _gradio():
 def _fields(gr, studio: Studio, name: str) -> list:
   """The form's fields for a stage: class, prompt, guidance."""
   conditions = studio.conditioning(name)
-  is_text = conditions.is_text
+  is_text = isinstance(conditions, TextConditioning)
   label = "Class" if is_text else f"Class, 0 to {conditions.num_classes - 1}"
   scale = studio.guidance(name)
   hint = "1 means no guidance."

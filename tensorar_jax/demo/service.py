@@ -21,6 +21,10 @@ from jaxtyping import Bool, UInt8
 
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import conditions
+from tensorar_jax.conditioning.conditions import (
+  ClassConditioning,
+  TextConditioning,
+)
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import batches, requests
@@ -128,7 +132,7 @@ class Studio:
   def vocab_sizes(self, name: str) -> tuple[int, ...]:
     return tuple(build.abstract(self.stages[name].tokenizer).vocab_sizes)
 
-  def conditioning(self, name: str) -> Conditioning:
+  def conditioning(self, name: str) -> ClassConditioning | TextConditioning:
     return build.conditioning(self.stages[name].conditioning)
 
   def guidance(self, name: str) -> str:
@@ -138,7 +142,7 @@ class Studio:
   def _load(self, name: str, checkpoint: pathlib.Path) -> Loaded:
     stage = self.stages[name]
     mesh = sharding.local_mesh(stage.mesh)
-    model = build.load_stage(stage, checkpoint, mesh)
+    model = build.load_tensorar(stage, checkpoint, mesh)
     is_text = self.conditioning(name).is_text
     tokenizer = build.frozen_tokenizer(stage, self.workdir)
     return Loaded(
@@ -160,14 +164,14 @@ class Studio:
     seed = _whole("the seed", request.seed, 0, MAX_SEED)
     scale = _scale(request.guidance)
     conditioning, label = self.conditioning(name), 0
-    if conditioning.is_text:
+    if isinstance(conditioning, TextConditioning):
       _check_prompt(request.prompt)
     else:
       last = conditioning.num_classes - 1
       label = _whole("the class", request.label, 0, last)
     checkpoint = orbax_io.find(self.workdir / name)  # perhaps a newer one
     loaded = self.load(name, checkpoint)
-    if loaded.encode:
+    if loaded.encode and isinstance(conditioning, TextConditioning):
       rows = conditions.real_rows(*loaded.encode([request.prompt]))
       conditioning = requests.Prompts(conditioning, rows)
     sampler = batches.Sampler(

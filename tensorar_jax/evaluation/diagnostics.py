@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +62,10 @@ def measure(
     noise: the noise of training.
     batch_size: images per call; `n` need not be a multiple.
   """
+  labels = np.asarray(batch["label"])
   return {
     "window": model.window,
-    **free_running(model, conditioning, batch["label"], config, batch_size),
+    **free_running(model, conditioning, labels, config, batch_size),
     **held_out(model, conditioning, batch, config, noise, batch_size),
   }
 
@@ -81,10 +83,13 @@ def free_running(
   for out in batches.generate(
     model, conditioning, labels, SEED, config, batch_size
   ):
+    assert out.logits is not None  # asked for
     committed = tuple(logits[:, :, 0] for logits in out.logits)
     entropies.append(np.asarray(entropy(committed, config)))
     drafts.append(np.asarray(out.drafts))
-  measured = {"entropy": float(np.mean(np.concatenate(entropies)))}
+  measured: dict[str, Any] = {
+    "entropy": float(np.mean(np.concatenate(entropies)))
+  }
   if model.window > 1:
     measured["copy_rate"] = copy_rate(np.concatenate(drafts))
   return measured
@@ -184,7 +189,7 @@ def _noised(graphdef, state, cond, tokens, rng, noise):
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _slots(graphdef, state, cond, tokens, inputs, extra):
-  """How well the model predicts each image given these input windows."""
+  """Scores the predictions for each image given these input windows."""
   model = nnx.merge(graphdef, state)
   targets, valid = windows.unfold(tokens, model.window)
   hidden = model(cond, inputs, valid[:-1], noise=extra)  # [B, T, k, D]

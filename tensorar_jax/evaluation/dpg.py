@@ -159,7 +159,7 @@ def _read_images(
         " SCORE, ..., MEAN."
       )
     *scores, mean = map(float, match[2][2:].split(", "))
-    _agree(f"{path}, line {number}", "the mean", mean, np.mean(scores))
+    _agree(f"{path}, line {number}", "the mean", mean, float(np.mean(scores)))
     if _item(match[1]) in images:
       raise ValueError(f"{path}, line {number}: {match[1]} is there twice.")
     images[_item(match[1])] = scores
@@ -183,7 +183,9 @@ def _read_answers(path: pathlib.Path) -> dict[str, Answers]:
       f"{path} is missing: the scorer writes it beside its results; without it"
       " leave --questions out."
     )
-  answers = collections.defaultdict(lambda: collections.defaultdict(dict))
+  answers: dict[str, Answers] = collections.defaultdict(
+    lambda: collections.defaultdict(dict)
+  )
   for number, line in enumerate(read_lines(path), 1):
     match = _ANSWER.fullmatch(line)
     if not match:
@@ -238,7 +240,7 @@ def _recount(
       sums.append(sum(by_image[-1][number] for number in asked))
       counts.append(len(asked))
   return {
-    name: tuple(np.array(column, float) for column in totals[name])
+    name: (np.array(totals[name][0], float), np.array(totals[name][1], float))
     for name in CATEGORIES
     if name in totals
   }

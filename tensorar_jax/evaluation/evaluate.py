@@ -78,7 +78,7 @@ class LoadedSubject:
     conditions: Conditioning | None = None,
   ):
     stage, folder = subject.stage, subject.folder
-    self.model = build.load_stage(stage, subject.checkpoint)
+    self.model = build.load_tensorar(stage, subject.checkpoint)
     self.tokenizer = build.frozen_tokenizer(stage, folder.parent)
     self.conditioning = conditions or build.conditioning(stage.conditioning)
     self.config, self.noise = stage.sampling, stage.noise

@@ -34,7 +34,8 @@ def read(image: UInt8[np.ndarray, "32 32 3"]) -> list[Object]:
   nearest = np.argmin((difference**2).sum(axis=-1), axis=-1)
   objects = []
   for number, colour in enumerate(shapes.COLOURS, start=1):
-    parts, _ = scipy.ndimage.label(nearest == number)
+    parts = np.zeros(nearest.shape, np.int32)
+    scipy.ndimage.label(nearest == number, output=parts)
     for i, box in enumerate(scipy.ndimage.find_objects(parts), start=1):
       pixels = parts[box] == i
       shape = _shape(pixels) if pixels.sum() >= MIN_AREA else None
@@ -50,7 +51,7 @@ def _shape(pixels: Bool[np.ndarray, "h w"]) -> str | None:
   for shape in shapes.SHAPES:
     mask = shapes.mask(shape, *pixels.shape)
     overlap[shape] = (pixels & mask).sum() / (pixels | mask).sum()
-  best = max(overlap, key=overlap.get)
+  best = max(overlap, key=overlap.__getitem__)
   return best if overlap[best] >= MIN_OVERLAP else None
 
 

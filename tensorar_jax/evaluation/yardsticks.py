@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import conditions
-from tensorar_jax.data import pipeline, shapes, sources
+from tensorar_jax.data import codes, pipeline, shapes, sources
 from tensorar_jax.data.sources.shapes import open_shapes
 from tensorar_jax.evaluation import metrics, prompt_scores
 from tensorar_jax.evaluation import shapes as shapes_scorer
@@ -25,6 +25,7 @@ from tensorar_jax.experiment import build, saved
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage, choose
 from tensorar_jax.generation import batches, requests
 from tensorar_jax.interfaces import Conditioning
+from tensorar_jax.nn import classifier
 
 Images = UInt8[np.ndarray, "n h w C"]
 Labels = Int[np.ndarray, "n"]
@@ -59,8 +60,23 @@ class Yardstick(Protocol):
   """
 
   identity: str
-  names: Sequence[str]
-  notes: Sequence[str]
+
+  def __init__(
+    self,
+    stages: Mapping[str, Stage],
+    settings: EvaluationConfig,
+    workdir: pathlib.Path,
+  ): ...
+
+  @property
+  def names(self) -> Sequence[str]:
+    """Of the first labels, which the pictures show a row of each."""
+    ...
+
+  @property
+  def notes(self) -> Sequence[str]:
+    """What the numbers mean, for readers."""
+    ...
 
   @staticmethod
   def check(stages: Mapping[str, Stage], settings: EvaluationConfig) -> None:
@@ -111,15 +127,22 @@ class ByClassifier:
 
     def images(split):
       source = sources.load(data.name, split, data_dir=data.data_dir)
+      if isinstance(source, codes.TokenSource):
+        raise ValueError(
+          f"data.name={data.name!r} holds tokens: the classifier {name!r}"
+          " compares images. Name a data set of images."
+        )
       return pipeline.as_arrays(source)
 
-    self.classifier = build.load_stage(stages[name], folder)
+    model = build.load_stage(stages[name], folder)
+    assert isinstance(model, classifier.Model)  # `check` has seen to it
+    self.classifier = model
     self.identity = orbax_io.read_meta(orbax_io.find(folder))["id"]
     self.test_images, self.test_labels = images(data.test_split)
     train_images = images(data.train_split)[0]
     self.real = self.features(train_images[: settings.real_images])
-    first = stages[settings.models[0]].conditioning
-    self.num_classes = build.conditioning(first).num_classes
+    first = settings.models[0]
+    self.num_classes = requests.check_classes(first, stages[first]).num_classes
     self.names = [str(label) for label in range(self.num_classes)]
     self.notes = [
       "frechet, precision and recall are against the real training images, in"
@@ -163,6 +186,7 @@ class ByClassifier:
   def measure_set(self, images: Images, labels: Labels) -> dict[str, float]:
     """Every metric of a set of images against the real training images."""
     fake = self.features(images)
+    assert fake.pool is not None
     right = np.argmax(self.classifier.classify(fake.pool), -1) == labels
     compared = metrics.Comparison(self.real, fake).values()
     return {**compared, "accuracy": float(np.mean(right))}
@@ -234,7 +258,7 @@ class ByReading:
         )
 
   def conditions(self, stage: Stage) -> Conditioning:
-    texts = build.conditioning(stage.conditioning)
+    texts = build.text_conditioning(stage.conditioning)
     encode = build.text_encoder(stage.conditioning)
     rows = conditions.real_rows(*encode(self.captions))
     return requests.Prompts(texts, rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -28,7 +29,7 @@ from tensorar_jax.experiment.schema import (
   Stage,
   choose,
 )
-from tensorar_jax.interfaces import TextEncoder
+from tensorar_jax.interfaces import TextEncoder, Tokenizer
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import classifier
 from tensorar_jax.parallel import sharding, weights
@@ -49,22 +50,38 @@ def _words(name, texts, mesh):
 TEXT_ENCODERS = {**encoders.TEXT_ENCODERS, "words": _words}
 
 
-def component(part: ComponentConfig, rngs: nnx.Rngs) -> nnx.Module:
+# Any: an nnx.Module that is a `Backbone` or a `Tokenizer`, too; Python has no
+# type for both.
+def component(part: ComponentConfig, rngs: nnx.Rngs) -> Any:
   """Makes a freshly initialised backbone or tokenizer."""
   module = families.family(part.kind, part.name)
   return module.Model(part.config, rngs=rngs)
 
 
 @functools.cache  # the stages of a config share their tokenizer
-def abstract(part: ComponentConfig) -> nnx.Module:
+def abstract(part: ComponentConfig) -> Any:
   """Makes a backbone or tokenizer with shapes in place of its arrays."""
   return weights.abstract(lambda rngs: component(part, rngs))
 
 
-def conditioning(section: ConditioningConfig):
+def conditioning(
+  section: ConditioningConfig,
+) -> ClassConditioning | TextConditioning:
   """Makes the `interfaces.Conditioning` that a section describes."""
   kind = choose("conditioning", section.name, CONDITIONINGS)
-  return kind(**dataclasses.asdict(section.options))
+  options = dataclasses.asdict(section.options) if section.options else {}
+  return kind(**options)
+
+
+def text_conditioning(section: ConditioningConfig) -> TextConditioning:
+  """Makes a conditioning that reads texts; ValueError if it reads classes."""
+  made = conditioning(section)
+  if not isinstance(made, TextConditioning):
+    raise ValueError(
+      f"conditioning.name={section.name!r}: expected one that reads texts,"
+      " 'text' or 'prompt'."
+    )
+  return made
 
 
 def text_encoder(
@@ -75,12 +92,12 @@ def text_encoder(
   Raises:
     ValueError: there is no `encoder`, or its features have other sizes.
   """
-  texts = conditioning(section)
   if not section.encoder:
     raise ValueError(
       f"conditioning.name={section.name!r}, encoder='': expected an `encoder`"
       " that reads texts, such as weights/flan-t5-xl."
     )
+  texts = text_conditioning(section)
   kind = texts.encoder if texts.encoder in TEXT_ENCODERS else texts.reads
   encoder = TEXT_ENCODERS[kind](texts.encoder, texts, mesh)
   sizes = encoder.width, encoder.length
@@ -98,6 +115,11 @@ def model(stage: Stage, rngs: nnx.Rngs) -> nnx.Module:
     return component(stage.tokenizer, rngs)
   if stage.objective == "classifier":
     return classifier.Model(stage.classifier, rngs=rngs)
+  return tensorar(stage, rngs)
+
+
+def tensorar(stage: Stage, rngs: nnx.Rngs) -> TensorAR:
+  """Makes a freshly initialised model that draws images."""
   backbone = component(stage.backbone, rngs)
   return TensorAR(backbone, **dataclasses.asdict(stage.tensorar), rngs=rngs)
 
@@ -144,8 +166,28 @@ def load_stage(
   return load(folder, ema=stage.is_averaged, mesh=mesh)
 
 
-def frozen_tokenizer(stage: Stage, workdir: pathlib.Path) -> nnx.Module:
+def load_tensorar(
+  stage: Stage, folder: pathlib.Path, mesh: Mesh | None = None
+) -> TensorAR:
+  """As `load_stage`, for stages that draw images; ValueError for others."""
+  loaded = load_stage(stage, folder, mesh)
+  if not isinstance(loaded, TensorAR):
+    raise ValueError(
+      f"{folder} holds a {stage.objective}: images are drawn by stages whose"
+      " objective is 'tensorar'. Name one of them."
+    )
+  return loaded
+
+
+def frozen_tokenizer(stage: Stage, workdir: pathlib.Path) -> Tokenizer:
   """Makes the stage's tokenizer, with the weights that its `init` names."""
-  if stage.tokenizer.init:
-    return load(saved.resolve(stage.tokenizer.init, workdir))
-  return component(stage.tokenizer, nnx.Rngs(stage.seed))
+  init = stage.tokenizer.init
+  if not init:
+    return component(stage.tokenizer, nnx.Rngs(stage.seed))
+  loaded = load(saved.resolve(init, workdir))
+  if not isinstance(loaded, Tokenizer):
+    raise ValueError(
+      f"tokenizer.init={init!r} holds no tokenizer: name a stage whose"
+      " objective is 'tokenizer'."
+    )
+  return loaded

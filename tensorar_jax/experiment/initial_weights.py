@@ -43,7 +43,7 @@ def initial_model(
 
   abstract = build.abstract_model(stage)
   layout = sharding.layout(jax.eval_shape(fresh_weights), abstract, mesh)
-  inherited = _parent_weights(stage, workdir, layout) if stage.init else {}
+  inherited = _parent_weights(stage.init, workdir, layout) if stage.init else {}
   missing = {p: like for p, like in layout.items() if p not in inherited}
 
   @functools.partial(jax.jit, out_shardings=sharding.shardings(missing))
@@ -55,9 +55,9 @@ def initial_model(
   return skeleton.merge(inherited, make_missing() if missing else {})
 
 
-def _parent_weights(stage: Stage, workdir: pathlib.Path, layout: dict) -> dict:
+def _parent_weights(init: str, workdir: pathlib.Path, layout: dict) -> dict:
   """Reads the weights that `init` names; they must fit those of `layout`."""
-  checkpoint = saved.resolve(stage.init, workdir)
+  checkpoint = saved.resolve(init, workdir)
   shapes = orbax_io.weight_shapes(checkpoint)
   problems = [f"{path} is not in this model" for path in shapes.keys() - layout]
   problems += [
@@ -73,7 +73,7 @@ def _parent_weights(stage: Stage, workdir: pathlib.Path, layout: dict) -> dict:
   if problems:
     listed = "\n  ".join(sorted(problems)[:20])
     raise ValueError(
-      f"init={stage.init!r} ({checkpoint}) does not fit this stage's model"
+      f"init={init!r} ({checkpoint}) does not fit this stage's model"
       f" ({len(problems)} problems):\n  {listed}"
     )
   parts = orbax_io.read_weights(

@@ -121,7 +121,7 @@ def stage_of(tree: Mapping[str, Any], name: str = "") -> Stage:
 
 def _section(kind: Any, value: Any, where: str) -> Any:
   """Makes a section, or a value that stands in none, of the type `kind`."""
-  if not dataclasses.is_dataclass(kind):
+  if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
     return values.convert(value, kind, where)
   if not isinstance(value, Mapping):
     keys = ", ".join(values.fields(kind))
@@ -165,7 +165,7 @@ def as_dict(stage: Stage) -> dict[str, Any]:
 
 def _plain_section(section: Any) -> Any:
   """Returns a section as the dict of a file; other values as they are."""
-  if not dataclasses.is_dataclass(section):
+  if not dataclasses.is_dataclass(section) or isinstance(section, type):
     return section
   plain = dataclasses.asdict(section)
   if isinstance(section, ComponentConfig | ConditioningConfig):
@@ -216,7 +216,7 @@ def _override(tree: dict, path: str, text: str) -> None:
     name = choose(f"{flag}: stage", parents[1], list(tree["stages"]))
     target, known, parents = tree["stages"][name], STAGE, parents[2:]
   kind = known[choose(f"{flag}: section", [*parents, key][0], list(known))]
-  if not dataclasses.is_dataclass(kind):
+  if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
     if parents or kind is None:
       raise ValueError(f"{flag}={text}: nothing of that name can be set.")
     target[key] = values.convert(Text(text), kind, flag)

@@ -7,7 +7,7 @@ import pathlib
 import time
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from absl import logging
 from flax import nnx
@@ -22,6 +22,7 @@ from tensorar_jax.checkpoints import (
 from tensorar_jax.checkpoints.locations import LOCATIONS, SCHEME
 from tensorar_jax.experiment import build, families, parse, saved
 from tensorar_jax.experiment.schema import Stage, choose
+from tensorar_jax.interfaces import Backbone, Tokenizer
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import processes, sharding, weights
 
@@ -36,7 +37,7 @@ def import_backbone(
   *,
   weights_dtype: str | None = None,
   **fields,
-) -> nnx.Module:
+) -> Backbone:
   """Makes a family's backbone with published PyTorch weights.
 
   Args:
@@ -59,7 +60,7 @@ def import_tokenizer(
   *,
   weights_dtype: str | None = None,
   **fields,
-) -> nnx.Module:
+) -> Tokenizer:
   """Makes a tokenizer with published PyTorch weights; as `import_backbone`."""
   module = families.family("tokenizers", name)
   config = families.config_of(module, variant, fields, name)
@@ -72,7 +73,7 @@ def _import(
   path: str,
   dtype: str | None,
   mesh: Mesh | None = None,
-) -> nnx.Module:
+) -> Any:
   """Makes the model of a family's Config with the weights of a file."""
   abstract = weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
   rules = module.import_rules(config)
@@ -101,12 +102,22 @@ def start_from(
     return {n: _read_from_hub(stage) for n, stage in stages.items()}
   if name is None:
     models = {n: s for n, s in stages.items() if s.objective == "tensorar"}
-    name = next((n for n, s in models.items() if not s.init), None)
+    bases = [n for n, s in models.items() if not s.init]
+    if not bases:
+      raise ValueError(
+        f"--init={init}: every model starts from another one already. Name the"
+        f" stage that it is for by --stage; stages: {', '.join(stages)}."
+      )
+    name = bases[0]
   stage = choose("--stage of --init", name, stages)
   published = hub.is_name(init) or init.endswith(FILES)
   published |= pathlib.Path(init).name in LOCATIONS  # a folder
-  source, init = (init, None) if published else (None, init)
-  return {**stages, name: dataclasses.replace(stage, source=source, init=init)}
+  changed = dataclasses.replace(
+    stage,
+    source=init if published else None,
+    init=None if published else init,
+  )
+  return {**stages, name: changed}
 
 
 def _read_from_hub(stage: Stage) -> Stage:
@@ -142,6 +153,8 @@ def import_stage(stage: Stage, folder: pathlib.Path) -> None:
     ValueError: the file does not fit; the folder is another config's.
   """
   part, source = stage.component, stage.source
+  if source is None:
+    raise ValueError(f"stage {folder.name} has no `source` to import.")
   config = saved.claim(folder, stage)
   if orbax_io.steps(folder / "checkpoints"):
     logging.info("%s: imported before from %s", folder.name, source)
@@ -182,7 +195,8 @@ def export_stage(folder: pathlib.Path, path: pathlib.Path) -> None:
   part = saved.stage_in(orbax_io.find(folder)).component
   module = families.family(part.kind, part.name)
   model = build.load(folder)
-  model = model.backbone if isinstance(model, TensorAR) else model
+  if isinstance(model, TensorAR):
+    model = cast(nnx.Module, model.backbone)
   tensors = torch_export.export_state_dict(
     model, module.import_rules(part.config)
   )

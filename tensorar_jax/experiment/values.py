@@ -87,17 +87,17 @@ def _is_union(kind) -> bool:
 def _read(text: Text, kind: Any) -> Any:
   """Returns the value that a text of the command line stands for."""
   kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
-  text = str(text)
-  if text == "None" and type(None) in kinds:
+  written = str(text)
+  if written == "None" and type(None) in kinds:
     return None
-  if str in kinds and not (len(kinds) > 1 and text[:1] in ("(", "[")):
-    return text
-  if bool in kinds and text.lower() in ("true", "false"):
-    return text.lower() == "true"
+  if str in kinds and not (len(kinds) > 1 and written[:1] in ("(", "[")):
+    return written
+  if bool in kinds and written.lower() in ("true", "false"):
+    return written.lower() == "true"
   try:
-    value = ast.literal_eval(text)
+    value = ast.literal_eval(written)
   except (ValueError, SyntaxError):
-    value = text
+    value = written
   many = typing.get_origin(kind) is tuple and Ellipsis in typing.get_args(kind)
   return (value,) if many and not isinstance(value, list | tuple) else value
 

@@ -98,7 +98,8 @@ def refinement(
 class Sampler:
   """Draws the labelled images of a run with one model, any number at a time.
 
-  `mesh` has this process's devices; by default they split the rows.
+  `mesh` is of this process's devices; by default they split the rows. The model
+  is kept only in the form of `sampling.prepare`.
   """
 
   model: TensorAR
@@ -107,9 +108,9 @@ class Sampler:
   seed: int
   mesh: Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
-  @functools.cached_property
-  def _prepared(self) -> TensorAR:
-    return sampling.prepare(self.model, self.mesh)
+  def __post_init__(self):
+    prepared = sampling.prepare(self.model, self.mesh)
+    object.__setattr__(self, "model", prepared)
 
   def batches(
     self, labels: Int[np.ndarray, "n"], batch_size: int, first: int = 0
@@ -119,7 +120,6 @@ class Sampler:
     Samples may still be being computed. A short batch is filled up, so there is
     one compiled shape: batch_size, or the next one that the mesh splits evenly.
     """
-    model = self._prepared
     rng, parts = jax.random.key(self.seed), sharding.row_parts(self.mesh)
     batch_size = math.ceil(batch_size / parts) * parts
     for start in range(0, len(labels), batch_size):
@@ -131,7 +131,10 @@ class Sampler:
       cond, null, index = jax.device_put(
         (cond, null, first + index), sharding.rows(self.mesh)
       )
-      yield sampling.generate(model, cond, null, rng, self.config, index), count
+      yield (
+        sampling.generate(self.model, cond, null, rng, self.config, index),
+        count,
+      )
 
   def images(
     self,
@@ -150,8 +153,10 @@ class Sampler:
     # A pair's second batch is started before its first is read; the None at the
     # end is the partner of the last batch.
     pairs = itertools.pairwise(itertools.chain(started, [None]))
-    for (images, out, count), _ in pairs:
-      yield np.asarray(images)[:count], _cut(out, count)
+    for batch, _ in pairs:
+      if batch is not None:
+        images, out, count = batch
+        yield np.asarray(images)[:count], _cut(out, count)
 
 
 def _cut(out: sampling.Samples, count: int) -> sampling.Samples:

@@ -22,12 +22,15 @@ from jaxtyping import UInt8
 
 
 class Layout(Protocol):
-  """How the images of one prompt are laid out in files.
+  """A layout of the images of one prompt in files.
 
   `source` identifies the prompt to the benchmark: a line of its file, or an id.
   """
 
-  counts: Collection[int]  # allowed numbers of images of a prompt
+  @property
+  def counts(self) -> Collection[int]:
+    """The allowed numbers of images of a prompt."""
+    ...
 
   def names(self, number: int, source: str, count: int) -> list[str]:
     """The files of prompt `number` with `count` images."""

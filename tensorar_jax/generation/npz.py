@@ -20,6 +20,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import IO
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -39,10 +40,12 @@ def write_shard(
   for i, images in enumerate(batches):
     if i == 0:
       _write_header(out, (count, *images.shape[1:]))
-    out.write(np.ascontiguousarray(images))
+    out.write(np.ascontiguousarray(images).data)
 
 
-def _write_header(out: io.BufferedIOBase, shape: tuple[int, ...]) -> None:
+def _write_header(
+  out: io.BufferedIOBase | IO[bytes], shape: tuple[int, ...]
+) -> None:
   header = {"descr": "|u1", "fortran_order": False, "shape": shape}
   np.lib.format.write_array_header_1_0(out, header)
 
@@ -119,7 +122,7 @@ class SampleFile:
 
     Ranges must be in rising order.
     """
-    if not self._streams:
+    if self.shape is None or not self._streams:
       with np.load(self.path) as arrays:
         images = np.ascontiguousarray(arrays[_IMAGES])
       yield from (images[r.start : r.stop] for r in chosen)

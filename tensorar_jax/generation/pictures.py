@@ -254,7 +254,7 @@ def _outline(tiles: np.ndarray, marked: np.ndarray) -> np.ndarray:
 def in_a_row(tiles: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "H w 3"]:
   """Lays tiles side by side on white."""
   gap = ((0, 0), (0, 0), (0, _GAP), (0, 0))
-  return np.hstack(np.pad(tiles, gap, constant_values=255))[:, :-_GAP]
+  return np.hstack(list(np.pad(tiles, gap, constant_values=255)))[:, :-_GAP]
 
 
 def save_refinement_gif(path: Path_, strips: Named, changed: Named) -> None:
@@ -297,7 +297,9 @@ def save_gif(path: Path_ | io.BytesIO, frames: UInt8[np.ndarray, "S H W 3"]):
   """Writes an endless GIF of about 6 s that rests on its last frame."""
   from PIL import Image
 
-  first, *more = [Image.fromarray(f).quantize(dither=0) for f in frames]
+  first, *more = [
+    Image.fromarray(f).quantize(dither=Image.Dither.NONE) for f in frames
+  ]
   # Browsers slow down frames of 10 ms and less.
   milliseconds = max(40, min(500, 6000 // len(frames)))
   durations = [milliseconds] * len(more) + [2500]

@@ -18,12 +18,15 @@ from jax.sharding import Mesh
 from jaxtyping import Int, Num, UInt8
 
 from tensorar_jax.conditioning import conditions
-from tensorar_jax.conditioning.conditions import TextConditioning
+from tensorar_jax.conditioning.conditions import (
+  ClassConditioning,
+  TextConditioning,
+)
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation.layouts import LAYOUTS, parse_line
-from tensorar_jax.interfaces import Batch, Cond, Conditioning
+from tensorar_jax.interfaces import Batch, Cond
 
 GRID = 100  # images in the grid
 COLUMNS = 10  # of the grid
@@ -32,7 +35,7 @@ TITLE = 40  # letters of a prompt beside its row
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Which images to draw, from which checkpoint.
+  """A request for images: what to draw, from which checkpoint.
 
   Attributes:
     num_images: in all, or with prompts of each.
@@ -86,7 +89,7 @@ class Request:
 
   @property
   def together(self) -> int:
-    """How many images are written together: in a layout, all of a prompt."""
+    """The number of images written together: in a layout, all of a prompt."""
     return self.num_images if self.layout else 1
 
   def names(self, part: range) -> list[str]:
@@ -94,7 +97,7 @@ class Request:
     if self.prompts is None:
       return [f"{part.start:06d}.png"]
     prompt, image = divmod(part.start, self.num_images)
-    if not self.layout:
+    if not self.layout or self.sources is None:
       return [f"prompt_{prompt:03d}_image_{image:02d}.png"]
     return LAYOUTS[self.layout].names(prompt, self.sources[prompt], len(part))
 
@@ -102,10 +105,10 @@ class Request:
     self, part: range, images: UInt8[np.ndarray, "n h w C"]
   ) -> list[Any]:
     """The contents of the files of `names`: images, or text."""
-    if not self.layout:
+    if not self.layout or self.sources is None:
       return list(images)
     source = self.sources[part.start // self.num_images]
-    return LAYOUTS[self.layout].contents(source, images)
+    return list(LAYOUTS[self.layout].contents(source, images))
 
   def grid(
     self, images: UInt8[np.ndarray, "n h w C"]
@@ -143,7 +146,7 @@ class Prompts:
 
   def from_batch(self, batch: Batch) -> Cond:
     """The condition of a batch's "label", the numbers of prompts."""
-    return self.encode(batch["label"])
+    return self.encode(np.asarray(batch["label"]))
 
   def example(self) -> Cond:
     return self.encode(np.zeros(1, int))
@@ -151,19 +154,19 @@ class Prompts:
 
 def condition(
   request: Request, name: str, stage: Stage, mesh: Mesh | None
-) -> tuple[Conditioning, dict[str, Any]]:
+) -> tuple[ClassConditioning | Prompts, dict[str, Any]]:
   """The conditioning of a request's images, and a description for its record.
 
   Prompts are encoded here, so the text encoder is freed on return. ValueError
   for classes or prompts that the stage does not know.
   """
-  conditioning = build.conditioning(stage.conditioning)
   if request.prompts is None:
-    check_classes(name, stage)
+    conditioning = check_classes(name, stage)
     # An unknown class is an error here, before anything is written.
     conditioning.encode(np.unique(request.labels(conditioning.num_classes)))
     return conditioning, {"num_classes": conditioning.num_classes}
-  if not conditioning.is_text:
+  conditioning = build.conditioning(stage.conditioning)
+  if not isinstance(conditioning, TextConditioning):
     raise ValueError(
       f"stage {name!r} makes images from the conditioning"
       f" {stage.conditioning.name!r}, not from prompts:"
@@ -175,14 +178,16 @@ def condition(
   return prompts, {"text_encoder": encoder.text_identity(encode)}
 
 
-def check_classes(name: str, stage: Stage) -> None:
-  """ValueError unless images of the stage are drawn class by class."""
-  if build.conditioning(stage.conditioning).is_text:
+def check_classes(name: str, stage: Stage) -> ClassConditioning:
+  """The conditioning by classes; ValueError if images are drawn from text."""
+  reads = build.conditioning(stage.conditioning)
+  if not isinstance(reads, ClassConditioning):
     raise ValueError(
       f"stage {name!r} makes images from text, there are no classes to draw:"
       " sample it with --mode=sample and --prompts=FILE or --prompt=TEXT;"
       " --mode=evaluate --samples=FILE.npz measures what that has written."
     )
+  return reads
 
 
 def read_prompts(

@@ -121,7 +121,7 @@ def sample(
   )
   completes = worker.is_first
   if not target.complete:
-    model = build.load_stage(chosen, checkpoint, mesh)
+    model = build.load_tensorar(chosen, checkpoint, mesh)
     sampler = batches.Sampler(model, conditioning, sampling, request.seed, mesh)
     draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
     overview = functools.partial(
@@ -173,7 +173,7 @@ def software() -> dict[str, Any]:
     "python": platform.python_version(),
     **versions,
     "device": jax.local_devices()[0].device_kind,
-    "matmul_precision": jax.config.jax_default_matmul_precision,
+    "matmul_precision": jax.config.values["jax_default_matmul_precision"],
   }
 
 

@@ -21,14 +21,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.method import sampling
-from tensorar_jax.nn import flops
-from tensorar_jax.parallel import sharding, weights
+from tensorar_jax.nn import flops, layers
+from tensorar_jax.parallel import chips, sharding, weights
 from tensorar_jax.performance import hlo, targets
 from tensorar_jax.training import loop
 
@@ -47,7 +48,8 @@ IMAGES_PER_DEVICE = 32  # sampled at once, as by --mode=sample
 class Program:
   """A traced function, its model FLOPs, and those that it really carries out.
 
-  `cache` are the sizes of the arrays of a KV cache on one device, in elements.
+  `cache` are the sizes of the arrays of a KV cache on one device, in elements;
+  `dtype` is that of the arrays that are multiplied.
   """
 
   name: str
@@ -56,6 +58,7 @@ class Program:
   run_flops: int
   images: int
   cache: frozenset[int] = frozenset()
+  dtype: str = "float32"
 
 
 # --- programs ----------------------------------------------------------------
@@ -73,7 +76,7 @@ def train_program(stage: Stage, mesh: Mesh) -> Program:
   """The train step of `train.fit` on batches of tokens."""
   config = stage.train
   sharding.check_batch(mesh, config.batch_size, config.accumulate)
-  model = weights.abstract(lambda rngs: build.model(stage, rngs))
+  model = weights.abstract(lambda rngs: build.tensorar(stage, rngs))
   task = loop.make_task(stage, pathlib.Path(), model, images=False)
   tx, state = loop.make_layout(stage, model, mesh)
   step, count = loop.make_step(stage, model, task, tx, state)
@@ -90,7 +93,14 @@ def train_program(stage: Stage, mesh: Mesh) -> Program:
       return traced.lower()
 
   run_flops = _flops(traced)
-  return Program("train step", lower, model_flops, run_flops, config.batch_size)
+  return Program(
+    name="train step",
+    lower=lower,
+    model_flops=model_flops,
+    run_flops=run_flops,
+    images=config.batch_size,
+    dtype=model.backbone.dtype,
+  )
 
 
 def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
@@ -101,9 +111,8 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
       f"--batch_size={batch_size} on a mesh of {dict(mesh.shape)}: expected a"
       f" multiple of data * fsdp = {parts}."
     )
-  model = weights.abstract(lambda rngs: build.model(stage, rngs))
+  model = weights.abstract(lambda rngs: build.tensorar(stage, rngs))
   skeleton, params, frozen = weights.split(model)
-  model = skeleton.merge(sharding.layout({**params, **frozen}, model, mesh))
   conditioning = build.conditioning(stage.conditioning)
   example = conditioning.example()
   cond, null, index = _rows(
@@ -112,7 +121,8 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
   )
   rng = jax.eval_shape(lambda: jax.random.key(0))
   config = stage.sampling
-  traced = sampling.trace(model, cond, null, rng, config, index)
+  placed = _decoder(stage, mesh)
+  traced = sampling.trace(placed, cond, null, rng, config, index)
   both = 2 if config.guided else 1
   _, cache = jax.eval_shape(
     lambda arrays, cond: skeleton.merge(arrays).backbone.prefill(cond),
@@ -126,8 +136,30 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
     sizes |= {whole, whole // array.shape[0]}  # all layers, or one's own
   count = _flops(traced)
   return Program(
-    "sampler", traced.lower, count, count, batch_size, frozenset(sizes)
+    name="sampler",
+    lower=traced.lower,
+    model_flops=count,
+    run_flops=count,
+    images=batch_size,
+    cache=frozenset(sizes),
+    dtype=model.backbone.dtype,
   )
+
+
+def _decoder(stage: Stage, mesh: Mesh) -> nnx.Module:
+  """A stage's model of shapes, with layers as `sampling.prepare` leaves them.
+
+  A CPU's weights are still to be transposed, and dtypes to be converted.
+  """
+  single = sharding.platform_of(mesh.devices.flat[0]) == "gpu"
+
+  def make(rngs):
+    model = build.model(stage, rngs)
+    return layers.single_layers(model) if single else model
+
+  model = weights.abstract(make)
+  skeleton, params, frozen = weights.split(model)
+  return skeleton.merge(sharding.layout({**params, **frozen}, model, mesh))
 
 
 def _flops(traced: jax.stages.Traced) -> int:
@@ -144,6 +176,9 @@ def measure(program: Program, target: targets.Target) -> dict:
     **{"program": program.name, "images": program.images},
     "model_flops": program.model_flops,
     "flops": program.run_flops / len(target.devices),
+    "products": chips.products_of(
+      program.dtype, sharding.platform_of(target.devices[0])
+    ),
   }
   started = time.monotonic()
   lowered = program.lower()
@@ -161,7 +196,7 @@ def measure(program: Program, target: targets.Target) -> dict:
   peak = getattr(stats, "peak_memory_in_bytes", 0)
   memory["peak"] = max(peak, parts - memory["alias"])
   limit = target.chip.hbm_bytes if target.chip else math.inf
-  text = hlo.parse(compiled.as_text())
+  text = hlo.parse(compiled.as_text() or "")
   collectives = hlo.collectives(text, len(target.devices))
   xla = compiled.cost_analysis() or {}
   names = {"flops": "flops", "bytes": "bytes accessed"}
@@ -184,11 +219,12 @@ def _roofline(report: Mapping, target: targets.Target) -> dict:
   chip = target.chip
   if chip is None:
     return {}
-  rates = chip.peak_flops, chip.hbm_bandwidth, chip.link_bandwidth
+  rate = chip.peak(report["products"])
+  rates = rate, chip.hbm_bandwidth, chip.link_bandwidth
   names = "flops", "bytes", "sent"
   busy = {name: report[name] / rate for name, rate in zip(names, rates)}
   seconds = max(busy.values())
-  peak = seconds * chip.peak_flops * len(target.devices)
+  peak = seconds * rate * len(target.devices)
   mfu = report["model_flops"] / peak
   return {"busy_seconds": busy, "seconds": seconds, "mfu": mfu}
 
@@ -210,6 +246,7 @@ def _words(one: Mapping, report: Mapping):
   yield "fits", "yes" if one["fits"] else f"NO {one.get('reason', '')}"
   yield "model TFLOPs", f"{one['model_flops'] / 1e12:.4g}"
   yield "TFLOPs a device", f"{one['flops'] / 1e12:.4g}"
+  yield "products of", one["products"]
   if "memory" not in one:
     return
   limit = report["hbm_bytes"]
@@ -258,8 +295,8 @@ def report(
   if path and path.exists():
     raise ValueError(f"--output={path} is there already: name a new file.")
   known = [n for n, s in stages.items() if s.objective == "tensorar"]
-  name = choose("--stage", name or known[-1], known)
-  stage, devices = stages[name], len(target.devices)
+  chosen: str = choose("--stage", name or known[-1], known)
+  stage, devices = stages[chosen], len(target.devices)
   mesh = sharding.make_mesh(stage.mesh, target.devices)
   batch_size = batch_size or IMAGES_PER_DEVICE * devices
   programs = (
@@ -267,7 +304,7 @@ def report(
     sampler_program(stage, mesh, batch_size),
   )
   found = {
-    "stage": name,
+    "stage": chosen,
     "target": target.name,
     "devices": devices,
     "device_kind": target.devices[0].device_kind,
@@ -283,8 +320,8 @@ def report(
   names = [one["program"] for one in found["programs"] if not one["fits"]]
   if names:
     raise ValueError(
-      f"{target.name}: {' and '.join(names)} of stage {name} do not fit into a"
-      " device; see above. Split more by config.mesh.fsdp or .tensor, set"
+      f"{target.name}: {' and '.join(names)} of stage {chosen} do not fit into"
+      " a device; see above. Split more by config.mesh.fsdp or .tensor, set"
       " config.train.remat and .accumulate, or take a smaller batch."
     )
   return found

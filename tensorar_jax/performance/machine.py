@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tensorar_jax.parallel import chips
+
 MATMUL = {"cpu": 2048}  # rows of the square matrices; elsewhere MATMUL_LARGE
 MATMUL_LARGE = 8192
 READ_BYTES = 2**30  # more than the caches of a socket
@@ -54,8 +56,13 @@ def describe() -> dict[str, Any]:
 class Limits:
   """Measures the limits of one device, again and again."""
 
-  def __init__(self, dtype: str):
-    """`dtype` is that of the matrices; products are summed in float32."""
+  def __init__(self, dtype: str, once: bool = False):
+    """`dtype` is that of the matrices; products are summed in float32.
+
+    `once` measures the first time and then says the same: for a device that
+    nobody else uses, in minutes that are few.
+    """
+    self._once, self._known = once, None
     on_cpu = jax.default_backend() == "cpu"
     self._rows = MATMUL.get(jax.default_backend(), MATMUL_LARGE)
     self._matrix = jnp.ones((self._rows, self._rows), dtype)
@@ -82,11 +89,18 @@ class Limits:
 
   def measure(self) -> dict[str, float]:
     """{"flops": FLOP/s of a product, "read": bytes/s}, the best of a few."""
+    if self._known:
+      return self._known
     flops = 2 * self._rows**3 / _best(self._multiply)
-    return {"flops": flops, "read": self._memory.nbytes / _best(self._read)}
+    read = self._memory.nbytes / _best(self._read)
+    found = {"flops": flops, "read": read}
+    if self._once:
+      self._known = found
+      del self._matrix, self._memory
+    return found
 
 
-def _best(run: Callable[[], None]) -> float:
+def _best(run: Callable[[], object]) -> float:
   """The shortest of at least three runs, in seconds."""
   times: list[float] = []
   while len(times) < 3 or sum(times) < LIMIT_SECONDS:
@@ -94,7 +108,7 @@ def _best(run: Callable[[], None]) -> float:
   return min(times)
 
 
-def seconds(run: Callable[[], None], repeats: int = 1) -> float:
+def seconds(run: Callable[[], object], repeats: int = 1) -> float:
   """How long a run takes, on average over so many."""
   started = time.perf_counter()
   for _ in range(repeats):
@@ -112,9 +126,9 @@ def compile_clock() -> Iterator[Callable[[], float]]:
   """A function that says how long JAX has traced and compiled, in seconds."""
   spent: list[float] = []
 
-  def listen(event: str, duration: float, **_):
+  def listen(event: str, duration_secs: float, **_):
     if event.startswith("/jax/core/compile/"):
-      spent.append(duration)
+      spent.append(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
@@ -139,7 +153,7 @@ def resident() -> int | None:
   return _status("VmRSS")
 
 
-def watched(run: Callable[[], None], count: int) -> dict[str, float | None]:
+def watched(run: Callable[[], object], count: int) -> dict[str, float | None]:
   """{"seconds", "extra_bytes"} of so many runs; seconds are their mean.
 
   The bytes are what the process holds at its peak beyond what it held before;
@@ -150,8 +164,11 @@ def watched(run: Callable[[], None], count: int) -> dict[str, float | None]:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
   took = seconds(run, count)
-  peak = before and _status("VmHWM")
-  return {"seconds": took, "extra_bytes": peak and max(0, peak - before)}
+  peak = _status("VmHWM")
+  extra = None
+  if before is not None and peak is not None:
+    extra = max(0, peak - before)
+  return {"seconds": took, "extra_bytes": extra}
 
 
 def device_peak() -> int | None:
@@ -159,3 +176,13 @@ def device_peak() -> int | None:
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
   return max(peaks, default=None)
+
+
+def peak_flops(dtype: str, devices: int) -> float | None:
+  """FLOP/s of so many devices by their data sheet, if there is one.
+
+  Of products as JAX makes them now of arrays of `dtype`.
+  """
+  chip = chips.of(jax.devices()[0])
+  products = chips.products_of(dtype, jax.default_backend())
+  return chip.peak(products) * devices if chip else None

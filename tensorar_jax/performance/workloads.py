@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int32
 
 from tensorar_jax.experiment import build, initial_weights
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import batches
+from tensorar_jax.interfaces import Cond
 from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import flops
@@ -87,7 +89,7 @@ class Case:
   time: Callable[[int], dict[str, float | None]]
 
 
-def _case(work: Work, run: Callable[[], None]) -> Case:
+def _case(work: Work, run: Callable[[], object]) -> Case:
   """A case of this process; `run` returns when all is computed."""
 
   def warm_up():
@@ -107,14 +109,18 @@ class Workloads:
     self.workdir = workdir
     self.mesh = sharding.local_mesh(stage.mesh)
     self.conditioning = build.conditioning(stage.conditioning)
-    base = initial_weights.initial_model(self._with(1, 1), workdir, self.mesh)
-    self.backbone = base.backbone
+    self.backbone = self._initial_model(self._with(1, 1)).backbone
     self._models: dict[tuple[int, int], TensorAR] = {}
 
   def _with(self, window: int, depth: int) -> Stage:
     own = self.stage.tensorar
     own = dataclasses.replace(own, window=window, depth=depth)
     return dataclasses.replace(self.stage, tensorar=own)
+
+  def _initial_model(self, stage: Stage) -> TensorAR:
+    model = initial_weights.initial_model(stage, self.workdir, self.mesh)
+    assert isinstance(model, TensorAR)  # by the stage's objective
+    return model
 
   def model(self, window: int, depth: int) -> TensorAR:
     """The wrapped model; all share the backbone's weights."""
@@ -125,16 +131,30 @@ class Workloads:
       self._models[window, depth] = sharding.shard(wrapped, self.mesh)
     return self._models[window, depth]
 
-  def rows(self, batch: int) -> dict[str, np.ndarray]:
-    """A condition of so many rows that asks the most of the backbone."""
+  def rows(self, batch: int) -> Cond:
+    """A random condition of so many rows, all of full length."""
     parts = sharding.row_parts(self.mesh)
     if batch % parts:
       raise ValueError(
         f"a batch of {batch} on a mesh of {dict(self.mesh.shape)}: expected a"
         f" multiple of {parts}. Change --batches, --train_batch or config.mesh."
       )
-    one = self.conditioning.example()
-    return {name: np.repeat(a, batch, axis=0) for name, a in one.items()}
+    rng, rows = np.random.default_rng(0), {}
+    for name, one in self.conditioning.example().items():
+      shape = (batch, *one.shape[1:])
+      if one.dtype == bool:
+        rows[name] = np.broadcast_to(one, shape)
+      elif np.issubdtype(one.dtype, np.integer):  # the example has the highest
+        rows[name] = rng.integers(one.max() + 1, size=shape, dtype=one.dtype)
+      else:
+        rows[name] = rng.standard_normal(shape, one.dtype)
+    return rows
+
+  def tokens(self, batch: int, model: TensorAR) -> Int32[np.ndarray, "B T F"]:
+    """Random tokens: the gradients of an embedding then go to many rows."""
+    rng, shape = np.random.default_rng(0), (batch, model.num_tokens)
+    drawn = [rng.integers(size, size=shape) for size in model.vocab_sizes]
+    return np.stack(drawn, axis=-1).astype(np.int32)
 
   def decode(self, batch: int, window: int, depth: int, guided: bool) -> Case:
     """The generation of a batch: prefill and all steps, one program."""
@@ -184,14 +204,13 @@ class Workloads:
     """
     stage, mesh = self._with(window, depth), self.mesh
     # Its own weights: the step gives them away.
-    model = initial_weights.initial_model(stage, self.workdir, mesh)
+    model = self._initial_model(stage)
     task = loop.make_task(stage, self.workdir, model, images=False)
     tx, like = loop.make_layout(stage, model, mesh)
     averaged = like.ema is not None
     _, state = train_step.init_state(model, tx, stage.seed, averaged, mesh)
     step, count = loop.make_step(stage, model, task, tx, like)
-    shape = (batch, model.num_tokens, len(model.vocab_sizes))
-    batch_ = {"tokens": np.zeros(shape, np.int32), "cond": self.rows(batch)}
+    batch_ = {"tokens": self.tokens(batch, model), "cond": self.rows(batch)}
     batch_ = jax.device_put(batch_, sharding.rows(mesh))
     work = Work(
       *("train", batch, window, depth, False, model.num_tokens),

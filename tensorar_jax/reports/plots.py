@@ -19,6 +19,7 @@ from tensorar_jax.generation.pictures import INK, MUTED, Named, Path_
 def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
   """Writes a PNG of training curves: cross-entropies above, the rest below."""
   from matplotlib.figure import Figure
+  from matplotlib.layout_engine import ConstrainedLayoutEngine
 
   if not traces:
     raise ValueError("traces is empty; expected at least one stage.")
@@ -39,8 +40,8 @@ def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
     if panels:
       groups.append((panels, math.ceil(len(panels) / columns)))
       heights.append(groups[-1][1] * height)
-  figure = Figure(figsize=(14, sum(heights)), dpi=100, layout="constrained")
-  figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+  layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+  figure = Figure(figsize=(14, sum(heights)), dpi=100, layout=layout)
   parts = figure.subfigures(len(groups), height_ratios=heights, squeeze=False)
   for (panels, lines), part in zip(groups, parts[:, 0]):
     grid = part.subplots(lines, math.ceil(len(panels) / lines), squeeze=False)

@@ -17,9 +17,9 @@ PICTURE = "progress.png"
 
 
 def steps_before(stages: Mapping[str, Stage], name: str) -> int:
-  """How many steps the ancestors of a stage were trained."""
+  """The number of training steps of a stage's ancestors."""
   parent = stages[name].init
-  if parent not in stages:
+  if parent is None or parent not in stages:
     return 0
   imported = stages[parent].source
   steps = 0 if imported else stages[parent].train.num_steps

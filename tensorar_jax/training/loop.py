@@ -27,11 +27,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tensorar_jax.checkpoints import orbax_io, torch_import
+from tensorar_jax.conditioning.conditions import TextConditioning
 from tensorar_jax.data import codes, pipeline, sources
 from tensorar_jax.experiment import build, initial_weights, published, saved
 from tensorar_jax.experiment.schema import Stage, TrainConfig
-from tensorar_jax.interfaces import Batch
+from tensorar_jax.interfaces import Batch, Tokenizer
 from tensorar_jax.method import objective
+from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import layers
 from tensorar_jax.nn.image_bytes import from_uint8
 from tensorar_jax.parallel import preemption, processes, sharding, weights
@@ -127,7 +129,7 @@ def make_task(
   stage: Stage, workdir: pathlib.Path, model: nnx.Module, *, images: bool
 ) -> Task:
   """Makes the task of a stage's objective, on batches of images or tokens."""
-  if stage.objective != "tensorar":
+  if not isinstance(model, TensorAR):
     # Tokenizers and classifiers are `Trainable`: they carry their own loss.
     def own_loss(model, context, batch, rng, step):
       return model.loss(batch, rng)
@@ -178,9 +180,9 @@ def check(stage: Stage) -> None:
   saved.saved_config(stage)
   torch_import.check_dtype(stage.source_dtype)
   model = build.abstract_model(stage)
-  if stage.objective != "tensorar":
+  if not isinstance(model, TensorAR):
     return
-  tokenizer = build.abstract(stage.tokenizer)
+  tokenizer: Tokenizer = build.abstract(stage.tokenizer)
   rows, cols = tokenizer.grid
   made = (rows * cols, tuple(tokenizer.vocab_sizes))
   read = (model.num_tokens, tuple(model.vocab_sizes))
@@ -269,13 +271,15 @@ def _prepare(
     meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
   step, count_flops = make_step(stage, model, task, tx, layout)
+  is_wrapped = isinstance(model, TensorAR)
+  dtype = model.backbone.dtype if is_wrapped else "float32"
   return Training(
     folder=folder,
     config=config,
     mesh=mesh,
     task=task,
     data=data,
-    meter=throughput.Meter(folder, step, count_flops, profile),
+    meter=throughput.Meter(folder, step, count_flops, profile, dtype),
     checkpoints=checkpoints,
     origin=origin,
     began=time.monotonic() - meta["seconds"],
@@ -292,11 +296,16 @@ def _task_and_data(
   source = sources.load(
     config.name, config.train_split, data_dir=config.data_dir
   )
-  has_tokens = isinstance(source, codes.TokenSource)
-  if has_tokens:
+  images = not isinstance(source, codes.TokenSource)
+  if not images:
+    if not isinstance(model, TensorAR):
+      raise ValueError(
+        f"data.name={config.name!r} holds tokens: a {stage.objective} is"
+        " trained on images. Name a data set of images."
+      )
     conditioning = build.conditioning(stage.conditioning)
     text = None
-    if conditioning.is_text:
+    if isinstance(conditioning, TextConditioning):
       text = conditioning.width, conditioning.length
     source = codes.expect(
       source,
@@ -313,7 +322,7 @@ def _task_and_data(
     flip=config.flip,
     share=share,
   )
-  task = make_task(stage, folder.parent, model, images=not has_tokens)
+  task = make_task(stage, folder.parent, model, images=images)
 
   def prepare(batch):
     return sharding.global_batch(task.prepare(batch), mesh, share)

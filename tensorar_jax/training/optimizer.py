@@ -6,6 +6,7 @@ See docs/method.md, section 7.
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 
 import jax.numpy as jnp
 import optax
@@ -75,7 +76,7 @@ def decays(path: str, config: OptimConfig) -> bool:
 
 def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
   """Makes the optimiser: clip -> Adam -> decay -> each group's rate."""
-  rates = {
+  rates: dict[Hashable, optax.GradientTransformation] = {
     name: optax.scale_by_learning_rate(schedule)
     for name, schedule in schedules(config, num_steps).items()
   }

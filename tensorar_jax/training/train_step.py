@@ -6,6 +6,7 @@ is one: they are made there, or read from a checkpoint, part by part.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +63,7 @@ def state_layout(
   """Makes the layout of the state; the model may be abstract."""
   _, params, frozen = weights.split(model)
   state = jax.eval_shape(
-    lambda *arrays: _first_state(*arrays, tx, 0, ema), params, frozen
+    lambda p, f: _first_state(p, f, tx, 0, ema), params, frozen
   )
   return sharding.layout(state, model, mesh)
 
@@ -94,7 +95,7 @@ def init_state(
 
   def all_but_weights(params):
     state = _first_state(params, {}, tx, seed, ema)
-    return state.replace(params=None, frozen=None)
+    return dataclasses.replace(state, params=None, frozen=None)
 
   shardings = shardings.replace(params=None, frozen=None)
   state = jax.jit(all_but_weights, out_shardings=shardings)(params)
@@ -154,8 +155,12 @@ def make_train_step(
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
     scalars = {**scalars, "grad_norm": optax.tree.norm(grads)}
-    state = state.replace(
-      step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      ema=ema,
     )
     return state, scalars
 

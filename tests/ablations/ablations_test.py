@@ -243,6 +243,9 @@ def test_a_reference_measures_as_papers_do(tmp_path, monkeypatch, every):
   assert found == {"metrics": {"fid": 4.7, "recall": 0.5, "guidance": 1.0}}
   assert (asked["stage"], asked["scales"]) == ("centre-seed1", [1.0])
   assert asked["sampling"].draft_temperature == 0.5
+  monkeypatch.setattr(runs.protocol, "sweep", lambda *_, **__: None)
+  with pytest.raises(ValueError, match="Run ablations in one process"):
+    measure(*every.stage("centre", 0))
   with pytest.raises(
     ValueError, match="name a reference batch with --referenc"
   ):

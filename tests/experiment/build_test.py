@@ -1,17 +1,23 @@
 """Where weights come from: finished stages, and measurements tied to them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.evaluation import evaluate, yardsticks
 from tensorar_jax.experiment import build, saved
 from tensorar_jax.experiment.schema import (
+  BackboneConfig,
   ConditioningConfig,
   EvaluationConfig,
   TextOptions,
 )
+from tensorar_jax.experiment.stages import with_precision
 from tensorar_jax.generation import requests, sample_files
+from tensorar_jax.parallel import weights
 from tests import tiny_configs
 
 
@@ -81,3 +87,32 @@ def test_a_measurement_belongs_to_one_set_of_weights(tmp_path):
   assert fingerprint("a") == fingerprint("a")
   assert fingerprint("a") != fingerprint("b")
   assert fingerprint("a") != fingerprint("a", classifier="d")
+
+
+def test_what_is_loaded_is_what_is_asked_for(tmp_path):
+  config = tiny_configs.stage(objective="classifier", optim=dict(ema_decay=0.0))
+  _, params, _ = weights.split(build.model(config, nnx.Rngs(0)))
+  checkpoints = orbax_io.Checkpoints(tmp_path / "a" / "checkpoints")
+  meta = {"config": saved.saved_config(config)}
+  checkpoints.save(6, {"params": params}, {}, meta)
+  checkpoints.close()
+  with pytest.raises(ValueError, match="holds no EMA: train with"):
+    build.load(tmp_path / "a", ema=True)
+  with pytest.raises(ValueError, match="a classifier: images are drawn by"):
+    build.load_tensorar(config, tmp_path / "a")
+  reader = tiny_configs.stage(tokenizer=dict(init=str(tmp_path / "a")))
+  with pytest.raises(ValueError, match="holds no tokenizer: name a stage"):
+    build.frozen_tokenizer(reader, tmp_path)
+  with pytest.raises(ValueError, match="'class': expected one that reads text"):
+    build.text_conditioning(config.conditioning)
+
+
+def test_precision_sets_the_dtype_of_every_backbone():
+  one, other = tiny_configs.stage(6), tiny_configs.stage(objective="classifier")
+  stages = {"one": one, "other": other}
+  made = with_precision(stages, "bfloat16")
+  assert made["one"].backbone.config.dtype == "bfloat16"
+  assert one.backbone.config.dtype == "float32"  # not changed in place
+  assert with_precision(made, "tensorfloat32") == stages
+  bare = dataclasses.replace(one, backbone=BackboneConfig())
+  assert with_precision({"bare": bare}, "bfloat16") == {"bare": bare}

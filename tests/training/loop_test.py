@@ -309,3 +309,24 @@ def test_weights_of_another_model_are_refused(trained, tmp_path):
 def test_bad_settings_say_what_was_expected(section, value, words):
   with pytest.raises(ValueError, match=words):
     loop.check(stage(**{section: value}))
+
+
+@pytest.mark.parametrize("objective", ["classifier", "tokenizer"])
+def test_what_trains_on_images_refuses_tokens(tmp_path, objective):
+  for kind, value in (("codes", np.zeros((1, 1, 64), int)), ("labels", [0])):
+    (tmp_path / f"imagenet8_{kind}").mkdir()
+    np.save(tmp_path / f"imagenet8_{kind}" / "0.npy", value)
+  data = dict(name=f"codes:{tmp_path}")
+  # The pixels have no weights; any tokenizer with some will do.
+  tokenizer = dict(
+    name="vq",
+    image_size=(8, 8),
+    channels=8,
+    channel_multipliers=(1, 2),
+    norm_groups=4,
+    code_dim=2,
+    codebook_size=17,
+  )
+  wrong = stage(objective=objective, data=data, tokenizer=tokenizer)
+  with pytest.raises(ValueError, match=f"tokens: a {objective} is trained on"):
+    loop.fit(wrong, tmp_path / "stage")
