@@ -339,7 +339,7 @@ def compare_tokens(results: Results, folder: pathlib.Path) -> None:
   import numpy as np
 
   from configs import digits
-  from tensorar_jax.experiment import build, parse
+  from tensorar_jax.experiment import build, initial_weights, parse
   from tensorar_jax.experiment.stages import with_precision
   from tensorar_jax.method import sampling
   from tensorar_jax.method.sampling_config import SamplingConfig
@@ -354,7 +354,7 @@ def compare_tokens(results: Results, folder: pathlib.Path) -> None:
   one = lambda device: sharding.make_mesh(devices=[device])
   cpu, here = one(jax.devices("cpu")[0]), one(jax.devices()[0])
   for name in ("base", "tensorar"):
-    model = build.initial_model(
+    model = initial_weights.initial_model(
       dataclasses.replace(made[name], init=None), folder, cpu
     )
     drawn = []
