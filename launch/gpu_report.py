@@ -47,7 +47,9 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if kind in keys:
       newest[kind][tuple(line[key] for key in keys[kind])] = line
   gone = {line["group"] for line in lines if line["line"] == "done"}
-  found = {f"{kind}s": list(rows.values()) for kind, rows in newest.items()}
+  found: dict[str, Any] = {
+    f"{kind}s": list(rows.values()) for kind, rows in newest.items()
+  }
   found["errors"] = [e for e in found["errors"] if e["group"] not in gone]
   (found["about"],) = found.pop("abouts") or [{}]
   return found
