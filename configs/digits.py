@@ -5,7 +5,7 @@
 A base model is trained, then three models go on from it for the same number of
 steps: the base itself, TensorAR by the published recipe, and TensorAR with its
 own drafts as noise. All are sampled, measured and shown in report.html. About
-seven minutes on two CPU cores; nothing is downloaded.
+six minutes on two CPU cores; nothing is downloaded.
 """
 
 from ml_collections import ConfigDict

@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorar_jax.data import shapes
 
-RESAMPLES = 1000  # of the prompts, behind a standard error
+RESAMPLES = 1000  # of the prompts, for a standard error
 
 
 @dataclasses.dataclass(frozen=True)

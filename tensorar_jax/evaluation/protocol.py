@@ -66,7 +66,7 @@ class Judge:
     reference: an .npz with images, with statistics of the suite, or with both.
     network: a published file of the Inception of FID, see `hub.find`, or its
       tensors by name.
-    bootstrap: resamples behind the intervals; 0 for none.
+    bootstrap: resamples for the intervals; 0 for none.
     batch_size: images at once, over the local devices.
     worker: this process, of those that work on the same folders.
   """

@@ -256,12 +256,12 @@ def write(
   if target.complete:
     return worker.is_first
   logging.info(
-    "%s: %d of %d shards of %d images are there, this process draws %d",
+    "%s: %d of %d shards are there; this process draws %d, %d images",
     target.folder,
     sum(file.exists() for file in shards),
     len(shards),
-    size,
     len(missing),
+    sum(map(len, missing.values())),
   )
   progress = resumable.Progress("sample", sum(map(len, missing.values())))
   for file, positions in missing.items():

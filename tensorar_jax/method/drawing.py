@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -176,9 +176,9 @@ class Earlier(Protocol):
 
     The position of slot j was slot j + look then. `tokens` are those of the m
     slots, of which the head reads the sub-tokens < f. The logits are guided
-    with the scale of the present step, so that they compare with the present
-    ones. Where a position was not in the window `look` steps ago, they are the
-    present ones, and a difference of both is 0.
+    with the scale of the present step, so they are directly comparable. Where a
+    position was not in the window `look` steps ago, they are the present ones,
+    and a difference of both is 0.
     """
     ...
 
@@ -216,7 +216,8 @@ class DrawingRule(Protocol):
 
     Args:
       f: which sub-token.
-      uniform: a number in [0, 1) for each slot, of the image, step, slot and f.
+      uniform: a number in [0, 1) for each slot, determined by image, step,
+        slot and f.
       logits: the present, guided ones.
       tokens: the sub-tokens < f as drawn; the others are 0.
       earlier: logits that earlier steps have predicted for these positions.
@@ -229,9 +230,7 @@ class DrawingRule(Protocol):
 class InverseCDF:
   """Temperature, top-k, top-p, then the CDF inverted at a uniform number."""
 
-  @property
-  def looks(self) -> int:
-    return 0
+  looks: ClassVar[int] = 0
 
   def draw(self, f, uniform, logits, tokens, earlier, config):
     del f, tokens, earlier

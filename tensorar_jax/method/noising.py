@@ -1,8 +1,8 @@
 """The noise on input windows in training: schedules and kinds.
 
-Slot j >= 1 of an input window is resampled with probability beta(j); slot 0
-never is. See docs/method.md, section 4; papers: P2 eq. 4 (categorical), P1
-alg. 2 (codebook).
+Slot j >= 1 of an input window is noised, by most kinds with probability
+beta(j); slot 0 never is. See docs/method.md, section 4; papers: P2 eq. 4
+(categorical), P1 alg. 2 (codebook).
 
 To add a kind of noise, write one function with the arguments of `corrupt` that
 returns what `corrupt` returns, and enter it in `KINDS` at the end of this file;
@@ -93,7 +93,7 @@ def corrupt(
     model: it tells sizes; kinds that need predictions or embeddings ask it.
     cond: the condition of each image.
     inputs: clean windows.
-    valid: which of their slots are no PAD.
+    valid: which of their slots are not PAD.
     rng: decides all of the noise.
     config: the kind and its options.
 

@@ -232,7 +232,7 @@ def _token_shape(tokenizer) -> tuple[int, int]:
 
 
 def step_work(model: TensorAR, cond: dict, guided: bool) -> tuple[int, int]:
-  """(FLOPs, bytes of weights) of one decoding step behind these conditions."""
+  """(FLOPs, bytes of weights) of one decoding step with these conditions."""
   graphdef, state = nnx.split(model)
   batch, k = jax.tree.leaves(cond)[0].shape[0], model.window
   both = lambda a: jnp.concatenate([a, a]) if guided else a
