@@ -57,6 +57,7 @@ class Subject:
       dataclasses.asdict(self.stage.sampling),
       dataclasses.asdict(self.stage.noise),
       yardstick,
+      sorted(METRICS),  # a new one is measured where others were before
       meta["id"],
       meta.get("lineage"),
       meta["config"],

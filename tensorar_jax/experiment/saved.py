@@ -17,8 +17,9 @@ from tensorar_jax.experiment.stages import parents
 
 ALWAYS = ("seed", "objective", "init", "source", "source_dtype")
 TRAINING = ("data", "optim", "train")  # what imported weights do not need
-# Values that change what is written, not what is learned. (`accumulate` changes
-# which noise is drawn, `remat` the last digits.)
+# Values that may differ from one start to the next: how often to write, and how
+# to fit into memory (`accumulate` draws other noise, `remat` changes the last
+# digits).
 FREE_KEYS = (
   "train.log_every",
   "train.checkpoint_every",

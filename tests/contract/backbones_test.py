@@ -121,7 +121,7 @@ def test_it_wraps_and_samples(name):
 def test_import_rules_cover_every_published_manifest(name, parity):
   module, variants = families.module_of(name), families.published(name)
   files = {f: v for f, v in module.SOURCES.items() if v in variants}
-  assert files
+  assert files or not module.SOURCES
   for file, variant in files.items():
     shapes = families.manifest(parity, name, file)
     config = variants[variant]
