@@ -1,6 +1,7 @@
 # make demo   trains, samples and compares on handwritten digits
 # make test   runs the tests
 # make test-all  runs all tests, the slow notebooks too
+# make test-install  builds the wheel and tries it outside of the clone
 # make lint   ruff and shellcheck
 # make docs   renders the API reference into docs/api
 # make soak   kills a training run 20 times; it must not show in the results
@@ -17,13 +18,16 @@ test: .venv/installed-test
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
+test-install:
+	.ci/install $(PYTHON)
+
 soak: .venv/installed
 	$(BIN)/python -m studies.soak --kills=20
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck -x launch/*.sh .ci/run
+	$(BIN)/shellcheck -x launch/*.sh .ci/*
 
 # pdoc is the lightest renderer of Markdown docstrings: no theme, no site to
 # configure, and signatures show their jaxtyping shapes. Each module is named,
@@ -48,4 +52,4 @@ docs: .venv/installed-docs
 	$(BIN)/pip install -q -r requirements-docs.txt
 	touch $@
 
-.PHONY: demo test test-all soak lint docs
+.PHONY: demo test test-all test-install soak lint docs

@@ -6,6 +6,8 @@ import tomllib
 
 import yaml
 
+import tensorar_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -33,7 +35,7 @@ def test_the_changelog_has_this_version_and_what_comes_next():
   text = (ROOT / "CHANGELOG.md").read_text()
   versions = re.findall(r"^## \[([^]]+)\]", text, re.M)
   assert versions[0] == "Unreleased"
-  assert PROJECT["project"]["version"] in versions
+  assert tensorar_jax.__version__ in versions
 
 
 def test_ci_runs_the_commands_of_the_readme():
@@ -43,7 +45,7 @@ def test_ci_runs_the_commands_of_the_readme():
   assert {"make lint", "make test", "make demo"} <= set(steps)
   oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
   assert jobs["test"]["strategy"]["matrix"]["python"][0] == oldest
-  assert {"make lint", "make test"} <= set(
+  assert {"make lint", "make test", "make test-install"} <= set(
     (ROOT / ".ci" / "run").read_text().splitlines()
   )
 
