@@ -66,6 +66,8 @@ def carry_out(command: parser.Command, values) -> None:
   """
   import jax
 
+  from tensorar_jax.parallel import chips
+
   options, mode = command.options, MODES[command.mode]
   count = jax.process_count()
   if count > 1 and not options.shares_work():
@@ -74,6 +76,7 @@ def carry_out(command: parser.Command, values) -> None:
       " import, tokenize, or evaluate with --reference. Run the other modes in"
       " one process."
     )
+  chips.set_precision(getattr(options, "precision", None))
   if values is None:
     return mode.carry_out(options, None, None)
   experiment = config.check(values, options)

@@ -3,20 +3,24 @@
 import os
 import pathlib
 import tempfile
+from importlib.metadata import version
 
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("tensorar_jax", "beartype.beartype")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes into compiling small programs that run once. Without
-# optimisation and with the plain code generator that takes 2/5 of the time.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-PLAIN = (
-  "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
-if PLAIN not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PLAIN}"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  # Most of the time goes into compiling small programs that run once. Without
+  # optimisation and with the plain code generator that takes 2/5 of the time.
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+  plain = "--xla_cpu_parallel_codegen_split_count=1"
+  if version("jaxlib").startswith("0.10."):  # later ones know no other emitter
+    plain += " --xla_cpu_use_fusion_emitters=false"
+  if plain not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {plain}"
+else:  # what is compared with float32 is not to be TF32 or bfloat16
+  os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Many tests, and every command that they start, compile the same programs.
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/tensorar_jax_tests"
@@ -25,6 +29,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+
+def pytest_collection_modifyitems(items):
+  """`-m parity` are the tests that read fixtures."""
+  for item in items:
+    if "parity" in item.fixturenames:
+      item.add_marker("parity")
 
 
 @pytest.fixture(scope="session")

@@ -45,21 +45,29 @@ def read(config: str, overrides: Mapping[str, str]) -> schema.Experiment:
 
 
 def check(experiment: schema.Experiment, options: Shared) -> Experiment:
-  """The experiment with --init; ValueError if a model cannot be built.
+  """The experiment with --init and --precision, if its models can be built.
 
   Args:
     experiment: of `read`.
     options: of any mode; --init fills the stage --stage.
+
+  Raises:
+    ValueError: a model cannot be built.
   """
   from tensorar_jax.ablations import variants
   from tensorar_jax.evaluation import yardsticks
   from tensorar_jax.experiment import published
   from tensorar_jax.experiment.schema import choose
+  from tensorar_jax.experiment.stages import with_precision
   from tensorar_jax.training import loop
 
   stage = getattr(options, "stage", None)
   if options.init:
     stages = published.start_from(experiment.stages, options.init, stage)
+    experiment = dataclasses.replace(experiment, stages=stages)
+  precision = getattr(options, "precision", None)
+  if precision:
+    stages = with_precision(experiment.stages, precision)
     experiment = dataclasses.replace(experiment, stages=stages)
   ablation = variants.Ablation(experiment) if experiment.ablation else None
   stages = ablation.stages if ablation else experiment.stages

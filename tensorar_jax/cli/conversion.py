@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 
 from tensorar_jax.cli.config import Experiment
-from tensorar_jax.cli.options import Shared, option
+from tensorar_jax.cli.options import Products, Shared, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Import(Shared):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenize(Shared):
+class Tokenize(Products, Shared):
   """Turns images into token shards, to train on with data.name=tokens:FOLDER.
 
   The tokenizer is that of --stage. Several processes share the work, and the

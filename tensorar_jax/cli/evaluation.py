@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tensorar_jax.cli.config import Experiment
-from tensorar_jax.cli.options import Shared, changed, option
+from tensorar_jax.cli.options import Products, Shared, changed, option
 from tensorar_jax.cli.sampling import Images
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Reference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(Images, Reference, Shared):
+class Evaluate(Images, Reference, Products, Shared):
   """Measures trained models, or images that any program made.
 
   There are four ways:

@@ -124,6 +124,19 @@ class Shared:
     return False
 
 
+@dataclasses.dataclass(frozen=True)
+class Products:
+  """How matrices are multiplied."""
+
+  precision: str | None = option(
+    None,
+    "Sets backbone.dtype, and how JAX multiplies float32: exactly, or on GPUs"
+    " in TF32. Default: the config's dtype; float32 on GPUs in TF32, on TPUs in"
+    " bfloat16.",
+    choices=("float32", "tensorfloat32", "bfloat16"),
+  )
+
+
 @functools.cache
 def flags_of(options: type[Shared]) -> dict[str, Flag]:
   """The flags of a mode by name: its own first, those of every mode last."""

@@ -243,7 +243,7 @@ def _boolean(text: str) -> bool:
 
 def _shown(default: Any) -> str:
   if isinstance(default, tuple):
-    return ",".join(map(str, default))
+    return ",".join(map(str, default)) or "none"
   return str(default).lower() if isinstance(default, bool) else str(default)
 
 

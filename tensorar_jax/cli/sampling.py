@@ -7,7 +7,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from tensorar_jax.cli.config import Experiment
-from tensorar_jax.cli.options import Shared, option
+from tensorar_jax.cli.options import Products, Shared, option
 
 if TYPE_CHECKING:
   from tensorar_jax.generation.requests import Request
@@ -48,7 +48,7 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample(Images, Shared):
+class Sample(Images, Products, Shared):
   """Draws images from a trained stage.
 
   Writes samples.npz as the ADM evaluation suite reads it, manifest.json, PNGs,
@@ -124,7 +124,7 @@ class Sample(Images, Shared):
 
 
 @dataclasses.dataclass(frozen=True)
-class Demo(Shared):
+class Demo(Products, Shared):
   """Serves a page for the browser to try the trained stages.
 
   Needs `pip install -r requirements-demo.txt`, and no network.

@@ -6,11 +6,11 @@ import dataclasses
 import pathlib
 
 from tensorar_jax.cli.config import Experiment
-from tensorar_jax.cli.options import Shared, option
+from tensorar_jax.cli.options import Products, Shared, option
 
 
 @dataclasses.dataclass(frozen=True)
-class Compile(Shared):
+class Compile(Products, Shared):
   """Compiles for hardware that need not be here: memory, traffic, bounds.
 
   Of a stage's train step and sampler: what each device holds, computes, moves
@@ -46,7 +46,7 @@ class Compile(Shared):
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark(Shared):
+class Benchmark(Products, Shared):
   """Measures speed on random weights, beside the machine's own limits.
 
   Of drawing images, of the tokenizer's decoder and of training steps. All cases
@@ -79,11 +79,29 @@ class Benchmark(Shared):
     "What to measure.",
     choices=("decode", "tokenizer", "train"),
   )
+  unguided: bool = option(
+    True, "Whether to draw with the base model without guidance, too."
+  )
   peer: str | None = option(
     None,
     "Another implementation to time in the same rounds; needs `pip install -r"
     " requirements-peer.txt`. Default: none.",
     choices=("torch",),
+  )
+  peer_modes: tuple[str, ...] = option(
+    ("eager", "compile"),
+    "How the peer runs: as it is, compiled, or on GPUs compiled into CUDA"
+    " graphs.",
+    choices=("eager", "compile", "graphs"),
+  )
+  profile: tuple[str, ...] = option(
+    (),
+    "Parts whose first case is run once more under the JAX profiler, for a"
+    " table of its kernels.",
+    choices=("decode", "tokenizer", "train"),
+  )
+  seconds: float | None = option(
+    None, "After so many no further case is begun. Default: all are run."
   )
   output: str | None = option(
     None,
@@ -121,7 +139,12 @@ def run_benchmark(
     rounds=options.rounds,
     train_batch=options.train_batch,
     parts=options.parts,
+    unguided=options.unguided,
     peer=options.peer,
+    peer_modes=options.peer_modes,
+    precision=options.precision,
+    profile=options.profile,
+    seconds=options.seconds,
   )
   benchmark.run(
     experiment.stages,

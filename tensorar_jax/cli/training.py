@@ -8,7 +8,7 @@ import sys
 
 from tensorar_jax.cli.config import Experiment
 from tensorar_jax.cli.evaluation import Reference, only_with_reference
-from tensorar_jax.cli.options import Shared, changed, option
+from tensorar_jax.cli.options import Products, Shared, changed, option
 from tensorar_jax.cli.sampling import Images
 
 PROFILE = (
@@ -23,7 +23,7 @@ TABLES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Run(Images, Reference, Shared):
+class Run(Images, Reference, Products, Shared):
   """Trains every stage of the config, evaluates, and draws the report.
 
   What is done is skipped, what was interrupted continues. With a config of
@@ -41,7 +41,7 @@ class Run(Images, Reference, Shared):
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Shared):
+class Train(Products, Shared):
   """Trains the stages of the config, and nothing else.
 
   What is done is skipped, what was interrupted continues, bit for bit.

@@ -6,6 +6,7 @@ the one that its tokenizer's `init` names.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from tensorar_jax.experiment.schema import Stage
@@ -34,3 +35,22 @@ def parents(stage: Stage) -> dict[str, str]:
   if stage.objective == "tensorar":
     found["tokenizer"] = stage.tokenizer.init
   return {role: init for role, init in found.items() if init}
+
+
+def with_precision(
+  stages: Mapping[str, Stage], precision: str
+) -> dict[str, Stage]:
+  """The stages with backbones of the dtype that --precision asks for.
+
+  Args:
+    stages: by name.
+    precision: of `chips.PRECISIONS`.
+  """
+  dtype = "bfloat16" if precision == "bfloat16" else "float32"
+  changed = dict(stages)
+  for name, stage in stages.items():
+    if stage.backbone.config is not None:
+      config = dataclasses.replace(stage.backbone.config, dtype=dtype)
+      backbone = dataclasses.replace(stage.backbone, config=config)
+      changed[name] = dataclasses.replace(stage, backbone=backbone)
+  return changed

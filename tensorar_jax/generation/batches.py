@@ -96,7 +96,8 @@ def refinement(
 class Sampler:
   """A model and what it takes to draw the labelled images of a run.
 
-  `mesh` is of this process's devices; by default they split the rows.
+  `mesh` is of this process's devices; by default they split the rows. The model
+  is kept only in the form of `sampling.prepare`.
   """
 
   model: TensorAR
@@ -105,9 +106,9 @@ class Sampler:
   seed: int
   mesh: Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
-  @functools.cached_property
-  def _prepared(self) -> TensorAR:
-    return sampling.prepare(self.model, self.mesh)
+  def __post_init__(self):
+    prepared = sampling.prepare(self.model, self.mesh)
+    object.__setattr__(self, "model", prepared)
 
   def batches(
     self, labels: Int[np.ndarray, "n"], batch_size: int, first: int = 0
@@ -117,7 +118,6 @@ class Sampler:
     They are still on their way. A short batch is filled up, so there is one
     compiled shape: batch_size, or the next one that the mesh splits evenly.
     """
-    model = self._prepared
     rng, parts = jax.random.key(self.seed), sharding.row_parts(self.mesh)
     batch_size = -(-batch_size // parts) * parts
     for start in range(0, len(labels), batch_size):
@@ -129,7 +129,10 @@ class Sampler:
       cond, null, index = jax.device_put(
         (cond, null, first + index), sharding.rows(self.mesh)
       )
-      yield sampling.generate(model, cond, null, rng, self.config, index), count
+      yield (
+        sampling.generate(self.model, cond, null, rng, self.config, index),
+        count,
+      )
 
   def images(
     self,

@@ -115,8 +115,13 @@ def sample(
   place = choose_place(output, home / "samples", settings, share[1])
   last = share[0] == 0
   if not place.complete:
-    model = build.load_stage(chosen, found, mesh)
-    sampler = batches.Sampler(model, conditioning, sampling, request.seed, mesh)
+    sampler = batches.Sampler(
+      build.load_stage(chosen, found, mesh),
+      conditioning,
+      sampling,
+      request.seed,
+      mesh,
+    )
     draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
     overview = functools.partial(
       _save_overview, place.folder, tokenizer, request

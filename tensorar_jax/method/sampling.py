@@ -80,12 +80,12 @@ class SamplingProgram:
 
   Attributes:
     config: how tokens are drawn; its guidance is in the inputs' scales.
-    on_cpu: whether to decode with the layers that a CPU runs fastest.
+    platform: what it runs on: "cpu", "gpu" or "tpu".
     mesh: what splits the rows; None is one device.
   """
 
   config: SamplingConfig
-  on_cpu: bool
+  platform: str
   mesh: Mesh | None
 
 
@@ -202,8 +202,8 @@ def _platform_and_mesh(cond) -> tuple[str, Mesh | None]:
   """Returns where a condition is: (platform, mesh or None for one device)."""
   layout = getattr(jax.tree.leaves(cond)[0], "sharding", None)
   if layout is None:
-    return jax.default_backend(), None
-  platform = next(iter(layout.device_set)).platform
+    return sharding.platform(), None
+  platform = sharding.platform_of(next(iter(layout.device_set)))
   if not isinstance(layout, NamedSharding) or layout.num_devices == 1:
     return platform, None
   if layout.mesh.axis_names != sharding.AXES:
@@ -219,35 +219,36 @@ def _generate(graphdef, state, inputs: SamplingInputs, program):
   """`generate`, compiled once for each `SamplingProgram`."""
   graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
   run = functools.partial(_generate_rows, graphdef, program)
-  if program.mesh:
-    # Left to the partitioner, [cond | null] would be one batch to split, and
-    # the halves of an image would meet across devices at every token. Rows are
-    # split by hand, and what `fsdp` splits of the weights is gathered once;
-    # `tensor` is the partitioner's.
-    whole, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
-    split = SamplingInputs(
-      cond=rows,
-      null=rows,
-      rng=whole,
-      image_index=rows,
-      scales=whole,
-      committed=rows,
-    )
-    run = jax.shard_map(
-      run,
-      mesh=program.mesh,
-      in_specs=(whole, split),
-      out_specs=rows,
-      axis_names=set(sharding.ROWS),
-      check_vma=False,
-    )
+  if not program.mesh:
+    with sharding.on_one_device(program.platform):
+      return run(state, inputs)
+  # Left to the partitioner, [cond | null] would be one batch to split, and the
+  # halves of an image would meet across devices at every token. Rows are split
+  # by hand, and what `fsdp` splits of the weights is gathered once; `tensor` is
+  # the partitioner's.
+  whole, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
+  split = SamplingInputs(
+    cond=rows,
+    null=rows,
+    rng=whole,
+    image_index=rows,
+    scales=whole,
+    committed=rows,
+  )
+  run = jax.shard_map(
+    run,
+    mesh=program.mesh,
+    in_specs=(whole, split),
+    out_specs=rows,
+    axis_names=set(sharding.ROWS),
+    check_vma=False,
+  )
   return run(state, inputs)
 
 
 def _generate_rows(graphdef, program, state, inputs: SamplingInputs):
   """Samples of the rows of one device, or of those that share its rows."""
-  model = nnx.merge(graphdef, state)
-  model = layers.for_decoding(model) if program.on_cpu else model
+  model = layers.for_decoding(nnx.merge(graphdef, state), program.platform)
   config, cond = program.config, inputs.cond
   num_tokens, window = model.num_tokens, model.window
   guided = inputs.null is not None
@@ -308,19 +309,16 @@ def prepare(model: TensorAR, mesh: Mesh) -> TensorAR:
   """Puts a model on the mesh, in the form in which its devices decode fastest.
 
   `generate` takes any model; one that is not prepared it converts at every
-  call, which takes a CPU some 0.5 s for 100 M weights.
+  call, which takes a CPU some 0.5 s for 100 M weights. The prepared weights are
+  a copy, except on TPUs where nothing changes: drop `model` to have its memory
+  back.
   """
-  projections = (
-    module
-    for _, module in nnx.iter_modules(model)
-    if isinstance(module, layers.Linear)
-  )
-  if any(projection.kernel is None for projection in projections):
+  if layers.is_for_decoding(model):
     return model  # prepared already
   model = sharding.shard(model, mesh)
   model = in_compute_dtype(model)
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
-  return layers.for_decoding(model) if on_cpu else model
+  platform = sharding.platform_of(mesh.devices.flat[0])
+  return layers.for_decoding(model, platform)
 
 
 def generate(
@@ -428,5 +426,5 @@ def _prepare_call(
   config = dataclasses.replace(
     config, guidance=1.0, guidance_power=0.0, guidance_interval=None
   )
-  program = SamplingProgram(config, on_cpu=platform == "cpu", mesh=mesh)
+  program = SamplingProgram(config, platform=platform, mesh=mesh)
   return nnx.split(model), inputs, program

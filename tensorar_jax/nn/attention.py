@@ -8,7 +8,8 @@
 
 The kernels never write a head's [M, S] scores to memory. They serve whole
 sequences in bfloat16 or float16 without attention dropout, as in training;
-float32 takes the exact path, and so does decoding, a row at a time.
+float32 takes the plain path, and so does decoding, a row at a time. On GPUs and
+TPUs --precision says how its products are computed; see `parallel.chips`.
 """
 
 from __future__ import annotations
@@ -132,17 +133,26 @@ def plain(q, k, v, mask: Mask, rate: float = 0.0, rng: Key | None = None):
 
 def cudnn(q, k, v, mask: Mask, implementation: str = "cudnn"):
   """Attention of whole sequences by `jax.nn`; "xla" runs on any device."""
+  # JAX trains by cuDNN on even lengths alone. No row sees the added one, and
+  # what that gets is cut off again.
+  length, visible = q.shape[2], None
+  extra = length % 2
+  q, k, v = (
+    jnp.pad(a, ((0, 0), (0, 0), (0, extra), (0, 0))) for a in (q, k, v)
+  )
+  if mask.is_padding is not None:
+    visible = mask.visible[:, None]
+    visible = jnp.pad(visible, ((0, 0), (0, 0), (0, extra), (0, extra)))
   q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-  padded = mask.is_padding is not None
   out = jax.nn.dot_product_attention(
-    q,
-    k,
-    v,
-    mask=mask.visible[:, None] if padded else None,
-    is_causal=not padded,
+    query=q,
+    key=k,
+    value=v,
+    mask=visible,
+    is_causal=visible is None,
     implementation=implementation,
   )
-  return out.swapaxes(1, 2)
+  return out.swapaxes(1, 2)[:, :, :length]
 
 
 def flash(q, k, v, mask: Mask):

@@ -168,6 +168,11 @@ class Layers(nnx.Module):
     self.num_layers, self.remat = num_layers, "none"
     self.stacked = nnx.vmap(make)(rngs.split(num_layers))
 
+  @property
+  def is_single(self) -> bool:
+    """Whether each layer has its own arrays; see `single_layers`."""
+    return isinstance(self.stacked, nnx.List)
+
   def __call__(self, apply: Callable, x: Array, xs: Any = None):
     """Scans `apply(layer, x, xs_l) -> (x, y_l)`; returns (x, stacked y)."""
     graphdef, params = nnx.split(self.stacked)
@@ -182,10 +187,10 @@ class Layers(nnx.Module):
   def cached(self, apply: Callable, x: Array, cache: Cache):
     """Runs `apply(layer, x, layer_cache)`; returns (x, cache).
 
-    With single layers (see `for_decoding`) every layer owns its cache arrays;
+    With single layers (see `single_layers`) each one owns its cache arrays;
     else the stacked cache is the carry of a scan and gets one write a layer.
     """
-    if isinstance(self.stacked, nnx.List):
+    if self.is_single:
       keys, values = [], []
       for layer, k, v in zip(self.stacked, cache.k, cache.v, strict=True):
         x, view = apply(layer, x, LayerCache(k, v, cache.end))
@@ -206,7 +211,7 @@ class Layers(nnx.Module):
 
   def each(self) -> list[nnx.Module]:
     """The layers one by one, with slices of the stacked parameters."""
-    if isinstance(self.stacked, nnx.List):
+    if self.is_single:
       return list(self.stacked)
     graphdef, params = nnx.split(self.stacked)
     return [
@@ -217,7 +222,7 @@ class Layers(nnx.Module):
   def init_cache(self, shape: tuple[int, int, int, int], dtype) -> Cache:
     """An empty cache; shape = [B, N, S, H] of one layer."""
     end = jnp.zeros((), jnp.int32)
-    if isinstance(self.stacked, nnx.List):
+    if self.is_single:
       empty = tuple(
         sharding.constrain(jnp.zeros(shape, dtype), *sharding.HEADS)
         for _ in range(self.num_layers)
@@ -228,17 +233,53 @@ class Layers(nnx.Module):
     return Cache(k=empty, v=empty, end=end)
 
 
-def for_decoding(model: nnx.Module) -> nnx.Module:
-  """Returns a copy of `model` in the form in which a CPU decodes fastest.
+def for_decoding(model: nnx.Module, platform: str) -> nnx.Module:
+  """Returns a copy of `model` in the form in which `platform` decodes fastest.
 
-  Stacked layers become single ones, and projections store their weights
-  transposed and in the compute dtype; otherwise every step would convert them
-  again. GPUs and TPUs do not need it. A model in that form is left as it is.
+  On TPUs layers stay stacked. Elsewhere they become single, and on CPUs the
+  projections store their weights transposed as well. A model in that form is
+  left as it is.
+
+  Args:
+    model: with stacked layers, or in this form already.
+    platform: "cpu", "gpu" or "tpu".
+  """
+  if platform == "tpu":
+    return model
+  model = single_layers(model)
+  return transposed_projections(model) if platform == "cpu" else model
+
+
+def is_for_decoding(model: nnx.Module) -> bool:
+  """Returns whether a model is in a form that only decoding uses."""
+  return any(
+    isinstance(module, Layers)
+    and module.is_single
+    or isinstance(module, Linear)
+    and module.kernel is None
+    for _, module in nnx.iter_modules(model)
+  )
+
+
+def single_layers(model: nnx.Module) -> nnx.Module:
+  """Returns a copy of `model` whose layers have arrays of their own.
+
+  Then no step slices the weights and the cache of a layer out of stacked ones.
+  The stacked weights stay in memory as long as `model` does.
   """
   model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
     if isinstance(module, Layers):
       module.stacked = nnx.List(module.each())
+  return model
+
+
+def transposed_projections(model: nnx.Module) -> nnx.Module:
+  """Returns a copy of `model` with the weights of projections transposed.
+
+  They are in the compute dtype, too; otherwise every step would convert them.
+  """
+  model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
     if isinstance(module, Linear) and module.kernel is not None:
       module.transpose()

@@ -2,7 +2,22 @@
 
 A chip here is one JAX device; a TPU7x counts as two, of half a chip each.
 Sources: docs.cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), and
-NVIDIA's data sheets of the A100 80GB SXM and the H100 SXM, without sparsity.
+NVIDIA's data sheets of the A100 80GB SXM, the H100 SXM and the H200 SXM,
+without sparsity.
+
+The peak depends on how matrix products are computed. For float32 arrays that is
+one setting, --precision, which sets the model's dtype and
+`jax_default_matmul_precision`:
+
+| --precision   | backbone.dtype | NVIDIA GPUs   | TPUs           | CPUs     |
+| ------------- | -------------- | ------------- | -------------- | -------- |
+| not given     | the config's   | float32: TF32 | bfloat16       | float32  |
+| float32       | float32        | float32       | float32        | float32  |
+| tensorfloat32 | float32        | TF32          | three bfloat16 | float32  |
+| bfloat16      | bfloat16       | bfloat16      | bfloat16       | bfloat16 |
+
+TF32 keeps 10 bits of a factor's fraction where float32 has 23. Results that
+have to agree to the last digits need --precision=float32.
 """
 
 from __future__ import annotations
@@ -10,6 +25,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import numpy as np
+
+PRECISIONS = {  # of --precision: what `jax_default_matmul_precision` is then
+  "float32": "highest",
+  "tensorfloat32": "tensorfloat32",
+  "bfloat16": None,
+}
+# Passes in bfloat16 that a TPU makes for a product of float32 arrays.
+PASSES = {"bfloat16": 1, "bfloat16_3x": 3, "float32": 6}
 GIB = 2.0**30
 
 
@@ -24,6 +49,8 @@ class Chip:
     hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s out over all links to the other chips of a slice or
       a host together; the other direction has as much again.
+    tf32_flops, float32_flops: FLOP/s of float32 arrays, by TF32 and exact; None
+      where float32 takes several products of bfloat16, as on TPUs.
   """
 
   name: str
@@ -31,6 +58,13 @@ class Chip:
   hbm_bytes: float
   hbm_bandwidth: float
   link_bandwidth: float
+  tf32_flops: float | None = None
+  float32_flops: float | None = None
+
+  def peak(self, products: str) -> float:
+    """FLOP/s of matrix products as `products_of` names them."""
+    own = {"tensorfloat32": self.tf32_flops, "float32": self.float32_flops}
+    return own.get(products) or self.peak_flops / PASSES.get(products, 1)
 
 
 CHIPS = {
@@ -41,8 +75,9 @@ CHIPS = {
     Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
     Chip("v6e", 918e12, 32 * GIB, 1638e9, 400e9),
     Chip("tpu7x", 2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9 / 2),
-    Chip("a100", 312e12, 80 * GIB, 2039e9, 300e9),
-    Chip("h100", 989e12, 80 * GIB, 3350e9, 450e9),
+    Chip("a100", 312e12, 80 * GIB, 2039e9, 300e9, 156e12, 19.5e12),
+    Chip("h100", 989e12, 80 * GIB, 3350e9, 450e9, 494.5e12, 67e12),
+    Chip("h200", 989e12, 141 * GIB, 4800e9, 450e9, 494.5e12, 67e12),
   )
 }
 
@@ -59,9 +94,36 @@ KINDS = {
   "TPU7x": "tpu7x",
   "NVIDIA A100-SXM4-80GB": "a100",
   "NVIDIA H100 80GB HBM3": "h100",
+  "NVIDIA H200": "h200",
 }
 
 
 def of(device: Any) -> Chip | None:
   """Returns the chip of a JAX device, or None if it is not in the table."""
   return CHIPS.get(KINDS.get(device.device_kind, ""))
+
+
+def set_precision(name: str | None) -> None:
+  """Makes JAX multiply as --precision=`name` says; None changes nothing.
+
+  The dtype of the models goes with it; see `experiment.stages`.
+  """
+  if name is not None:
+    jax.config.update("jax_default_matmul_precision", PRECISIONS[name])
+
+
+def products_of(dtype: str, platform: str) -> str:
+  """Returns what products of arrays of `dtype` are made of, as JAX is set now.
+
+  It is "bfloat16" (also for float16), "tensorfloat32", "bfloat16_3x" or
+  "float32"; `platform` is "cpu", "gpu" or "tpu".
+  """
+  setting = jax.config.jax_default_matmul_precision
+  if np.dtype(jax.numpy.dtype(dtype)).itemsize == 2:
+    return "bfloat16"
+  if platform == "cpu" or setting in ("highest", "float32"):
+    return "float32"
+  if platform == "gpu":
+    return "tensorfloat32"
+  high = ("high", "tensorfloat32", "bfloat16_3x")
+  return "bfloat16_3x" if setting in high else "bfloat16"

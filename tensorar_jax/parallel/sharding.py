@@ -16,6 +16,7 @@ they call is `constrain`, which does nothing on one device.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -240,15 +241,38 @@ def bytes_of(tree: Any) -> tuple[int, int]:
 def platform() -> str:
   """Returns what a program is traced for: "cpu", "gpu" or "tpu"."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  name = device.platform if device else jax.default_backend()
-  return "gpu" if name == "cuda" else name
+  return _family(device.platform if device else jax.default_backend())
+
+
+def platform_of(device: Any) -> str:
+  """Its platform: "cpu", "gpu" or "tpu"; it need not be there."""
+  return _family(device.platform)
+
+
+def _family(name: str) -> str:
+  return "gpu" if name in ("cuda", "rocm") else name
 
 
 def as_if_plain():
   """A context in which programs are traced for one device without kernels."""
-  device = AbstractDevice("cpu", None, "cpu")
-  mesh = AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
-  return use_abstract_mesh(mesh)
+  return use_abstract_mesh(_one_device("cpu"))
+
+
+def on_one_device(wanted: str):
+  """A context in which programs are traced for one device of a platform.
+
+  A single device has no mesh that would say what it is, and it need not be
+  that of the default backend: it may be compiled for, or one of several kinds.
+  """
+  if wanted == platform():
+    return contextlib.nullcontext()
+  return use_abstract_mesh(_one_device(wanted))
+
+
+def _one_device(name: str) -> AbstractMesh:
+  types = (AxisType.Auto,) * len(AXES)
+  device = AbstractDevice(name, None, name)
+  return AbstractMesh((1,) * len(AXES), AXES, types, abstract_device=device)
 
 
 def _free(mesh: AbstractMesh) -> set[str]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,14 +23,16 @@ from tensorar_jax.checkpoints import files
 from tensorar_jax.experiment import saved
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import sample_files
+from tensorar_jax.parallel import chips
 from tensorar_jax.performance import benchmark_report as report
-from tensorar_jax.performance import machine, peer_torch, workloads
+from tensorar_jax.performance import machine, peer_torch, traces, workloads
 from tensorar_jax.performance.workloads import Case, Work
 from tensorar_jax.training import logs
 
 PARTS = ("decode", "tokenizer", "train")
 PEERS = ("torch",)
 TRAIN_BATCH_CPU = 4
+NO_TIME = {"error": "no time was left"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,13 @@ class Settings:
     rounds: how often every case is timed.
     train_batch: images of a training step; None: the config's, on a CPU 4.
     parts: of PARTS.
+    unguided: whether the base model is also run without guidance.
     peer: of PEERS, or None.
+    peer_modes: of `peer_torch.MODES`.
+    precision: of --precision, which is set already; here for the record.
+    profile: of PARTS; one more run of the first case of each is traced, and
+      what its kernels took is written down.
+    seconds: after so many no further case is begun; None: all are run.
   """
 
   batches: tuple[int, ...] = (1, 8)
@@ -52,7 +62,12 @@ class Settings:
   rounds: int = 3
   train_batch: int | None = None
   parts: tuple[str, ...] = PARTS
+  unguided: bool = True
   peer: str | None = None
+  peer_modes: tuple[str, ...] = ("eager", "compile")
+  precision: str | None = None
+  profile: tuple[str, ...] = ()
+  seconds: float | None = None
 
   def __post_init__(self):
     for name in ("batches", "windows", "depths"):
@@ -67,24 +82,14 @@ class Settings:
         raise ValueError(f"--{name}={value}: expected at least 1.")
     for part in self.parts:
       choose("--parts", part, list(PARTS))
+    for part in self.profile:
+      choose("--profile", part, list(PARTS))
+    for mode in self.peer_modes:
+      choose("--peer_modes", mode, list(peer_torch.MODES))
     if not self.parts:
       raise ValueError(f"--parts is empty: expected some of {PARTS}.")
     if self.peer is not None:
       choose("--peer", self.peer, list(PEERS))
-
-
-def parse(given: Mapping[str, Any]) -> Settings:
-  """Settings from the values of flags; lists are of words."""
-  values = dict(given)
-  for name in ("batches", "windows", "depths"):
-    try:
-      values[name] = tuple(map(int, given.get(name, getattr(Settings, name))))
-    except ValueError as error:
-      raise ValueError(
-        f"--{name}={given[name]}: expected integers, as 1,8."
-      ) from error
-  values["parts"] = tuple(given.get("parts", PARTS))
-  return Settings(**values)
 
 
 def plan(
@@ -100,7 +105,7 @@ def plan(
         depths = settings.depths if window == deep else (first,)
         for depth in depths if window > 1 else (1,):
           works.append(Work("decode", batch, window, depth, True))
-      if 1 in settings.windows:
+      if 1 in settings.windows and settings.unguided:
         works.append(Work("decode", batch, 1, 1, False))
   if "tokenizer" in settings.parts:
     works += [Work("tokenizer", batch) for batch in settings.batches]
@@ -143,27 +148,19 @@ def run(
     peer_torch.check_installed()
   folder = _new_folder(output, workdir / "benchmark")
   loads = workloads.Workloads(stages[name], workdir)
-  peer = _peer(loads) if settings.peer else None
-  record = {
-    "stage": name,
-    "started": datetime.datetime.now(datetime.UTC).isoformat(
-      timespec="seconds"
-    ),
-    "config": saved.saved_config(
-      dataclasses.replace(stages[name], source=None)
-    ),
-    "settings": dataclasses.asdict(settings),
-    "dtype": loads.backbone.dtype,
-    "machine": machine.describe(),
-    "software": sample_files.software() | (peer.about if peer else {}),
-  }
+  peer = make_peer(loads) if settings.peer else None
+  record = {"stage": name, **about(stages[name], loads, settings, peer)}
   folder.mkdir(parents=True, exist_ok=True)
+  limit = machine.Limits(loads.backbone.dtype)
   try:
-    cases = _Cases(loads, settings, peer)
+    cases = Cases(loads, settings, limit, peer)
     cases.warm_up()
     for _ in range(settings.rounds):
       cases.round()
       found = {**record, **cases.record()}
+      files.write_json(folder / "benchmark.json", found)
+    if settings.profile:
+      found["profiles"] = cases.profiles()
       files.write_json(folder / "benchmark.json", found)
   finally:
     if peer:
@@ -172,6 +169,21 @@ def run(
   print(report.text(found))
   print(f"{folder}")
   return folder
+
+
+def about(stage, loads, settings: Settings, peer) -> dict[str, Any]:
+  """What is measured, on what and with what."""
+  now = datetime.datetime.now(datetime.UTC)
+  dtype = loads.backbone.dtype
+  return {
+    "started": now.isoformat(timespec="seconds"),
+    "config": saved.saved_config(dataclasses.replace(stage, source=None)),
+    "settings": dataclasses.asdict(settings),
+    "dtype": dtype,
+    "products": chips.products_of(dtype, jax.default_backend()),
+    "machine": machine.describe(),
+    "software": sample_files.software() | (peer.about if peer else {}),
+  }
 
 
 def _new_folder(output: str | None, numbered: pathlib.Path) -> pathlib.Path:
@@ -188,7 +200,8 @@ def _new_folder(output: str | None, numbered: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _peer(loads: workloads.Workloads) -> peer_torch.Peer:
+def make_peer(loads: workloads.Workloads) -> peer_torch.Peer:
+  """The peer of a stage's sizes, in JAX's precision; close it."""
   cond = loads.conditioning.example()
   return peer_torch.Peer(
     peer_torch.sizes_of(loads.backbone, cond), loads.stage.sampling
@@ -198,11 +211,12 @@ def _peer(loads: workloads.Workloads) -> peer_torch.Peer:
 # --- rounds ------------------------------------------------------------------
 
 
-class _Cases:
+class Cases:
   """The cases of a run and what was measured of each."""
 
-  def __init__(self, loads, settings: Settings, peer):
+  def __init__(self, loads, settings: Settings, limit: machine.Limits, peer):
     self.loads, self.peer, self.settings = loads, peer, settings
+    self.limit, self.limits = limit, []
     stage = loads.stage
     own = stage.tensorar.window, stage.tensorar.depth
     train_batch = settings.train_batch or (
@@ -211,9 +225,9 @@ class _Cases:
       else stage.train.batch_size
     )
     self.works = plan(settings, own, train_batch)
-    devices = loads.mesh.size
-    self.limit = machine.Limits(loads.backbone.dtype)
-    self.devices, self.limits = devices, []
+    self.devices = loads.mesh.size
+    self.peak = machine.peak_flops(loads.backbone.dtype, self.devices)
+    self.end = time.monotonic() + (settings.seconds or math.inf)
     self.cases: list[Case] = []
     self.warm: list[dict[str, Any]] = []
     self.runs: list[list[dict[str, Any]]] = []
@@ -222,13 +236,20 @@ class _Cases:
     """Builds and runs every case for the first time."""
     for i, wanted in enumerate(self.works):
       logging.info("warm-up %d/%d: %s", i + 1, len(self.works), wanted.name)
+      if self.is_over():
+        self._keep(Case(wanted, workloads.OURS, dict, dict), NO_TIME)
+        continue
       case = self._build(wanted)
       self._start(case)
       alike = wanted.kind == "train" or wanted.guided
       if self.peer and alike and wanted.window == 1:
-        for mode in peer_torch.MODES:
+        for mode in self.settings.peer_modes:
           logging.info("warm-up of the peer: %s, %s", wanted.name, mode)
           self._start(self.peer.case(case.work, mode))
+
+  def is_over(self) -> bool:
+    """Whether no further case may begin."""
+    return time.monotonic() > self.end
 
   def _build(self, work: Work) -> Case:
     w, sizes = work, (work.batch, work.window, work.depth)
@@ -240,17 +261,26 @@ class _Cases:
 
   def _start(self, case: Case) -> None:
     # What does not fit or does not compile is a line of the table.
+    before = machine.device_peak()
     try:
       warm = case.warm_up()
     except RuntimeError as error:
       logging.info("%s, %s: %s", case.work.name, case.program, error)
       warm = {"error": str(error).splitlines()[0]}
+    peak = machine.device_peak()
+    if case.program == workloads.OURS and peak != before:
+      warm["device_bytes"] = peak
+    self._keep(case, warm)
+
+  def _keep(self, case: Case, warm: dict[str, Any]) -> None:
     self.cases.append(case)
     self.warm.append(warm)
     self.runs.append([])
 
   def round(self) -> None:
-    """Times the limits and then every case once."""
+    """Times the limits and then every case once, if there is time for all."""
+    if self.limits and self.is_over():
+      return
     limits = self.limit.measure()
     self.limits.append({k: v * self.devices for k, v in limits.items()})
     at, rounds = len(self.limits), self.settings.rounds
@@ -269,10 +299,22 @@ class _Cases:
         logs.duration(left),
       )
 
+  def profiles(self) -> list[dict[str, Any]]:
+    """What the kernels of one more run took, of each part to be traced."""
+    found = []
+    for kind in self.settings.profile:
+      for case, warm in zip(self.cases, self.warm):
+        ours = case.program == workloads.OURS and "error" not in warm
+        if ours and case.work.kind == kind:
+          traced = traces.of_run(lambda case=case: case.time(1))
+          found.append({"name": case.work.name, **traced})
+          break
+    return found
+
   def record(self) -> dict[str, Any]:
     """Everything measured so far, and what follows from it."""
     rows = [
-      report.case_record(*measured, self.limits)
+      report.case_record(*measured, self.limits, self.peak)
       for measured in zip(self.cases, self.warm, self.runs)
     ]
     return {
@@ -280,6 +322,7 @@ class _Cases:
         key: report.summary([one[key] for one in self.limits])
         for key in self.limits[0]
       },
+      "peak_flops": self.peak,
       "device_peak_bytes": machine.device_peak(),
       "cases": rows,
       "ratios": report.ratios(rows),

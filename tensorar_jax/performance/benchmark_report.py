@@ -29,11 +29,15 @@ def summary(values: Sequence[float]) -> Stat:
 
 
 def figures(
-  work: Work, seconds: Sequence[float], limits: Sequence[Mapping[str, float]]
+  work: Work,
+  seconds: Sequence[float],
+  limits: Sequence[Mapping[str, float]],
+  peak: float | None = None,
 ) -> dict[str, Stat]:
   """Rates of a case, and its shares of the limits, over the rounds.
 
-  `seconds` of a run and `limits` {"flops", "read"} are of each round.
+  `seconds` of a run and `limits` {"flops", "read"} are of each round; `peak`
+  FLOP/s are the data sheet's: "mfu" is the share of them.
   """
   rates = {
     "images_per_second": [work.batch / s for s in seconds],
@@ -41,6 +45,8 @@ def figures(
   }
   if work.kind == "decode":
     rates["ms_per_step"] = [1000 * s / work.tokens for s in seconds]
+  if work.flops and peak:
+    rates["mfu"] = [work.flops / s / peak for s in seconds]
   for name, amount in (("flops", work.flops), ("read", work.bytes)):
     if amount:
       pairs = zip(seconds, limits)
@@ -84,21 +90,32 @@ def _ratio(row, base, key) -> float | None:
 
 
 def case_record(
-  case: Case, warm: Row, runs: Sequence[Row], limits: Sequence[Row]
+  case: Case,
+  warm: Row,
+  runs: Sequence[Row],
+  limits: Sequence[Row],
+  peak: float | None = None,
 ) -> dict[str, Any]:
-  """A case with all that was measured of it, and what follows."""
+  """A case with all that was measured of it, and what follows.
+
+  "device_bytes" are what the devices held at most until then, if this case
+  raised it, and null if a case before it needed as much.
+  """
   row = {"name": case.work.name, "program": case.program}
   row |= dataclasses.asdict(case.work)
   if "error" in warm:
     return row | warm
+  if not runs:
+    return row | {"error": f"timed only once: {warm['seconds']:.4g} s"}
   seconds = [run["seconds"] for run in runs]
   extra = [run["extra_bytes"] for run in runs if run["extra_bytes"] is not None]
   compiled = warm.get("compile_seconds")
-  if compiled is None and case.program.endswith("compile"):
+  if compiled is None and case.program.endswith(("compile", "graphs")):
     compiled = max(0.0, warm["seconds"] - float(np.median(seconds)))
   row |= {"seconds": seconds, "compile_seconds": compiled}
   row |= {"extra_bytes": max(extra, default=None)}
-  return row | figures(case.work, seconds, limits)
+  row |= {"device_bytes": warm.get("device_bytes")}
+  return row | figures(case.work, seconds, limits, peak)
 
 
 # --- for people -----------------------------------------------------------
@@ -124,7 +141,8 @@ def _plain(value: float | int | None, form: str) -> str:
 def case_rows(record: Mapping[str, Any]) -> list[list[str]]:
   """A heading and a line for every case."""
   heads = ["case", "program", "ms per step", "images/s", "tokens/s"]
-  heads += ["of the read limit", "of the FLOP/s limit", "compile s", "adds GiB"]
+  heads += ["of the read limit", "of the FLOP/s limit", "MFU"]
+  heads += ["compile s", "adds GiB", "device GiB"]
   lines = [heads]
   for row in record["cases"]:
     line = [row["name"], row["program"]]
@@ -135,9 +153,12 @@ def case_rows(record: Mapping[str, Any]) -> list[list[str]]:
     tokens = row["tokens_per_second"] if row["kind"] == "train" else None
     line += [_stat(row.get("ms_per_step")), _stat(row["images_per_second"])]
     line += [_stat(tokens)]
-    line += [_percent(row.get("of_read")), _percent(row.get("of_flops"))]
+    shares = (row.get(name) for name in ("of_read", "of_flops", "mfu"))
+    line += [_percent(share) for share in shares]
     line += [_plain(row["compile_seconds"], "{:.1f}")]
+    held = row["device_bytes"]
     line += [_plain(extra and extra / 2**30, "{:.2f}")]
+    line += [_plain(held and held / 2**30, "{:.2f}")]
     lines.append(line)
   return lines
 
@@ -164,8 +185,8 @@ def heading(record: Mapping[str, Any]) -> list[str]:
   software = ", ".join(f"{k} {v}" for k, v in record["software"].items())
   peak = record["device_peak_bytes"]
   sentences = [
-    f"Stage {record['stage']} in {record['dtype']},"
-    f" {record['settings']['rounds']} rounds: {SPREAD}.",
+    f"Stage {record['stage']} in {record['dtype']}, products of"
+    f" {record['products']}, {record['settings']['rounds']} rounds: {SPREAD}.",
     f"{about['processor']}, {about['cores']} cores,"
     f" {len(about['devices'])} x {about['devices'][0]}; load average at the"
     f" start {about['load_average']:.2f}. {software}.",
@@ -173,6 +194,10 @@ def heading(record: Mapping[str, Any]) -> list[str]:
     f" {_stat(scaled['read'])} GB/s in a long read.",
     "ROWSxIMAGES: 2x8 are 8 images, each with and without its condition.",
   ]
+  if record["peak_flops"]:
+    sentences.append(
+      f"MFU is of the data sheet's {record['peak_flops'] / 1e12:.4g} TFLOP/s."
+    )
   if peak:
     sentences.append(f"A device has held {peak / 2**30:.2f} GiB at most.")
   return sentences

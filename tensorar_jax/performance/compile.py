@@ -28,7 +28,7 @@ from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.method import sampling
 from tensorar_jax.nn import flops
-from tensorar_jax.parallel import sharding, weights
+from tensorar_jax.parallel import chips, sharding, weights
 from tensorar_jax.performance import hlo, targets
 from tensorar_jax.training import loop
 
@@ -47,7 +47,8 @@ IMAGES_PER_DEVICE = 32  # sampled at once, as by --mode=sample
 class Program:
   """A traced function, its model FLOPs, and those that it really carries out.
 
-  `cache` are the sizes of the arrays of a KV cache on one device, in elements.
+  `cache` are the sizes of the arrays of a KV cache on one device, in elements;
+  `dtype` is that of the arrays that are multiplied.
   """
 
   name: str
@@ -56,6 +57,7 @@ class Program:
   run_flops: int
   images: int
   cache: frozenset[int] = frozenset()
+  dtype: str = "float32"
 
 
 # --- programs ----------------------------------------------------------------
@@ -90,7 +92,14 @@ def train_program(stage: Stage, mesh: Mesh) -> Program:
       return traced.lower()
 
   run_flops = _flops(traced)
-  return Program("train step", lower, model_flops, run_flops, config.batch_size)
+  return Program(
+    name="train step",
+    lower=lower,
+    model_flops=model_flops,
+    run_flops=run_flops,
+    images=config.batch_size,
+    dtype=model.backbone.dtype,
+  )
 
 
 def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
@@ -126,7 +135,13 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
     sizes |= {whole, whole // array.shape[0]}  # all layers, or one's own
   count = _flops(traced)
   return Program(
-    "sampler", traced.lower, count, count, batch_size, frozenset(sizes)
+    name="sampler",
+    lower=traced.lower,
+    model_flops=count,
+    run_flops=count,
+    images=batch_size,
+    cache=frozenset(sizes),
+    dtype=model.backbone.dtype,
   )
 
 
@@ -144,6 +159,9 @@ def measure(program: Program, target: targets.Target) -> dict:
     **{"program": program.name, "images": program.images},
     "model_flops": program.model_flops,
     "flops": program.run_flops / len(target.devices),
+    "products": chips.products_of(
+      program.dtype, sharding.platform_of(target.devices[0])
+    ),
   }
   started = time.monotonic()
   lowered = program.lower()
@@ -184,11 +202,12 @@ def _roofline(report: Mapping, target: targets.Target) -> dict:
   chip = target.chip
   if chip is None:
     return {}
-  rates = chip.peak_flops, chip.hbm_bandwidth, chip.link_bandwidth
+  rate = chip.peak(report["products"])
+  rates = rate, chip.hbm_bandwidth, chip.link_bandwidth
   names = "flops", "bytes", "sent"
   busy = {name: report[name] / rate for name, rate in zip(names, rates)}
   seconds = max(busy.values())
-  peak = seconds * chip.peak_flops * len(target.devices)
+  peak = seconds * rate * len(target.devices)
   mfu = report["model_flops"] / peak
   return {"busy_seconds": busy, "seconds": seconds, "mfu": mfu}
 
@@ -210,6 +229,7 @@ def _words(one: Mapping, report: Mapping):
   yield "fits", "yes" if one["fits"] else f"NO {one.get('reason', '')}"
   yield "model TFLOPs", f"{one['model_flops'] / 1e12:.4g}"
   yield "TFLOPs a device", f"{one['flops'] / 1e12:.4g}"
+  yield "products of", one["products"]
   if "memory" not in one:
     return
   limit = report["hbm_bytes"]

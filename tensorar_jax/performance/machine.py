@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tensorar_jax.parallel import chips
+
 MATMUL = {"cpu": 2048}  # rows of the square matrices; elsewhere MATMUL_LARGE
 MATMUL_LARGE = 8192
 READ_BYTES = 2**30  # more than the caches of a socket
@@ -54,8 +56,13 @@ def describe() -> dict[str, Any]:
 class Limits:
   """Measures the limits of one device, again and again."""
 
-  def __init__(self, dtype: str):
-    """`dtype` is that of the matrices; products are summed in float32."""
+  def __init__(self, dtype: str, once: bool = False):
+    """`dtype` is that of the matrices; products are summed in float32.
+
+    `once` measures the first time and then says the same: for a device that
+    nobody else uses, in minutes that are few.
+    """
+    self._once, self._known = once, None
     on_cpu = jax.default_backend() == "cpu"
     self._rows = MATMUL.get(jax.default_backend(), MATMUL_LARGE)
     self._matrix = jnp.ones((self._rows, self._rows), dtype)
@@ -82,8 +89,15 @@ class Limits:
 
   def measure(self) -> dict[str, float]:
     """{"flops": FLOP/s of a product, "read": bytes/s}, the best of a few."""
+    if self._known:
+      return self._known
     flops = 2 * self._rows**3 / _best(self._multiply)
-    return {"flops": flops, "read": self._memory.nbytes / _best(self._read)}
+    read = self._memory.nbytes / _best(self._read)
+    found = {"flops": flops, "read": read}
+    if self._once:
+      self._known = found
+      del self._matrix, self._memory
+    return found
 
 
 def _best(run: Callable[[], None]) -> float:
@@ -159,3 +173,13 @@ def device_peak() -> int | None:
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
   return max(peaks, default=None)
+
+
+def peak_flops(dtype: str, devices: int) -> float | None:
+  """FLOP/s of so many devices by their data sheet, if there is one.
+
+  Of products as JAX makes them now of arrays of `dtype`.
+  """
+  chip = chips.of(jax.devices()[0])
+  products = chips.products_of(dtype, jax.default_backend())
+  return chip.peak(products) * devices if chip else None

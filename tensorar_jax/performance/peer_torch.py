@@ -1,11 +1,12 @@
 """The peer of a benchmark: what a user of PyTorch would run instead.
 
 Hugging Face's `LlamaForCausalLM` of the backbone's sizes on random weights, as
-it comes (`eager`) and behind `torch.compile`. It decodes one token a step with
+it comes (`eager`), by `torch.compile` (`compile`), and on GPUs by that in CUDA
+graphs (`graphs`, its mode "reduce-overhead"). It decodes one token a step with
 a static KV cache, guided as [cond | null] rows of one batch, and draws with the
-same settings; it trains by AdamW on the cross-entropy. Weights and cache are in
-the config's dtype; training in bfloat16 is autocast over float32 weights, as
-here.
+same settings, which is compiled too; it trains by AdamW on the cross-entropy.
+Weights and cache are in the config's dtype, products of float32 as --precision
+says; training in bfloat16 is autocast over float32 weights, as here.
 
 The peer lives in a process of its own, `python -m tensorar_jax.peer_torch`,
 that runs what it is told on one line of JSON and answers on another. So neither
@@ -28,10 +29,11 @@ import numpy as np
 
 from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.nn import layers
+from tensorar_jax.parallel import chips
 from tensorar_jax.performance import machine, workloads
 from tensorar_jax.performance.workloads import Case, Work
 
-MODES = ("eager", "compile")
+MODES = ("eager", "compile", "graphs")
 PACKAGES = ("torch", "transformers")
 
 
@@ -104,6 +106,7 @@ class Peer:
         sizes=dataclasses.asdict(sizes),
         sampling=options,
         threads=machine.cores(),
+        products=chips.products_of(sizes.dtype, jax.default_backend()),
         device="cpu" if jax.default_backend() == "cpu" else "cuda",
       )
     except RuntimeError as error:
@@ -180,25 +183,34 @@ class Llama:
     if self._decoder is None:
       self._decoder = self.make().to(self.dtype).eval()
     model, sizes, options = self._decoder, self.sizes, self.options
-    forward = (
-      torch.compile(model, dynamic=False) if mode == "compile" else model
-    )
     rows = 2 * batch  # [cond | null]
     length = sizes.prefix + sizes.num_tokens
     prefix = torch.randn(
       (rows, sizes.prefix, sizes.width), dtype=self.dtype, device=self.device
     )
+    # One cache for all images: a CUDA graph knows its arrays by their address.
+    cache = transformers.StaticCache(model.config, max_cache_len=length)
+    state = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    @torch.inference_mode()
+    def step(tokens):
+      out = model(input_ids=torch.cat([tokens, tokens]), **state)
+      return draw(out.logits[:, -1], options)
+
+    advance = compiled(step, mode)
+    graphs = mode == "graphs"
+    without_gradients = torch.no_grad if graphs else torch.inference_mode
+
+    @without_gradients()
     def generate():
-      cache = transformers.StaticCache(model.config, max_cache_len=length)
-      state = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+      cache.reset()
       out = model(inputs_embeds=prefix, **state)
       tokens = [draw(out.logits[:, -1], options)]
       for _ in range(sizes.num_tokens - 1):
-        both = torch.cat([tokens[-1], tokens[-1]])
-        out = forward(input_ids=both, **state)
-        tokens.append(draw(out.logits[:, -1], options))
+        if graphs:
+          torch.compiler.cudagraph_mark_step_begin()
+        new = advance(tokens[-1])
+        # The next replay of a graph writes its result to the same place.
+        tokens.append(new.clone() if graphs else new)
       return torch.cat(tokens, dim=1).cpu()
 
     return generate
@@ -208,9 +220,7 @@ class Llama:
     import torch
 
     sizes, model = self.sizes, self.make().train()
-    forward = (
-      torch.compile(model, dynamic=False) if mode == "compile" else model
-    )
+    forward = compiled(model, mode)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     shape = (batch, sizes.num_tokens)
     tokens = torch.randint(sizes.vocab_size, shape, device=self.device)
@@ -237,6 +247,16 @@ class Llama:
     return step
 
 
+def compiled(function, mode: str):
+  """`function` in one of MODES."""
+  import torch
+
+  if mode == "eager":
+    return function
+  kind = "reduce-overhead" if mode == "graphs" else "default"
+  return torch.compile(function, dynamic=False, mode=kind)
+
+
 def draw(logits, options: Mapping):
   """Tokens [B, 1] from [cond | null] logits [2B, V]."""
   import torch
@@ -255,7 +275,10 @@ def draw(logits, options: Mapping):
     before[:, 0] = 0
     ranked = ranked.masked_fill(before > options["top_p"], -torch.inf)
     logits = torch.empty_like(logits).scatter(-1, order, ranked)
-  return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+  # What `torch.multinomial` does, but without a look at the result by the host.
+  weights = logits.softmax(dim=-1)
+  race = torch.empty_like(weights).exponential_()
+  return (weights / race).argmax(dim=-1, keepdim=True)
 
 
 def serve(requests, answers) -> None:
@@ -270,6 +293,8 @@ def serve(requests, answers) -> None:
     nonlocal llama
     if "sizes" in request:
       torch.set_num_threads(request["threads"])
+      exact = request["products"] == "float32"
+      torch.set_float32_matmul_precision("highest" if exact else "high")
       sizes = Sizes(**request["sizes"])
       llama = Llama(sizes, request["sampling"], request["device"])
       return {m.__name__: m.__version__ for m in (torch, transformers)}
@@ -280,7 +305,11 @@ def serve(requests, answers) -> None:
     make = llama.decoder if size["kind"] == "decode" else llama.trainer
     run = make(size["batch"], size["mode"])
     runs[json.dumps(size)] = run
-    return {"seconds": machine.seconds(run)}
+    found = {"seconds": machine.seconds(run)}
+    if llama.device == "cuda":
+      found["device_bytes"] = torch.cuda.max_memory_allocated()
+      torch.cuda.reset_peak_memory_stats()
+    return found
 
   for line in requests:
     try:

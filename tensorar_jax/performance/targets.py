@@ -23,6 +23,7 @@ GPUS_OF_A_HOST = 8
 GPUS = {
   "a100": dict(major=8, cores=108, shared=164, l2=40, clock=1.41),
   "h100": dict(major=9, cores=132, shared=228, l2=50, clock=1.98),
+  "h200": dict(major=9, cores=132, shared=228, l2=50, clock=1.98),
 }
 
 

@@ -1,7 +1,7 @@
 """Where numbers go while training: console, TensorBoard, and `log.jsonl`.
 
-The only home of the clu writers. They import TensorFlow, which takes seconds,
-so they are imported when the first stage starts and not before.
+TensorBoard's own writer is imported when the first stage starts: where
+TensorFlow is installed, it comes with it and takes seconds.
 """
 
 from __future__ import annotations
@@ -42,28 +42,22 @@ SPEEDS = {
 }
 
 
-def _console_writer(stage: str, num_steps: int):
-  """A clu writer that prints one line with progress, speed and ETA."""
-  from clu import metric_writers
-
-  class ConsoleWriter(metric_writers.LoggingWriter):
-    def write_scalars(self, step, scalars):
-      shown = " ".join(
-        f"{name}={value:.4g}"
-        for name, value in scalars.items()
-        if not name.startswith(("accuracy/", "speed/"))
-      )
-      speeds = ", ".join(
-        show(scalars[f"speed/{name}"])
-        for name, show in SPEEDS.items()
-        if f"speed/{name}" in scalars
-      )
-      logging.info(
-        f"{stage} {step}/{num_steps} ({step / num_steps:.0%}) {shown} |"
-        f" {speeds}"
-      )
-
-  return ConsoleWriter()
+def console_line(
+  stage: str, step: int, num_steps: int, scalars: dict[str, float]
+) -> str:
+  """Progress, scalars, speed and ETA of a row, for a console."""
+  shown = " ".join(
+    f"{name}={value:.4g}"
+    for name, value in scalars.items()
+    if not name.startswith(("accuracy/", "speed/"))
+  )
+  speeds = ", ".join(
+    show(scalars[f"speed/{name}"])
+    for name, show in SPEEDS.items()
+    if f"speed/{name}" in scalars
+  )
+  share = step / num_steps
+  return f"{stage} {step}/{num_steps} ({share:.0%}) {shown} | {speeds}"
 
 
 class TrainLog:
@@ -75,18 +69,11 @@ class TrainLog:
   """
 
   def __init__(self, folder: pathlib.Path, num_steps: int):
-    import tensorflow as tf
-    from clu import metric_writers
+    from tensorboard import summary
 
-    tf.config.set_visible_devices([], "GPU")
     self._path = folder / "log.jsonl"
-    self._num_steps = num_steps
-    self._writer = metric_writers.MultiWriter(
-      [
-        _console_writer(folder.name, num_steps),
-        metric_writers.SummaryWriter(str(folder / "tensorboard")),
-      ]
-    )
+    self._stage, self._num_steps = folder.name, num_steps
+    self._writer = summary.Writer(str(folder / "tensorboard"))
 
   def resume(self, step: int) -> None:
     """Forgets rows after `step`, which will be computed again."""
@@ -106,7 +93,11 @@ class TrainLog:
       f"speed/{name}": value
       for name, value in {**speeds, "eta_seconds": eta}.items()
     }
-    self._writer.write_scalars(step, {**scalars, **speeds})
+    row = {**scalars, **speeds}
+    for name, value in row.items():
+      self._writer.add_scalar(name, value, step)
+    self._writer.flush()
+    logging.info("%s", console_line(self._stage, step, self._num_steps, row))
 
   def close(self) -> None:
     self._writer.close()

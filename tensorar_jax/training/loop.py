@@ -177,7 +177,8 @@ def fit(
     meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
   step, flops = make_step(stage, model, task, tx, like)
-  meter = throughput.Meter(folder, step, flops, profile)
+  dtype = model.backbone.dtype if hasattr(model, "backbone") else "float32"
+  meter = throughput.Meter(folder, step, flops, profile, dtype)
   started = time.monotonic() - meta["seconds"]
 
   def save(state, pending):

@@ -89,7 +89,8 @@ class Meter:
 
   `train_step(state, context, batch)` returns (state, scalars) with a "loss";
   `count_flops` takes the same and returns the step's model FLOPs. The steps of
-  `profile` are traced into `<folder>/profile`.
+  `profile` are traced into `<folder>/profile`. `dtype` is that of the arrays
+  that are multiplied: chips have a peak for each.
   """
 
   def __init__(
@@ -98,7 +99,9 @@ class Meter:
     train_step: Callable,
     count_flops: Callable[..., int],
     profile: Steps | None = None,
+    dtype: str = "float32",
   ):
+    self._dtype = dtype
     self._name, self._train_step = folder.name, train_step
     self._count_flops = count_flops
     self._trace = Trace(folder / "profile", profile)
@@ -168,7 +171,8 @@ class Meter:
       speeds["tflops_per_second"] = self._flops / seconds / 1e12
       chip = chips.of(jax.devices()[0])
       if chip:
-        peak = chip.peak_flops * jax.device_count()
+        products = chips.products_of(self._dtype, jax.default_backend())
+        peak = chip.peak(products) * jax.device_count()
         speeds["mfu"] = self._flops / seconds / peak
     if now - then >= JUDGED_SECONDS:
       self._warn(data_wait, count)

@@ -70,7 +70,7 @@ def test_fewer_key_heads_decode_what_they_were_taught():
 def test_the_first_sub_token_costs_one_step(unrolled, optimised):
   """And a call for each sub-token costs no more than one for both."""
   model = model_with(width=48, mlp_multiple=64)
-  model = layers.for_decoding(model) if unrolled else model
+  model = layers.for_decoding(model, "cpu") if unrolled else model
   hidden, tokens = jnp.ones((7, 48)), jnp.zeros((7, 2), jnp.int32)
 
   def flops(run):

@@ -9,7 +9,8 @@ import pytest
 
 from tensorar_jax.cli import config, parser
 from tensorar_jax.cli.modes import MODES
-from tensorar_jax.cli.options import Shared, flags_of, summary
+from tensorar_jax.cli.options import Products, Shared, flags_of, summary
+from tensorar_jax.parallel import chips
 from tensorar_jax.performance import benchmark
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -226,3 +227,12 @@ def test_a_bad_config_is_one_line(name, overrides, words):
   with pytest.raises(ValueError) as caught:
     config.read(str(ROOT / "configs" / name), overrides)
   assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_precision_is_of_every_mode_that_computes():
+  modes = {
+    m for m, entry in MODES.items() if issubclass(entry.options, Products)
+  }
+  assert set(MODES) - modes == {"import", "export", "visualize"}
+  choices = flags_of(MODES["run"].options)["precision"].choices
+  assert choices == tuple(chips.PRECISIONS)

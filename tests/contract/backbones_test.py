@@ -36,7 +36,7 @@ def test_cache_equals_forward(name, unrolled):
   model, cond = families.backbone(name), families.cond(name)
   x = programs.embed(model, inputs(model)[:, :-1])
   want = programs.forward(model, cond, x)
-  model = layers.for_decoding(model) if unrolled else model
+  model = layers.for_decoding(model, "cpu") if unrolled else model
   got = programs.cached(model, cond, x)
   np.testing.assert_allclose(got, want, atol=5e-5)
 

@@ -1,5 +1,7 @@
 """Where weights come from: finished stages, and measurements tied to them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 
@@ -7,10 +9,12 @@ from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.evaluation import evaluate, yardsticks
 from tensorar_jax.experiment import build, saved
 from tensorar_jax.experiment.schema import (
+  BackboneConfig,
   ConditioningConfig,
   EvaluationConfig,
   TextOptions,
 )
+from tensorar_jax.experiment.stages import with_precision
 from tensorar_jax.generation import requests, sample_files
 from tests import tiny_configs
 
@@ -81,3 +85,14 @@ def test_a_measurement_belongs_to_one_set_of_weights(tmp_path):
   assert fingerprint("a") == fingerprint("a")
   assert fingerprint("a") != fingerprint("b")
   assert fingerprint("a") != fingerprint("a", classifier="d")
+
+
+def test_precision_sets_the_dtype_of_every_backbone():
+  one, other = tiny_configs.stage(6), tiny_configs.stage(objective="classifier")
+  stages = {"one": one, "other": other}
+  made = with_precision(stages, "bfloat16")
+  assert made["one"].backbone.config.dtype == "bfloat16"
+  assert one.backbone.config.dtype == "float32"  # not changed in place
+  assert with_precision(made, "tensorfloat32") == stages
+  bare = dataclasses.replace(one, backbone=BackboneConfig())
+  assert with_precision({"bare": bare}, "bfloat16") == {"bare": bare}

@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from tensorar_jax.method import drawing, sampling, windows
 from tensorar_jax.method.drawing import TokenConfig
 from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
-from tensorar_jax.nn import layers
+from tensorar_jax.nn import attention, layers
 from tensorar_jax.parallel import sharding
 from tests import programs, tiny
 
@@ -38,11 +39,12 @@ def test_cached_logits_equal_teacher_forced_ones_on_the_same_windows(window):
 
 
 def test_both_cache_layouts_compute_the_same():
-  """Unrolled layers (CPU) and layers under scan (GPU, TPU)."""
+  """Single layers, transposed on a CPU, and layers under scan (TPU)."""
   model, cond = tiny.wrapped(2), tiny.cond()
   x = jax.random.normal(jax.random.key(0), (2, 8, 16))
   want = programs.forward(model.backbone, cond, x)
-  for layout in (model, layers.for_decoding(model)):
+  for platform in ("cpu", "gpu", "tpu"):
+    layout = layers.for_decoding(model, platform)
     got = programs.cached(layout.backbone, cond, x)
     np.testing.assert_allclose(got, want, atol=2e-5)
 
@@ -56,6 +58,51 @@ def test_a_model_is_prepared_once_and_samples_the_same():
   want, got = (generate(m, return_logits=True) for m in (model, prepared))
   np.testing.assert_array_equal(got.drafts, want.drafts)
   np.testing.assert_allclose(got.logits[0], want.logits[0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  "platform, is_single, is_transposed",
+  [("cpu", True, True), ("gpu", True, False), ("tpu", False, False)],
+)
+def test_a_model_is_prepared_for_its_platform(
+  platform, is_single, is_transposed, monkeypatch
+):
+  """Whatever the form, it draws the same."""
+  model = tiny.wrapped(2)
+  monkeypatch.setattr(sharding, "platform_of", lambda device: platform)
+  prepared = sampling.prepare(model, sharding.local_mesh())
+  assert layers.is_for_decoding(prepared) == is_single
+  assert not layers.is_for_decoding(model)
+  names = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(prepared))}
+  assert ("transposed" in names, "kernel" in names) == (
+    is_transposed,
+    not is_transposed,
+  )
+  monkeypatch.undo()
+  want, got = (generate(m, return_logits=True) for m in (model, prepared))
+  np.testing.assert_array_equal(got.drafts, want.drafts)
+  np.testing.assert_allclose(got.logits[0], want.logits[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize(
+  "platform, loops", [("cpu", 1), ("gpu", 1), ("tpu", 3)]
+)
+def test_only_tpus_loop_over_layers(platform, loops, is_prepared, monkeypatch):
+  """One loop is over the tokens; the others are of prefill and of a step."""
+  model = tiny.wrapped(2)
+  monkeypatch.setattr(sharding, "platform_of", lambda device: platform)
+  if is_prepared:
+    model = sampling.prepare(model, sharding.local_mesh())
+  monkeypatch.setattr(
+    sampling, "_platform_and_mesh", lambda cond: (platform, None)
+  )
+  sampling._generate.clear_cache()
+  traced = sampling.trace(
+    model, tiny.cond(), None, jax.random.key(0), SamplingConfig()
+  )
+  sampling._generate.clear_cache()
+  assert str(traced.jaxpr).count(" scan[") == loops
 
 
 def test_weights_are_read_in_the_dtype_of_the_computation():
@@ -264,6 +311,41 @@ def test_bad_calls_say_what_to_do():
     tiny.CLASSES.encode([1, 5])
   with pytest.raises(ValueError, match="class id -1"):
     tiny.CLASSES.encode([-1])
+
+
+@pytest.mark.parametrize("name, rows", [("cpu", 2), ("cuda", 1), ("tpu", 1)])
+def test_one_device_is_traced_for_what_it_is(name, rows, monkeypatch):
+  """Also if it is not there, as a single target of --mode=compile is not.
+
+  A CPU multiplies a row of bfloat16 as two.
+  """
+  config = dataclasses.replace(tiny.backbone().config, dtype="bfloat16")
+  model = TensorAR(type(tiny.backbone())(config, rngs=nnx.Rngs(0)))
+  cond = tiny.cond()
+  seen = set()
+  plain = attention.plain
+
+  def spy(q, *args):
+    seen.add((sharding.platform(), q.shape[2]))
+    return plain(q, *args)
+
+  monkeypatch.setattr(attention, "plain", spy)
+  device = types.SimpleNamespace(platform=name)
+  place = types.SimpleNamespace(device_set=[device], num_devices=1)
+  cond = jax.tree.map(
+    lambda a: types.SimpleNamespace(shape=a.shape, sharding=place), cond
+  )
+  platform, mesh = sampling._platform_and_mesh(cond)
+  assert mesh is None
+  monkeypatch.setattr(
+    sampling, "_platform_and_mesh", lambda cond: (platform, None)
+  )
+  sampling._generate.clear_cache()
+  rng = jax.random.key(0)
+  sampling.trace(model, tiny.cond(), None, rng, SamplingConfig())
+  sampling._generate.clear_cache()
+  platform = "gpu" if name == "cuda" else name
+  assert (platform, rows) in seen and {p for p, _ in seen} == {platform}
 
 
 def test_no_removed_token_is_ever_drawn():

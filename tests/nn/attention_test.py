@@ -50,11 +50,12 @@ def via_jax_nn(q, k, v, how):
   return attention.cudnn(q, k, v, how, implementation="xla")
 
 
+@pytest.mark.parametrize("rows", [ROWS, ROWS + 1])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kernel", [via_jax_nn, attention.flash])
-def test_kernels_equal_plain_attention(kernel, padded):
+def test_kernels_equal_plain_attention(kernel, padded, rows):
   """Two query heads for each key head; outputs and all three gradients."""
-  arrays, how = heads(groups=2), mask(padded)
+  arrays, how = heads(groups=2, rows=rows), mask(padded, rows)
   want = compiled(attention.plain, arrays, how)
   with pltpu.force_tpu_interpret_mode():
     got = compiled(kernel, arrays, how)
@@ -77,8 +78,9 @@ def chosen(monkeypatch, platform, how, dtype=jnp.bfloat16, rate=0.0):
   device = jax.sharding.AbstractDevice("some", None, platform)
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
   q, k, v, _ = heads(4, dtype=dtype)
+  rng = jax.random.key(0)  # no array can be made where nothing can run
   with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Seen) as seen:
-    attention.attention(q, k, v, how, rate, jax.random.key(0))
+    attention.attention(q, k, v, how, rate, rng)
   return str(seen.value)
 
 
@@ -99,6 +101,36 @@ def test_what_the_kernels_cannot_do_stays_plain(monkeypatch):
   rows = jnp.arange(3, 3 + ROWS)  # behind a cache of three rows
   later = attention.causal_mask(rows, ROWS + 3, None)
   assert found("tpu", later) == "plain"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+  """What cuDNN's checks ask for, and a mesh of one such device."""
+  from jax._src.cudnn import fused_attention_stablehlo as checks
+
+  monkeypatch.setattr(checks, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(checks, "check_compute_capability", lambda least: True)
+  equal = "is_cuda_compute_capability_equal"
+  monkeypatch.setattr(checks, equal, lambda wanted: wanted == "9.0")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  device = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
+  return jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rows", [375, 376])
+def test_cudnn_takes_every_length_that_is_trained_on(hopper, padded, rows):
+  """375 are the 120 of a caption and 255 tokens before the last."""
+  q, k, v, _ = heads(4, rows=rows, dtype=jnp.bfloat16)
+  how = mask(padded, rows)
+
+  def loss(q, k, v):
+    return attention.attention(q, k, v, how).astype(jnp.float32).sum()
+
+  with jax.sharding.use_abstract_mesh(hopper):
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+  assert "dot_product_attention_bwd" in str(program)
+  assert [a.shape for a in program.out_avals] == [q.shape, k.shape, v.shape]
 
 
 def test_blocks_divide_the_length():

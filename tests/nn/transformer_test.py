@@ -81,7 +81,7 @@ def test_cache_equals_forward_after_padding(model, unrolled):
   cond, x = prompts(2, 0, 4), draw(1, 3, 8)
   want = programs.forward(model, cond, x)
   assert want.shape == (3, 9, CONFIG.width)
-  model = layers.for_decoding(model) if unrolled else model
+  model = layers.for_decoding(model, "cpu") if unrolled else model
   np.testing.assert_allclose(programs.cached(model, cond, x), want, atol=5e-5)
 
 

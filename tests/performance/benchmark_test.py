@@ -57,6 +57,17 @@ def test_what_no_limit_bounds_has_no_share():
   assert "of_flops" in found
 
 
+def test_utilisation_is_of_the_peak_of_all_devices():
+  case = Case(dataclasses.replace(WORK, flops=60), workloads.OURS, dict, dict)
+  runs = [{"seconds": 2.0, "extra_bytes": None}]
+  limits = [{"flops": 120.0, "read": 60.0}]
+  found = benchmark_report.case_record(
+    *(case, {"seconds": 9.0, "device_bytes": 7}, runs, limits), peak=300.0
+  )
+  assert found["mfu"]["median"] == 0.1 and found["device_bytes"] == 7
+  assert "mfu" not in row()  # of a chip without a data sheet
+
+
 def test_compilation_of_the_peer_is_what_the_first_run_took_longer():
   assert row("torch compile")["compile_seconds"] == 7.5
   assert row("torch eager")["compile_seconds"] is None
@@ -86,6 +97,9 @@ def test_the_plan_is_a_list_and_no_cross_product():
   assert "decode 2x8 k=4 depth 2" in names and "decode 1x8 k=1" in names
   assert "decode 2x8 k=2 depth 2" not in names  # depths of one window
   assert names[-2:] == ["train 3 k=1", "train 3 k=4 depth 1"]
+  guided = dataclasses.replace(settings, unguided=False)
+  fewer = [work.name for work in benchmark.plan(guided, (4, 1), train_batch=3)]
+  assert {*names} - {*fewer} == {"decode 1x1 k=1", "decode 1x8 k=1"}
 
 
 def test_a_step_reads_what_it_uses():
@@ -106,23 +120,32 @@ def test_a_step_reads_what_it_uses():
   assert alone < count < 2 * alone  # the input encoder runs once for both
 
 
+def test_limits_can_be_measured_once(quick):
+  once = machine.Limits("float32", once=True)
+  first = once.measure()
+  assert first["flops"] > 0 and once.measure() is first
+  again = machine.Limits("float32")
+  assert again.measure() is not again.measure()
+
+
 # --- errors ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ("given", "words"),
   [
-    (dict(batches=["1", "x"]), "--batches=.*'x'.*expected integers"),
-    (dict(windows=["0"]), r"--windows=\(0,\): expected numbers from 1 on"),
-    (dict(depths=["1", "1"]), "each once"),
+    (dict(windows=(0,)), r"--windows=\(0,\): expected numbers from 1 on"),
+    (dict(depths=(1, 1)), "each once"),
     (dict(rounds=0), "--rounds=0: expected at least 1"),
-    (dict(parts=["decodes"]), "Did you mean 'decode'"),
+    (dict(parts=("decodes",)), "Did you mean 'decode'"),
     (dict(peer="touch"), "Did you mean 'torch'"),
+    (dict(peer_modes=("graph",)), "Did you mean 'graphs'"),
+    (dict(profile=("decode", "trains")), "Did you mean 'train'"),
   ],
 )
 def test_bad_flags_are_explained(given, words):
   with pytest.raises(ValueError, match=words):
-    benchmark.parse(given)
+    benchmark.Settings(**given)
 
 
 def test_a_plan_without_cases_is_an_error():
@@ -165,12 +188,19 @@ def quick(monkeypatch):
   monkeypatch.setattr(machine, "LIMIT_SECONDS", 0.0)
   monkeypatch.setattr(machine, "RUN_SECONDS", 0.0)
   monkeypatch.setattr(machine, "cores", lambda: 1)
-  monkeypatch.setattr(peer_torch, "MODES", ("eager",))
 
 
 def test_a_run_leaves_its_files_and_numbers(tmp_path, quick, capsys):
   settings = benchmark.Settings(
-    (1,), windows=(1, 2), depths=(1,), rounds=2, train_batch=1, peer="torch"
+    (1,),
+    windows=(1, 2),
+    depths=(1,),
+    rounds=2,
+    train_batch=1,
+    peer="torch",
+    peer_modes=("eager",),
+    precision="float32",
+    profile=("decode",),
   )
   folder = benchmark.run(digits(), tmp_path, settings, stage="base")
   assert folder == tmp_path / "benchmark" / "000"
@@ -187,12 +217,26 @@ def test_a_run_leaves_its_files_and_numbers(tmp_path, quick, capsys):
     assert "error" not in case and len(case["seconds"]) == 2
     assert (np.array(case["seconds"]) > 0).all()
   assert len(found["ratios"]) == 3
+  assert found["settings"]["precision"] == found["products"] == "float32"
+  (profile,) = found["profiles"]
+  assert profile["name"] == "decode 2x1 k=1"
+  assert profile["launches"] > 16 and profile["busy_seconds"] > 0
+  assert sum(k["count"] for k in profile["kernels"]) <= profile["launches"]
   page = (folder / "benchmark.md").read_text()
   printed = capsys.readouterr().out
   assert all(name in page and name in printed for name, _ in programs)
   assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
   # The next one gets a number of its own.
   assert benchmark._new_folder(None, folder.parent).name == "001"
+
+
+def test_no_case_begins_when_the_time_is_over(tmp_path, quick, capsys):
+  """But one round is measured, of what is warm."""
+  settings = benchmark.Settings((1,), rounds=3, seconds=1e-6)
+  folder = benchmark.run(digits(), tmp_path, settings, stage="base")
+  found = json.loads((folder / "benchmark.json").read_text())
+  assert {case["error"] for case in found["cases"]} == {"no time was left"}
+  assert "no time was left" in capsys.readouterr().out
 
 
 def test_what_fails_is_a_line_of_the_table(tmp_path):
@@ -202,6 +246,7 @@ def test_what_fails_is_a_line_of_the_table(tmp_path):
   limit = benchmark_report.summary([1e9])
   record = {
     **{"stage": "base", "dtype": "float32", "settings": {"rounds": 2}},
+    **{"products": "tensorfloat32", "peak_flops": 494.5e12},
     **{"software": {}, "limits": {"flops": limit, "read": limit}},
     **{"device_peak_bytes": None, "cases": rows, "ratios": []},
     "machine": machine.describe(),

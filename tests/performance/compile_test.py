@@ -15,7 +15,7 @@ from tensorar_jax.training import logs
 from tests import tiny_configs
 
 HERE = jax.devices()[:1]
-TINY = chips.Chip("tiny", 1e9, 1e5, 1e9, 1e9)
+TINY = chips.Chip("tiny", 1e9, 1e5, 1e9, 1e9, float32_flops=1e9)
 STAGE = tiny_configs.stage(sampling=dict(guidance=1.5))
 STAGES = {"tensorar": STAGE}
 
@@ -52,6 +52,23 @@ def test_the_report_has_memory_flops_and_a_bound(too_large):
   assert train["memory"]["alias"] > 0.9 * train["memory"]["output"]
   assert train["flops"] >= train["model_flops"] > 0
   assert sampler["flops"] == sampler["model_flops"] > 0
+
+
+def test_the_bound_is_of_what_is_multiplied(monkeypatch):
+  """Products of float32 on a GPU are of TF32, unless it is told otherwise."""
+  twice = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((7, 7), "f4"))
+  chip = chips.CHIPS["h100"]
+  monkeypatch.setattr(compile.sharding, "platform_of", lambda device: "gpu")
+  target = targets.Target("h100:1", HERE, chip)
+
+  def busy(dtype):
+    program = compile.Program("p", lambda: twice, 686, 686, 1, dtype=dtype)
+    return compile.measure(program, target)["busy_seconds"]["flops"]
+
+  assert busy("float32") == pytest.approx(686 / 494.5e12)
+  assert busy("bfloat16") == pytest.approx(686 / 989e12)
+  with jax.default_matmul_precision("highest"):
+    assert busy("float32") == pytest.approx(686 / 67e12)
 
 
 def test_the_cache_of_the_sampler_is_not_copied(too_large):

@@ -80,9 +80,10 @@ def log(monkeypatch):
   return lines
 
 
-def measure(folder, device, fetch=0.0, sync=False, steps=10):
+def measure(folder, device, fetch=0.0, sync=False, steps=10, dtype="float32"):
   """The speeds of some steps of 4 images with 9 tokens each."""
-  meter = throughput.Meter(folder, device.step, lambda *arrays: 10**9)
+  count = lambda *arrays: 10**9
+  meter = throughput.Meter(folder, device.step, count, dtype=dtype)
   state = 0
   for _ in range(steps):
     meter.fetch(lambda: device.clock.sleep(fetch))
@@ -113,16 +114,23 @@ def test_waiting_is_what_no_step_covers(
   assert ("too slow" in "".join(log)) == (waited > 0)
 
 
-def test_speeds_leave_the_compilation_out(tmp_path, log, clock, monkeypatch):
-  chip = chips.CHIPS["h100"]
-  monkeypatch.setattr(chips, "of", lambda device: chip)
-  speeds = measure(tmp_path, Device(clock, 0.02, compilation=0.5))
+@pytest.mark.parametrize(
+  "dtype, peak", [("float32", 494.5e12), ("bfloat16", 989e12)]
+)
+def test_speeds_leave_the_compilation_out(
+  tmp_path, log, clock, monkeypatch, dtype, peak
+):
+  """And utilisation is of the peak of what is multiplied."""
+  monkeypatch.setattr(chips, "of", lambda device: chips.CHIPS["h100"])
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  device = Device(clock, 0.02, compilation=0.5)
+  speeds = measure(tmp_path, device, dtype=dtype)
   seconds = speeds["step_seconds"]
   assert seconds == pytest.approx(0.02)
   assert speeds["images_per_second"] == pytest.approx(4 / seconds)
   assert speeds["tokens_per_second"] == pytest.approx(36 / seconds)
   assert speeds["tflops_per_second"] == pytest.approx(1e-3 / seconds)
-  peak = chip.peak_flops * jax.device_count()
+  peak *= jax.device_count()
   assert speeds["mfu"] == pytest.approx(1e9 / seconds / peak)
   assert "compiled in 0.5 s; 0.001 model TFLOP a step" in log[0]
 

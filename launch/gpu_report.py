@@ -1,0 +1,190 @@
+"""The tables of what `gpu_check` found: of a folder, or of a committed JSON.
+
+python -m launch.gpu_report launch/gpu/*.json   # the table of launch/README.md
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+RESULTS = "results.jsonl"
+FOLDER = pathlib.Path(__file__).parent / "gpu"
+MARK = "<!-- measured -->"
+# Seconds an image at batch 128 in float32 on an A100, by window: TensorAR's
+# paper, for LlamaGen-B with classifier-free guidance.
+PAPER = {1: 0.11, 4: 0.12}
+DASH = "\u2013"
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The complete lines of a file of JSON; none if it is not there."""
+  if not path.exists():
+    return []
+  lines = path.read_text().split("\n")[:-1]  # a torn last line has no \n
+  return [json.loads(line) for line in lines]
+
+
+def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """The newest of everything, by kind."""
+  keys = {
+    "about": (),
+    "case": ("group", "name", "program"),
+    "ratio": ("group", "name", "of", "over"),
+    "check": ("name",),
+    "profile": ("group", "name"),
+    "error": ("group",),
+    "took": ("group",),
+  }
+  newest: dict[str, dict] = {kind: {} for kind in keys}
+  for line in lines:
+    kind = line["line"]
+    if kind in keys:
+      newest[kind][tuple(line[key] for key in keys[kind])] = line
+  gone = {line["group"] for line in lines if line["line"] == "done"}
+  found = {f"{kind}s": list(rows.values()) for kind, rows in newest.items()}
+  found["errors"] = [e for e in found["errors"] if e["group"] not in gone]
+  (found["about"],) = found.pop("abouts") or [{}]
+  return found
+
+
+def write(folder: pathlib.Path) -> str:
+  """Writes summary.json and summary.md; returns the latter."""
+  summary = summarise(read(folder / RESULTS))
+  (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+  text = markdown(summary)
+  (folder / "summary.md").write_text(text)
+  return text
+
+
+def number(value: float | None, digits: int = 3) -> str:
+  """A number as people write it."""
+  if value is None:
+    return DASH
+  small = abs(value) < 10**digits
+  return f"{value:.{digits}g}" if small else f"{value:,.0f}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+  """Markdown of a heading and lines."""
+  lines = ["| " + " | ".join(row) + " |" for row in rows]
+  lines.insert(1, "| --- " * len(rows[0]) + "|")
+  return "\n".join(lines)
+
+
+def heading(about: Mapping[str, Any]) -> str:
+  """What was measured on, in a line."""
+  versions = about.get("versions", {})
+  words = [about.get("card") or about.get("device") or "nothing measured"]
+  words += [f"{n} {v}" for n, v in versions.items() if v]
+  words += [f"commit {about['commit']}"] if about.get("commit") else []
+  words += (
+    ["a tiny model: no figure means anything"] if about.get("tiny") else []
+  )
+  return ", ".join(words)
+
+
+def decode_rows(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+  """A heading, and a line for every case of generation."""
+  rows = [["images", "k", "products", "program", "s an image", "images/s"]]
+  rows[0] += ["ms a step", "of float32 on an A100", "MFU", "compiled in, s"]
+  rows[0] += ["device GiB"]
+  for case in cases:
+    if case["kind"] != "decode":
+      continue
+    line = [str(case["batch"]), str(case["window"]), case["precision"]]
+    line += [case["program"]]
+    if "error" in case:
+      rows.append([*line, case["error"], *[""] * 6])
+      continue
+    rate = case["images_per_second"]["median"]
+    paper = PAPER.get(case["window"]) if case["batch"] == 128 else None
+    held, mfu = case.get("device_bytes"), case.get("mfu")
+    line += [number(1 / rate), number(rate)]
+    line += [number(case["ms_per_step"]["median"])]
+    line += [f"{paper * rate:.1f} x" if paper else DASH]
+    line += [f"{mfu['median']:.1%}" if mfu else DASH]
+    line += [number(case.get("compile_seconds"))]
+    line += [number(held and held / 2**30)]
+    rows.append(line)
+  return rows
+
+
+def other_rows(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+  """A heading, and a line for every training step and tokenizer."""
+  rows = [["case", "model", "products", "images/s", "tokens/s", "MFU"]]
+  rows[0] += ["compiled in, s", "device GiB"]
+  for case in cases:
+    if case["kind"] == "decode":
+      continue
+    line = [case["name"], case["model"], case["precision"]]
+    if "error" in case:
+      rows.append([*line, case["error"], *[""] * 4])
+      continue
+    held, mfu = case.get("device_bytes"), case.get("mfu")
+    trains = case["kind"] == "train"
+    line += [number(case["images_per_second"]["median"])]
+    line += [number(case["tokens_per_second"]["median"]) if trains else DASH]
+    line += [f"{mfu['median']:.1%}" if mfu else DASH]
+    line += [number(case.get("compile_seconds"))]
+    line += [number(held and held / 2**30)]
+    rows.append(line)
+  return rows
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+  """All tables."""
+  parts = ["# GPU check", heading(summary["about"])]
+  cases, checks = summary["cases"], summary["checks"]
+  for rows in (decode_rows(cases), other_rows(cases)):
+    parts += [table(rows)] if len(rows) > 1 else []
+  rows = [["case", "products", "time of", "over that of", "ratio"]]
+  for one in summary["ratios"]:
+    figures = [number(one[key]) for key in ("median", "min", "max")]
+    ratio = "{} [{}, {}]".format(*figures)
+    rows.append([one["name"], one["precision"], one["of"], one["over"], ratio])
+  parts += [table(rows)] if len(rows) > 1 else []
+  rows = [["check", "passed", "failed", "failures"]]
+  for one in checks:
+    failures = ", ".join(one.get("failures", [])[:5]) or DASH
+    rows.append([one["name"], str(one["passed"]), str(one["failed"]), failures])
+  parts += [table(rows)] if len(rows) > 1 else []
+  for profile in summary["profiles"]:
+    parts.append(profile_text(profile))
+  rows = [["stopped", "why"]]
+  rows += [[e["group"], e["error"].splitlines()[0]] for e in summary["errors"]]
+  parts += [table(rows)] if len(rows) > 1 else []
+  return "\n\n".join(parts) + "\n"
+
+
+def profile_text(profile: Mapping[str, Any], count: int = 12) -> str:
+  """The kernels that took most."""
+  busy, span = profile["busy_seconds"], profile["span_seconds"]
+  rows = [["kernel", "runs", "ms", "share"]]
+  for kernel in profile["kernels"][:count]:
+    took = kernel["seconds"]
+    share = f"{took / busy:.1%}" if busy else DASH
+    name = f"`{kernel['name'][:70]}`"
+    rows.append([name, str(kernel["count"]), number(1000 * took), share])
+  head = (
+    f"{profile['name']}, {profile['precision']}: {profile['launches']:,}"
+    f" kernels, busy {1000 * busy:.1f} ms of {1000 * span:.1f}."
+  )
+  return head + "\n\n" + table(rows)
+
+
+def page(folder: pathlib.Path = FOLDER) -> str:
+  """The text of a folder's README.md with the tables of its JSON files."""
+  text = (folder / "README.md").read_text()
+  head, _, _ = text.partition(MARK)
+  found = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+  tables = [markdown(one).replace("# GPU check", "##", 1) for one in found]
+  tables = [text.replace("##\n\n", "## ", 1) for text in tables]
+  rest = "\n".join(tables) or "Not measured yet.\n"
+  return f"{head}{MARK}\n\n{rest}"
+
+
+if __name__ == "__main__":
+  (FOLDER / "README.md").write_text(page())
