@@ -23,9 +23,8 @@
 #
 #   FROM python:3.11
 #   WORKDIR /app
-#   COPY requirements.txt .
-#   RUN pip install -r requirements.txt "jax[cuda12]"     # or "jax[tpu]"
 #   COPY . .
+#   RUN pip install -c requirements.txt -e ".[cuda12]"    # or ".[tpu]"
 #
 # An evicted or preempted pod saves and ends with 75: all start again, as often
 # as that happens. Other failures are tried three times. After that, or to give
