@@ -4,7 +4,7 @@
 # make test-core  runs those that need no package beside the core
 # make test-newest  runs the tests with the newest packages that are allowed
 # make test-install  builds the wheel and tries it outside of the clone
-# make lint   ruff and shellcheck
+# make lint   ruff, basedpyright and shellcheck
 # make docs   renders the API reference into docs/api
 # make soak   kills a training run 20 times; it must not show in the results
 # All make a virtual environment first: .venv, or .venv-3.12 for another Python,
@@ -46,6 +46,7 @@ soak: $(VENV)/installed
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck -x launch/*.sh .ci/*
 
 # pdoc is the lightest renderer of Markdown docstrings: no theme, no site to

@@ -1,4 +1,4 @@
-"""The whole story on the 8 x 8 digits that scikit-learn ships; pixels = tokens.
+"""The 8 x 8 digits of scikit-learn from start to end; tokens are the pixels.
 
   python -m tensorar_jax.main --config=configs/digits.py
 
@@ -11,8 +11,8 @@ seven minutes on two CPU cores; nothing is downloaded.
 from ml_collections import ConfigDict
 
 
-# Functions, not shared dicts: a stage's value changes in that stage alone.
 def fine_tuned(**sections) -> dict:
+  """Makes a stage that goes on from the base, with values of its own."""
   return dict(
     init="base",
     optim=dict(learning_rate=1e-3, backbone_learning_rate=1e-4),

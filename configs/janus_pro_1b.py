@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
 
 def variant(name: str, file: str) -> ConfigDict:
-  """The experiment for one published size, whose weights are `file`."""
+  """Makes the experiment for one published size, with its weights in `file`."""
   folder = f"weights/Janus-Pro-{name}"
   config = published.recipe(STEPS)
   config.data = dict(name="tokens:data/text_to_image384_janus")

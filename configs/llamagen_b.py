@@ -22,7 +22,7 @@ def get_config(size: str = "256") -> ConfigDict:
 
 
 def variant(name: str, size: str, guidance: float) -> ConfigDict:
-  """The experiment for one published size at 256 or 384 px."""
+  """Makes the experiment for one published size at 256 or 384 px."""
   if size not in ("256", "384"):
     raise ValueError(f"size {size!r}: published models are of 256 or 384 px.")
   pixels = int(size)

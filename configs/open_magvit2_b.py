@@ -35,7 +35,7 @@ def variant(
   base_learning_rate: float = 3e-4,
   base_epochs: int = 300,
 ) -> ConfigDict:
-  """The experiment for one published size."""
+  """Makes the experiment for one published size."""
   config = published.recipe()
   config.data = dict(name="tokens:data/imagenet256_lfq")
   config.tokenizer = dict(name="lfq", weights="first_stage", init="tokenizer")

@@ -1,8 +1,8 @@
-"""What the experiments with published models have in common: the recipe.
+"""The recipe that the experiments with published models share.
 
-The ICLR text's, where a config does not say otherwise: window 4, depth 1, the
+Where a config sets nothing else it is the ICLR text's: window 4, depth 1, the
 exponential schedule, learning rates 1e-4 and 1e-5, batches of 256. All but the
-backbone's rate, the window and the steps are the defaults.
+backbone's rate, the window and the steps are defaults.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ STEPS_PER_EPOCH = IMAGENET // 256
 
 
 def recipe(num_steps: int = 20 * STEPS_PER_EPOCH) -> ConfigDict:
-  """A config without data and models; by default 20 epochs of ImageNet."""
+  """Makes a config without data and models, by default of 20 epochs."""
   config = ConfigDict()
   config.optim = dict(backbone_learning_rate=1e-5)
   config.train = dict(num_steps=num_steps, log_every=100, checkpoint_every=5000)
@@ -23,14 +23,14 @@ def recipe(num_steps: int = 20 * STEPS_PER_EPOCH) -> ConfigDict:
 def imported(
   tokenizer: str, base: str, base_from_nothing: dict, **wrapped
 ) -> dict:
-  """Stages: two that import published files, and TensorAR from the base.
+  """Makes three stages: two import published files; TensorAR trains from one.
 
   Args:
     tokenizer: the file of its weights.
     base: the file of the base model's weights.
     base_from_nothing: sections for the training of the base model from nothing,
       which an empty source asks for: --config.stages.base.source=
-    wrapped: what TensorAR has beside its window of 4.
+    wrapped: values of TensorAR's section beside its window of 4.
   """
   return dict(
     tokenizer=dict(objective="tokenizer", source=tokenizer),

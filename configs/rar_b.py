@@ -26,7 +26,7 @@ def get_config(size: str = "256") -> ConfigDict:
 def variant(
   name: str, size: str, guidance: float, power: float, temperature: float
 ) -> ConfigDict:
-  """The experiment for one published size."""
+  """Makes the experiment for one published size."""
   if size != "256":
     raise ValueError(f"size {size!r}: published models are of 256 px.")
   config = published.recipe()

@@ -3,7 +3,7 @@
 # What you have set yourself stays, or comes last and wins.
 
 # GPUs: the scheduler that starts a layer's gathers and sums before they are
-# needed, so that they travel behind computation. jaxlib 0.10.2 takes it for
+# needed, so that they run during computation. jaxlib 0.10.2 takes it for
 # H100s by itself, for A100s only when told to: six layers under fsdp=8, compiled
 # for eight of these, have 20 kernels beside collectives with it and 10 without.
 # Other platforms have no use for the flag. TPUs need nothing in

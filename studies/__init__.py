@@ -1,5 +1,5 @@
-"""Experiments whose results the documentation quotes, and what they left.
+"""Experiments whose results the documentation quotes, with their results.
 
-Each file is a program of its own (`python -m studies.NAME`); none is imported
-by the package, and wheels leave the folder out.
+Each is a program of its own (`python -m studies.NAME`); the package imports
+none of them, and wheels leave the folder out.
 """

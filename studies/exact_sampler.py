@@ -1,4 +1,4 @@
-"""Which law does a sampler have if the model is perfect? All sequences counted.
+"""Computes the law of a sampler whose model is perfect, over all sequences.
 
   python -m studies.exact_sampler
 
@@ -10,7 +10,7 @@ no sampling error. Compares three ways to draw the draft of the next token:
   renoised    from slot 1, then noised again as in training;
   chained     from the law given the token just committed, then noised again.
 
-Only the last one gives the data's law back. docs/method.md, section 10.
+Only the last one reproduces the data's law. docs/method.md, section 10.
 """
 
 from __future__ import annotations

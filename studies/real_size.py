@@ -1,4 +1,4 @@
-"""A published model's whole path at its real size, with time and memory.
+"""Takes a published model's whole path at its real size: time and memory.
 
   python -m studies.real_size --config=configs/llamagen_b.py --folder=/tmp/real
 
@@ -22,20 +22,20 @@ import time
 import numpy as np
 from absl import app, flags
 
+from tensorar_jax.checkpoints import hub, torch_export
 from tensorar_jax.experiment import config_file
 
-_CONFIG = flags.DEFINE_string("config", None, "As of main.")
-_FOLDER = flags.DEFINE_string("folder", None, "An empty folder to work in.")
+flags.DEFINE_string("config", None, "As of main.")
+flags.DEFINE_string("folder", None, "An empty folder to work in.")
 _FAKE = flags.DEFINE_boolean("fake", False, "Only write the files.")
 NUM_IMAGES = 4
 CAPTION = "a red cat on a mat"
 
 
 def write_weights(stages, folder: pathlib.Path) -> None:
-  """Random weights for each stage that has a `source`; some share a file."""
+  """Writes random weights for each `source`; stages may share a file."""
   import jax
 
-  from tensorar_jax.checkpoints import torch_export
   from tensorar_jax.experiment import build, families
   from tensorar_jax.parallel import weights
 
@@ -58,22 +58,26 @@ def write_weights(stages, folder: pathlib.Path) -> None:
     tensors = torch_export.export_state_dict(skeleton.merge(values), rules)
     files.setdefault(pathlib.Path(stage.source).name, {}).update(tensors)
   for name, tensors in files.items():
-    file, suffix = folder / name, ".index.json"
-    if not name.endswith(suffix):
-      torch_export.save(file, tensors)
-      continue
-    stem, _, kind = name.removesuffix(suffix).rpartition(".")
-    weight_map = {}
-    for i in (0, 1):
-      part = f"{stem}-0000{i + 1}-of-00002.{kind}"
-      names = sorted(tensors)[i::2]
-      torch_export.save(folder / part, {n: tensors[n] for n in names})
-      weight_map |= dict.fromkeys(names, part)
-    file.write_text(json.dumps({"weight_map": weight_map}))
+    if name.endswith(hub.INDEX):
+      write_halves(tensors, folder / name)
+    else:
+      torch_export.save(folder / name, tensors)
+
+
+def write_halves(tensors: dict, index: pathlib.Path) -> None:
+  """Writes tensors in two files, and the index that names them."""
+  stem, _, suffix = index.name.removesuffix(hub.INDEX).rpartition(".")
+  weight_map = {}
+  for i in (0, 1):
+    file = f"{stem}-0000{i + 1}-of-00002.{suffix}"
+    names = sorted(tensors)[i::2]
+    torch_export.save(index.with_name(file), {n: tensors[n] for n in names})
+    weight_map |= dict.fromkeys(names, file)
+  index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:
-  """A chat model's tokenizer.json that knows the words of CAPTION."""
+  """Writes a chat model's tokenizer.json that knows the words of CAPTION."""
   import tokenizers
 
   from tensorar_jax.conditioning import chat
@@ -86,7 +90,7 @@ def write_tokenizer(folder: pathlib.Path) -> None:
 
 
 def write_images(folder: pathlib.Path) -> None:
-  """JPEG noise in folders by class, with captions."""
+  """Writes JPEG noise in folders by class, with captions."""
   from PIL import Image
 
   rng, lines = np.random.default_rng(0), []
@@ -101,7 +105,7 @@ def write_images(folder: pathlib.Path) -> None:
 
 
 def measure(name: str, command: list[str]) -> tuple[str, float, float]:
-  """(name, seconds, GiB at the peak) of a process, which must succeed."""
+  """Runs a command that must succeed: (name, seconds, GiB at the peak)."""
   started = time.monotonic()
   process = subprocess.Popen(command)
   _, status, usage = os.wait4(process.pid, 0)
@@ -112,9 +116,11 @@ def measure(name: str, command: list[str]) -> tuple[str, float, float]:
 
 
 def main(argv: list[str]) -> None:
+  """Writes the files, runs the modes and prints a table of them."""
   del argv
-  folder = pathlib.Path(_FOLDER.value).absolute()
-  stages = config_file.load(_CONFIG.value).stages
+  given = flags.FLAGS
+  folder = pathlib.Path(given.folder).absolute()
+  stages = config_file.load(given.config).stages
   prompted = stages["base"].conditioning.name == "prompt"
   if _FAKE.value:
     write_weights(stages, folder)
@@ -123,7 +129,7 @@ def main(argv: list[str]) -> None:
       write_tokenizer(folder)
     return
   folder.mkdir(parents=True)
-  config = f"--config={_CONFIG.value}"
+  config = f"--config={given.config}"
   sources = [
     f"--config.stages.{name}.source={folder / pathlib.Path(stage.source).name}"
     for name, stage in stages.items()
@@ -131,9 +137,9 @@ def main(argv: list[str]) -> None:
   ]
   run = [sys.executable, "-m", "tensorar_jax.main", config]
   run += [f"--workdir={folder / 'run'}", *sources]
-  kind, asked = "folder", "--classes=1"
+  kind, condition = "folder", "--classes=1"
   if prompted:
-    kind, asked = "captions", f"--prompt={CAPTION}"
+    kind, condition = "captions", f"--prompt={CAPTION}"
     run += [f"--config.conditioning.encoder={folder}"]
   tokens = f"--config.data.name=tokens:{folder / 'tokens'}"
   small = ("batch_size=2", "num_steps=2", "log_every=1", "checkpoint_every=2")
@@ -145,7 +151,9 @@ def main(argv: list[str]) -> None:
     measure(
       f"tokenize {NUM_IMAGES} images",
       [
-        *(*run, "--mode=tokenize", "--recipe=center"),
+        *run,
+        "--mode=tokenize",
+        "--recipe=center",
         f"--images={kind}:{folder / 'images'}",
         f"--output={folder / 'tokens'}",
       ],
@@ -153,7 +161,7 @@ def main(argv: list[str]) -> None:
     measure("two steps at batch 2", [*run, tokens, *small, "--mode=train"]),
     measure(
       "one image",
-      [*run, tokens, *small, "--mode=sample", "--num_images=1", asked],
+      [*run, tokens, *small, "--mode=sample", "--num_images=1", condition],
     ),
   ]
   print("\n| step | seconds | GiB |\n| --- | --- | --- |")

@@ -1,4 +1,4 @@
-"""The records of the refinement study as a Markdown table and a picture."""
+"""Shows the records of the refinement study: Markdown tables and a picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tensorar_jax.reports import ablation_report, plots
+from tensorar_jax.evaluation import metrics, tables
+from tensorar_jax.reports import plots
 
 NAMES = {
   "continued": "base, trained on",
@@ -15,87 +16,116 @@ NAMES = {
   "categorical": "TensorAR, published recipe",
   "drafts": "TensorAR, own drafts as noise",
 }
-COLUMNS = {
-  "frechet": "distance ↓",
-  "accuracy": "class accuracy ↑",
-  "precision": "precision ↑",
-  "recall": "recall ↑",
-  "entropy": "entropy",
-}
+COLUMNS = ("frechet", "accuracy", "precision", "recall", "entropy")
 PLANES = (("recall", "precision"), ("entropy", "frechet"))
 # The seeds of one model, {seed: record}, by (window, recipe).
 Models = dict[tuple[int, str], dict[str, dict]]
 
 
 def by_model(results: Mapping[str, dict]) -> dict[str, Models]:
-  """The records by data set and model, in the order of the file."""
-  found: dict[str, Models] = {}
+  """Groups the records by data set and model, in the order of the file."""
+  grouped: dict[str, Models] = {}
   for name, record in results.items():
     data, window, seed, recipe = name.split("/")
-    models = found.setdefault(data, {})
+    models = grouped.setdefault(data, {})
     models.setdefault((int(window[1:]), recipe), {})[seed] = record
-  window = lambda item: item[0][0]
-  return {d: dict(sorted(m.items(), key=window)) for d, m in found.items()}
+
+  def window_of(item):
+    (window, _), _ = item
+    return window
+
+  return {
+    data: dict(sorted(models.items(), key=window_of))
+    for data, models in grouped.items()
+  }
 
 
 def spread(values: Iterable[float], sign: bool = False) -> str:
-  """Mean, and the standard deviation if there is more than one value."""
+  """Writes the mean, and of several values the standard deviation."""
   values = list(values)
   places = 2 if sign or abs(np.mean(values or 0)) >= 10 else 3
-  return ablation_report.spread(values, places, "+" * sign)
+  return tables.mean_of(values, places, "+" * sign)
 
 
-def lines(models: Models) -> Iterable[list[str]]:
-  """The cells of the comparison: each model, then the base at its entropy."""
+def comparison_rows(models: Models) -> Iterable[list[str]]:
+  """Yields the cells: each model, then the base at the model's entropy."""
   yield [
-    *("model", "k", "guidance", *COLUMNS.values()),
-    *("distance − base's", "− base's at equal entropy"),
+    "model",
+    "k",
+    "guidance",
+    *(metrics.find(name).heading for name in COLUMNS),
+    "distance − base's",
+    "− base's at equal entropy",
   ]
   base = models.get((1, "continued"), {})
   for (window, recipe), seeds in models.items():
-    own = {seed: record["metrics"] for seed, record in seeds.items()}
-    gaps = ["", ""]
+    measured = {seed: record["metrics"] for seed, record in seeds.items()}
+    matched, gaps = {}, ["", ""]
     if window > 1:
-      fair = {seed: record["matched"] for seed, record in seeds.items()}
-      straight = {seed: base[seed]["metrics"] for seed in own if seed in base}
+      matched = {seed: record["matched"] for seed, record in seeds.items()}
+      bases = {s: base[s]["metrics"] for s in measured if s in base}
       gaps = [
-        spread((own[s]["frechet"] - other[s]["frechet"] for s in other), True)
-        for other in (straight, fair)
+        spread(
+          (measured[s]["frechet"] - other[s]["frechet"] for s in other),
+          sign=True,
+        )
+        for other in (bases, matched)
       ]
-    scales = {f"{row['guidance']:g}" for row in own.values()}
-    cells = [spread(row[name] for row in own.values()) for name in COLUMNS]
-    scales = ", ".join(sorted(scales))
-    yield [NAMES[recipe], str(window), scales, *cells, *gaps]
+    scales = sorted({f"{row['guidance']:g}" for row in measured.values()})
+    yield [
+      NAMES[recipe],
+      str(window),
+      ", ".join(scales),
+      *(spread(row[name] for row in measured.values()) for name in COLUMNS),
+      *gaps,
+    ]
     if window > 1:
-      heat = spread(row["temperature"] for row in fair.values())
-      cells = [spread(row[name] for row in fair.values()) for name in COLUMNS]
-      name = f"↳ base at that entropy, temperature {heat}"
-      yield [name, "1", "", *cells, "", ""]
+      temperature = spread(row["temperature"] for row in matched.values())
+      yield [
+        f"↳ base at that entropy, temperature {temperature}",
+        "1",
+        "",
+        *(spread(row[name] for row in matched.values()) for name in COLUMNS),
+        "",
+        "",
+      ]
 
 
-def slot_lines(models: Models) -> Iterable[list[str]]:
-  """The cells of the diagnostics, a line per model and slot."""
+def slot_rows(models: Models) -> Iterable[list[str]]:
+  """Yields the cells of the diagnostics: a row for each model and slot."""
   yield [
-    *("model", "k", "slot", "cross-entropy behind training noise"),
-    *("behind own drafts", "right in the training windows"),
-    *("right among own drafts", "committed = draft of slot looks ago"),
+    "model",
+    "k",
+    "slot",
+    "cross-entropy, training noise",
+    "cross-entropy, own drafts",
+    "right in the training windows",
+    "right among own drafts",
+    "committed = draft of that many looks before",
   ]
+  kinds = ("training_noise", "own_drafts")
   for (window, recipe), seeds in models.items():
-    found = [record["diagnostics"] for record in seeds.values()]
-    kinds = ("training_noise", "own_drafts") if window > 1 else ()
-    for j in range(window if window > 1 else 0):
-      ce = [spread(f["cross_entropy"][k][j] for f in found) for k in kinds]
-      rest = [""] * 3
-      if j:
-        rest = [
-          spread(f["window_accuracy"][k][j - 1] for f in found) for k in kinds
-        ]
-        rest += [spread(f["copy_rate"][j - 1] for f in found)]
-      yield [NAMES[recipe], str(window), str(j), *ce, *rest]
+    if window == 1:
+      continue
+    diagnostics = [record["diagnostics"] for record in seeds.values()]
+    for j in range(window):
+      row = [NAMES[recipe], str(window), str(j)]
+      row += [
+        spread(seed["cross_entropy"][kind][j] for seed in diagnostics)
+        for kind in kinds
+      ]
+      if j == 0:
+        yield [*row, "", "", ""]
+        continue
+      row += [
+        spread(seed["window_accuracy"][kind][j - 1] for seed in diagnostics)
+        for kind in kinds
+      ]
+      yield [*row, spread(seed["copy_rate"][j - 1] for seed in diagnostics)]
 
 
 def markdown(results: Mapping[str, dict]) -> str:
-  """Two tables per data set, and what was measured how."""
+  """Renders two tables for each data set, and says how they were measured."""
   parts = []
   for data, models in by_model(results).items():
     count = max(len(seeds) for seeds in models.values())
@@ -107,23 +137,23 @@ def markdown(results: Mapping[str, dict]) -> str:
       f" {settings['num_images']:,} images per model, at the guidance that a"
       f" scan of {settings['scan_images']:,} chose. Distances to a base are"
       " differences within a seed. Entropy in nats per committed token.",
-      ablation_report.table(list(lines(models))),
-      ablation_report.table(list(slot_lines(models))),
+      tables.markdown(list(comparison_rows(models))),
+      tables.markdown(list(slot_rows(models))),
     ]
   return "\n\n".join(parts) + "\n"
 
 
 def groups(results: Mapping[str, dict]) -> dict[str, dict]:
-  """The points of the picture: each model, and the base at its entropy."""
-  found = {}
+  """Returns the picture's points: each model, and the base at its entropy."""
+  grouped = {}
   for data, models in by_model(results).items():
-    points = found.setdefault(data, {})
+    points = grouped.setdefault(data, {})
     for (window, recipe), seeds in models.items():
       name = NAMES[recipe] + (f", k = {window}" if window > 1 else "")
       points[name] = [[record["metrics"] for record in seeds.values()]]
       if window > 1:
         points[name].append([record["matched"] for record in seeds.values()])
-  return found
+  return grouped
 
 
 def render(results: Mapping[str, dict], folder: pathlib.Path) -> None:

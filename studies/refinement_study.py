@@ -1,4 +1,4 @@
-"""Does it refine? TensorAR against its own base model, over training seeds.
+"""Compares TensorAR with its own base model, over training seeds.
 
   python -m studies.refinement_study                         # everything
   python -m studies.refinement_study --only=digits/k2/seed0  # a part of it
@@ -7,7 +7,7 @@
 From one base model of each seed, for equally many steps, train on: the base
 itself (`continued`); TensorAR by the published recipe (`categorical`); the same
 with its own drafts as noise (`drafts`); and `control`, beta = 1, whose windows
-carry nothing but the last token, so that what it loses, the new modules lose.
+carry nothing but the last token: what it loses is the new modules' own loss.
 (Its drafts have the rdm weight 0: they are not trained, and not read.)
 
 Each model is measured at the guidance scale that suits it best on a scan, with
@@ -16,9 +16,9 @@ makes cleaner and less varied images, which a lower temperature does as well:
 beside every TensorAR model stands the continued base at the temperature that
 gives its tokens the same entropy, interpolated on a scan of its temperatures.
 
-One record per finished run goes to --results at once; the same command again
-does what is missing. A run needs the `continued` one of its seed, and brings
-it along. Processes with different --only can share --folder and --results at
+Every finished run adds its record to --results; the same command again does
+what is missing. A run needs the `continued` one of its seed, which is then run
+too. Processes with different --only can share --folder and --results at
 the same time, if no two of them work on the same data set and seed. Tiny models
 leave cores idle while they sample: two seeds at a time take less than one after
 the other.
@@ -76,7 +76,7 @@ SEED = 0  # of the images that count; scans have seeds of their own
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is compared on one data set; `recipes` by window."""
+  """What is compared on one data set: recipes for each window."""
 
   recipes: dict[int, tuple[str, ...]]
   seeds: int
@@ -114,20 +114,22 @@ class Run:
 
   @property
   def name(self) -> str:
+    """Names its record."""
     return f"{self.data}/k{self.window}/seed{self.seed}/{self.recipe}"
 
   @property
   def stage(self) -> str:
+    """Names its stage."""
     return self.recipe if self.window == 1 else f"{self.recipe}-k{self.window}"
 
   @property
   def reference(self) -> Run:
-    """The base model that was trained on for as many steps."""
+    """Returns the run of the base model, trained for as many steps more."""
     return Run(self.data, 1, self.seed, "continued")
 
 
 def all_runs() -> list[Run]:
-  """Seed by seed, so that what is there at any time is balanced."""
+  """Lists all runs, seed by seed, so that partial results are balanced."""
   runs = []
   for data, plan in PLANS.items():
     for seed in range(plan.seeds):
@@ -138,26 +140,27 @@ def all_runs() -> list[Run]:
 
 
 def select(patterns: list[str]) -> list[Run]:
-  """The runs whose names begin with a pattern, and what they need.
+  """Returns the runs whose names begin with a pattern, and what they need.
 
-  ValueError for a pattern that nothing matches.
+  Raises:
+    ValueError: nothing matches a pattern.
   """
   runs = all_runs()
   if not patterns:
     return runs
   chosen = set()
   for pattern in patterns:
-    whole = f"{pattern.rstrip('/')}/"
-    found = [r for r in runs if fnmatch.fnmatch(f"{r.name}/", f"{whole}*")]
-    if not found:
+    beginning = f"{pattern.rstrip('/')}/*"
+    matching = [r for r in runs if fnmatch.fnmatch(f"{r.name}/", beginning)]
+    if not matching:
       names = "\n  ".join(run.name for run in runs)
       raise ValueError(f"--only={pattern}: no such run. There are:\n  {names}")
-    chosen |= {*found, *(run.reference for run in found)}
+    chosen |= {*matching, *(run.reference for run in matching)}
   return [run for run in runs if run in chosen]
 
 
 def stages_of(data: str, seed: int, quick: bool) -> Mapping[str, Stage]:
-  """The stages of one data set and seed, from its own config."""
+  """Makes the stages of one data set and seed, from the data set's config."""
   config = importlib.import_module(f"configs.{data}").get_config()
   config.seed = seed
   wrapped = config.stages.tensorar.to_dict()
@@ -179,6 +182,7 @@ def stages_of(data: str, seed: int, quick: bool) -> Mapping[str, Stage]:
 
 
 def settings_of(data: str, quick: bool) -> EvaluationConfig:
+  """Returns how the models of a data set are measured."""
   plan = PLANS[data]
   return EvaluationConfig(
     models=("continued",),
@@ -199,62 +203,68 @@ class Study:
     self.folder = folder / f"{data}-seed{seed}"
 
   def measure(self, run: Run, results: dict[str, dict]) -> dict:
-    """Trains and measures a run; the record of its reference is in results."""
+    """Trains and measures a run; `results` hold its reference's record."""
     started = time.monotonic()
     self._train(run.stage)
     stage, folder = self.stages[run.stage], self.folder / run.stage
     subject = evaluate.Subject(run.stage, stage, folder)
-    found = evaluate.measure_model(subject, self.yardstick, self.settings)
-    values = evaluate.one_set(found["metrics"])
+    measured = evaluate.measure_model(subject, self.yardstick, self.settings)
+    metrics = evaluate.one_set(measured["metrics"])
     record = {
-      "metrics": values,
-      "diagnostics": found["diagnostics"],
-      "guidance_scan": found["guidance_scan"],
+      "metrics": metrics,
+      "diagnostics": measured["diagnostics"],
+      "guidance_scan": measured["guidance_scan"],
     }
     if run.window == 1:
       record["temperatures"] = [
-        (t, self._entropy(run.stage, t, values["guidance"]))
+        (t, self._entropy(run.stage, t, metrics["guidance"]))
         for t in TEMPERATURES
       ]
     else:
       reference = results[run.reference.name]
-      record["matched"] = self._matched(values["entropy"], reference)
+      record["matched"] = self._matched(metrics["entropy"], reference)
     return record | {"seconds": round(time.monotonic() - started, 1)}
 
   @functools.cached_property
   def yardstick(self) -> yardsticks.ByClassifier:
+    """Measures images; trains its classifier when it is first used."""
     self._train(self.settings.classifier)
     return yardsticks.ByClassifier(self.stages, self.settings, self.folder)
 
   def _train(self, name: str) -> None:
-    """Trains a stage, after what it starts from."""
+    """Trains a stage, after those it starts from."""
     for parent in parents(self.stages[name]).values():
       self._train(parent)
     loop.fit(self.stages[name], self.folder / name)
 
-  def _sampler(self, name: str, temperature: float) -> evaluate.Sampler:
+  def _sampler(self, name: str, temperature: float) -> evaluate.LoadedSubject:
+    """Loads a stage to sample from it at another temperature."""
     stage = self.stages[name]
     sampling = dataclasses.replace(stage.sampling, temperature=temperature)
     stage = dataclasses.replace(stage, sampling=sampling)
     subject = evaluate.Subject(name, stage, self.folder / name)
-    return evaluate.Sampler(subject, self.settings.batch_size)
+    return evaluate.LoadedSubject(subject, self.settings.batch_size)
 
   def _entropy(self, name: str, temperature: float, scale: float) -> float:
-    """Of a stage at another temperature, for the classes of the diagnostics."""
+    """Measures a stage's entropy at a temperature, on the held-out classes."""
     sampler = self._sampler(name, temperature)
     labels = self.yardstick.held_out(self.settings.held_out_images)["label"]
     config = dataclasses.replace(sampler.config, guidance=float(scale))
     return diagnostics.free_running(
-      *(sampler.model, sampler.conditioning, labels, config),
+      sampler.model,
+      sampler.conditioning,
+      labels,
+      config,
       batch_size=self.settings.batch_size,
     )["entropy"]
 
   def _matched(self, entropy: float, reference: dict) -> dict:
-    """The reference at the temperature that gives its tokens this entropy."""
+    """Measures the reference at the temperature that gives it this entropy."""
     scale = reference["metrics"]["guidance"]
     scan = sorted((e, t) for t, e in reference["temperatures"])
     # Beyond the scan this is its end; the record shows the entropy reached.
-    temperature = float(np.interp(entropy, *zip(*scan)))
+    entropies, temperatures = zip(*scan)
+    temperature = float(np.interp(entropy, entropies, temperatures))
     sampler = self._sampler("continued", temperature)
     labels = self.yardstick.labels(0, self.settings.num_images)
     drawn = sampler.draw(scale, SEED, labels)
@@ -269,12 +279,12 @@ class Study:
 
 
 def read(path: pathlib.Path) -> dict[str, dict]:
-  """The records by name; {} where there is no file yet."""
+  """Reads the records by name; {} where there is no file yet."""
   return files.read_json(path, default={})
 
 
 def check(results: dict, quick: bool) -> None:
-  """ValueError if the records were measured with other settings."""
+  """Raises ValueError if the records were measured with other settings."""
   for run in all_runs():
     want = describe(run, quick)
     have = results.get(run.name, {}).get("settings", want)
@@ -286,7 +296,7 @@ def check(results: dict, quick: bool) -> None:
 
 
 def describe(run: Run, quick: bool) -> dict:
-  """What a record depends on, beyond its name."""
+  """Returns what a record depends on, beside its name."""
   settings = settings_of(run.data, quick)
   trained = stages_of(run.data, run.seed, quick)
   named = ("scan_images", "num_images", "guidance", "held_out_images")
@@ -310,7 +320,7 @@ def add(path: pathlib.Path, name: str, record: dict) -> None:
 
 
 def run_study() -> None:
-  """Does what the flags say."""
+  """Carries out what the flags ask for."""
   path = pathlib.Path(_RESULTS.value).absolute()
   if _RENDER.value:
     refinement_report.render(read(path), pathlib.Path(_RENDER.value))
@@ -321,26 +331,30 @@ def run_study() -> None:
   jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
   check(read(path), _QUICK.value)
   chosen = select(_ONLY.value)
-  left = [run for run in chosen if run.name not in read(path)]
-  logging.info("%d runs, %d of them to do", len(chosen), len(left))
+  missing = [run for run in chosen if run.name not in read(path)]
+  logging.info("%d runs, %d of them to do", len(chosen), len(missing))
   study = functools.cache(
     lambda data, seed: Study(data, seed, folder, _QUICK.value)
   )
   started = time.monotonic()
-  for done, run in enumerate(left, 1):
+  for done, run in enumerate(missing, 1):
     record = study(run.data, run.seed).measure(run, read(path))
     record["settings"] = describe(run, _QUICK.value)
     add(path, run.name, record)
     spent = time.monotonic() - started
     logging.info(
       "%d of %d: %s done in %s, ETA %s",
-      *(done, len(left), run.name, logs.duration(record["seconds"])),
-      logs.duration(spent / done * (len(left) - done)),
+      done,
+      len(missing),
+      run.name,
+      logs.duration(record["seconds"]),
+      logs.duration(spent / done * (len(missing) - done)),
     )
   print(f"results: {path}")
 
 
 def main(argv: list[str]) -> None:
+  """Runs the study, or ends with one line that says why not."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   logs.log_to_console()

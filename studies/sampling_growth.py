@@ -1,4 +1,4 @@
-"""Does sampling slow down with longer images, or with many of them?
+"""Measures whether sampling slows down with longer images, or with many.
 
   python -m studies.sampling_growth --batches=200
 
@@ -32,7 +32,7 @@ CLASSES = conditions.ClassConditioning(10)
 
 
 def model_of(side: int, width: int, layers: int) -> TensorAR:
-  """A wrapped model of random weights with side x side tokens."""
+  """Makes a wrapped model of random weights with side x side tokens."""
   config = llamagen.Config(
     grid=(side, side),
     width=width,
@@ -45,7 +45,7 @@ def model_of(side: int, width: int, layers: int) -> TensorAR:
 
 
 def by_length(width: int, layers: int, rounds: int) -> list[dict]:
-  """Seconds of one image at each length, the lengths in turn."""
+  """Times one image at each length, the lengths in turn."""
   cond = CLASSES.encode([0])
   null, config = CLASSES.null(cond), SamplingConfig(guidance=2.0)
   mesh = sharding.local_mesh()
@@ -68,17 +68,17 @@ def by_length(width: int, layers: int, rounds: int) -> list[dict]:
   return [
     {
       "tokens": side**2,
-      "seconds": float(np.median(found)),
-      "milliseconds_a_token": 1e3 * float(np.median(found)) / side**2,
-      "lowest": min(found),
-      "highest": max(found),
+      "seconds": float(np.median(times)),
+      "milliseconds_a_token": 1e3 * float(np.median(times)) / side**2,
+      "lowest": min(times),
+      "highest": max(times),
     }
-    for side, found in seconds.items()
+    for side, times in seconds.items()
   ]
 
 
 def by_number(count: int, width: int) -> dict:
-  """Seconds and memory of the first and the last tenth of many batches."""
+  """Compares seconds and memory of the second and the last tenth of batches."""
   sampler = batches.Sampler(
     model_of(4, width, 2), CLASSES, SamplingConfig(guidance=2.0), seed=0
   )
@@ -96,11 +96,13 @@ def by_number(count: int, width: int) -> dict:
     "batches": count,
     "seconds": [float(np.median(seconds[p])) for p in (first, end)],
     "megabytes": [max(memory[p]) / 1e6 for p in (first, end)],
-    "programs": sampling._generate._cache_size(),
+    # JAX has no other way to ask how often something was compiled.
+    "programs": sampling._generate._cache_size(),  # pyright: ignore[reportAttributeAccessIssue]
   }
 
 
 def main(argv: list[str]) -> None:
+  """Measures both, and prints the record."""
   del argv
   given = flags.FLAGS
   record = {

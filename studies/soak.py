@@ -1,12 +1,13 @@
-"""Kills a run over and over: what it has learned in the end must not change.
+"""Kills a training run many times and checks that its results are the same.
 
   python -m studies.soak --config=configs/digits.py --kills=20   # or: make soak
 
 Trains all stages of a config twice. One run is left alone. The other gets kill
--9 at random moments, half of them into a save (soon after its temporary folder
-appears), and SIGTERM a few times. Then the logs must be equal byte for byte and
-the last checkpoints bit for bit: weights, optimiser, average, key, position in
-the data. Leaves soak.json in the folder; exits with 1 if anything differs.
+-9 at random moments, half of them during a save (soon after its temporary
+folder appears), and SIGTERM a few times. Then the logs must be equal byte for
+byte and the last checkpoints bit for bit: weights, optimiser, average, key,
+position in the data. Writes soak.json into the folder; exits with 1 if anything
+differs.
 """
 
 from __future__ import annotations
@@ -29,24 +30,30 @@ from tensorar_jax.experiment import config_file
 from tensorar_jax.parallel import preemption
 from tensorar_jax.training import logs
 
-# The most seconds after the start, after a save, and after a save is seen.
+# The most seconds after the start, after a save, and into one.
 STARTING, PAUSE, INTO_SAVE = 12.0, 1.0, 0.08
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-  """When a run is ended, and by what: so many seconds into its n-th save."""
+  """When a run is ended, and by what.
+
+  Attributes:
+    number: of the signal.
+    save: the n-th save after the start of the process; 0: the start itself.
+    seconds: after that.
+  """
 
   number: int
-  save: int  # 0: the start of the process
+  save: int
   seconds: float
 
 
 def draw_moments(
   kills: int, terms: int, seed: int, most_saves: int = 4
 ) -> list[Moment]:
-  """Moments in random order, of kills into saves, at any time, and SIGTERM."""
+  """Draws moments in random order: kills in saves and elsewhere, SIGTERMs."""
   draw, moments = random.Random(seed), []
   for i in range(kills):
     save = draw.randint(1 if i % 2 == 0 else 0, most_saves)
@@ -60,28 +67,30 @@ def draw_moments(
 
 
 def train_command(config: str, workdir: pathlib.Path, *others) -> list[str]:
-  """The command line that trains all stages of a config file."""
+  """Returns the command line that trains all stages of a config file."""
   run = [sys.executable, "-m", "tensorar_jax.main", "--mode=train"]
   return [*run, f"--config={config}", f"--workdir={workdir}", *others]
 
 
 def start(command: list[str], log: pathlib.Path) -> subprocess.Popen:
-  """The command in a process of its own, with its words in a file."""
-  both = dict(stdout=log.open("a"), stderr=subprocess.STDOUT)
-  return subprocess.Popen(command, cwd=ROOT, **both)
+  """Starts the command in a process of its own that prints to a file."""
+  return subprocess.Popen(
+    command, cwd=ROOT, stdout=log.open("a"), stderr=subprocess.STDOUT
+  )
 
 
 def unfinished(workdir: pathlib.Path) -> set[pathlib.Path]:
-  """The folders of what is being saved, or was when its process ended."""
+  """Lists the folders of unfinished saves, those of ended processes too."""
   return set(workdir.glob("*/checkpoints/*.orbax-checkpoint-tmp*"))
 
 
 def end_at(
   moment: Moment, command: list[str], workdir: pathlib.Path, log: pathlib.Path
 ) -> str:
-  """Runs the command until the moment, and says what it did to it.
+  """Runs the command until the moment, and says how it was ended.
 
-  RuntimeError if the command fails, or is done before.
+  Raises:
+    RuntimeError: the command fails, or is done before.
   """
   before, seen = unfinished(workdir), set()
   process = start(command, log)
@@ -106,33 +115,34 @@ def end_at(
 
 
 def run_to_the_end(command: list[str], log: pathlib.Path) -> None:
-  """RuntimeError if the command fails."""
+  """Runs the command to its end; RuntimeError if it fails."""
   if code := start(command, log).wait():
     raise RuntimeError(f"exit code {code}; see {log}")
 
 
 def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
-  """What differs in the results of two work directories; empty: nothing."""
+  """Lists what differs in the results of two work directories."""
   stages = sorted(path.parent.name for path in a.glob("*/checkpoints"))
-  found = [] if stages else [f"nothing was trained in {a}"]
+  different = [] if stages else [f"nothing was trained in {a}"]
   for stage in stages:
     texts = [(path / stage / "log.jsonl").read_bytes() for path in (a, b)]
-    found += [f"{stage}/log.jsonl"] * (texts[0] != texts[1])
+    different += [f"{stage}/log.jsonl"] * (texts[0] != texts[1])
     left, right = (_bits(orbax_io.find(path / stage)) for path in (a, b))
-    found += [
+    different += [
       f"{stage}: {name}"
       for name in sorted(left.keys() | right.keys())
       if left.get(name) != right.get(name)
     ]
-    found += [f"{stage}: left {path}" for path in unfinished(b)]
-  return found
+    different += [f"{stage}: left {path}" for path in unfinished(b)]
+  return different
 
 
 def _bits(path: pathlib.Path) -> dict[str, bytes]:
-  """Every array of a checkpoint by its name, its step, the data's position."""
+  """Reads a checkpoint: every array by name, its step, the data's position."""
   import jax
   import numpy as np
   import orbax.checkpoint as ocp
+  from etils import epath
 
   # On the host: this process may have other devices than the run had.
   on_host = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -142,19 +152,20 @@ def _bits(path: pathlib.Path) -> dict[str, bytes]:
     state = reader.restore(
       path / "state", args=ocp.args.PyTreeRestore(restore_args=args)
     )
-  found = {
+  arrays = {
     jax.tree_util.keystr(name): np.asarray(leaf).tobytes()
     for name, leaf in jax.tree_util.tree_leaves_with_path(state)
   }
-  data = ocp.JsonCheckpointHandler().restore(path / "data")
+  data = ocp.JsonCheckpointHandler().restore(epath.Path(path / "data"))
   return {
-    **found,
+    **arrays,
     "name": path.name.encode(),
     "data": json.dumps(data).encode(),
   }
 
 
 def main(argv: list[str]) -> None:
+  """Trains twice, kills one of the runs, and compares them."""
   del argv
   given = flags.FLAGS
   logs.log_to_console()
@@ -184,17 +195,17 @@ def main(argv: list[str]) -> None:
     left = (time.monotonic() - started) / i * (len(moments) - i) + alone
     print(f"{i}/{len(moments)} {what}, ETA {logs.duration(left)}", flush=True)
   run_to_the_end(command, log)
-  found = differences(straight, killed)
+  different = differences(straight, killed)
   record = {
     "config": config,
     "interruptions": dict(sorted(done.items())),
-    "different": found,
+    "different": different,
     "seconds": {"alone": alone, "killed": time.monotonic() - started},
   }
   (folder / "soak.json").write_text(json.dumps(record, indent=2) + "\n")
   print(json.dumps(record, indent=2))
-  print("DIFFERENT" if found else f"equal bit for bit; {folder}/soak.json")
-  sys.exit(1 if found else 0)
+  print("DIFFERENT" if different else f"equal bit for bit; {folder}/soak.json")
+  sys.exit(1 if different else 0)
 
 
 if __name__ == "__main__":

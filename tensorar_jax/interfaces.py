@@ -141,6 +141,7 @@ class Backbone(Protocol):
 class Tokenizer(Protocol):
   """A frozen map between images in [-1, 1] and tokens in raster order."""
 
+  config: Any  # of the family; its `image_size` is (height, width)
   grid: tuple[int, int]
   vocab_sizes: tuple[int, ...]
   uint8_offset: float  # bytes are 127.5 x + offset, truncated: 128 rounds

@@ -1,8 +1,8 @@
 """The command line: `python -m tensorar_jax.main --config=configs/digits.py`.
 
 `--help` lists the modes, `--mode=sample --help` the flags of one. What a mode
-does is in `cli`; here are the order of things at the start, and exit codes: 0
-when all is done, 75 when training was stopped and has saved, 1 after an error.
+does is in `cli`; here are the order of the start and the exit codes: 0 when all
+is done, 75 when training was stopped and has saved, 1 after an error.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
 
 def carry_out(command: parser.Command, values) -> None:
-  """Does what a command says.
+  """Carries out a command.
 
   Args:
     command: of `parser.parse`.
@@ -84,7 +84,7 @@ def carry_out(command: parser.Command, values) -> None:
 
 
 def start(argv: list[str]) -> list[str]:
-  """Leaves all flags to `main`; absl's, which Grain's workers read, are set."""
+  """Leaves all flags to `main`; sets absl's own, which Grain's workers read."""
   flags.FLAGS(argv[:1])
   return argv
 

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 import configs
 from tensorar_jax.experiment import build, config_file
-from tensorar_jax.parallel import weights
 from tensorar_jax.training import loop, optimizer, train_step
 
 FILES = pathlib.Path(configs.__path__[0]).glob("*.py")
@@ -21,8 +20,13 @@ NAMES = sorted({path.stem for path in FILES} - {"published"})
 
 # The others differ in sizes only.
 TRACED = (
-  *("digits", "fashion_mnist", "llamagen_b", "llamagen_t2i"),
-  *("open_magvit2_b", "rar_b", "janus_pro_1b"),
+  "digits",
+  "fashion_mnist",
+  "llamagen_b",
+  "llamagen_t2i",
+  "open_magvit2_b",
+  "rar_b",
+  "janus_pro_1b",
 )
 
 
@@ -67,7 +71,7 @@ def text_of(stage):
 def test_a_train_step_traces(name):
   stage = stages_of(name)["tensorar"]
   tx = optimizer.make(stage.optim, stage.train.num_steps)
-  model = weights.abstract(lambda rngs: build.model(stage, rngs))
+  model = build.abstract_model(stage)
   task = loop.make_task(stage, pathlib.Path(), model, images=False)
   batch = task.prepare(
     {

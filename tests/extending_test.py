@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
+from tensorar_jax.evaluation import metrics
 from tensorar_jax.method import drawing, noising, objective
+from tensorar_jax.reports import run_report
 from tests import tiny
 from tests.contract import families
 
@@ -63,3 +65,22 @@ def test_the_drawing_rule_of_the_page_samples(model):
   plain = draw("inverse_cdf")
   np.testing.assert_array_equal(draw(rule(0.0)), plain)
   assert (draw(rule(5.0)) != plain).any()
+
+
+def test_the_metric_of_the_page_is_measured_and_shown(monkeypatch):
+  names = dict(vars(metrics))
+  names["by_name"] = lambda page_has_more, *entries: metrics.by_name(*entries)
+  exec(example("Add a metric"), names)
+  monkeypatch.setitem(metrics.METRICS, "shift", names["METRICS"]["shift"])
+  draw = np.random.default_rng(0).standard_normal
+  real, fake = (metrics.FeatureSet(pool=draw((50, 3))) for _ in range(2))
+  moved = metrics.FeatureSet(pool=fake.pool + (3.0, 0.0, 4.0))
+  values = [
+    metrics.Comparison(real, one).values()["shift"] for one in (fake, moved)
+  ]
+  assert values[0] < 1 < values[1] < 6
+  assert 0 < metrics.Comparison(real, fake).errors(20)["shift"] < 1
+  # It is shown, and judged by its direction.
+  models = {"continued": {"shift": 2.0}, "wrapped": {"shift": 1.0}}
+  text = run_report.table({"models": models})
+  assert "shift \u2193" in text and "better" in text

@@ -1,7 +1,7 @@
 """Every notebook of notebooks/ runs from its top to its end, in small.
 
 Each has a kernel of its own, in a copy of the project, with the settings of the
-cell tagged `parameters` overridden behind it.
+cell tagged `parameters` overridden after it.
 """
 
 import pathlib
@@ -18,6 +18,7 @@ from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
 from tests import tiny
 from tests.checkpoints import fake_hub
+from tests.e2e.tiny_published import BACKBONE
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -34,24 +35,7 @@ def get_config():
   config.conditioning.num_classes = 10
   return config
 """
-BACKBONE = dict(
-  vocab_size=96,
-  grid=(4, 4),
-  width=64,
-  num_layers=3,
-  num_heads=4,
-  num_classes=10,
-)
-TOKENIZER = dict(
-  channels=8,
-  channel_multipliers=(1, 2),
-  num_res_blocks=1,
-  latent_channels=8,
-  code_dim=4,
-  codebook_size=96,
-  norm_groups=4,
-  image_size=(8, 8),
-)
+TOKENIZER = dict(tiny.VQ, codebook_size=96, image_size=(8, 8))
 SMALL = {
   "quickstart": dict(
     BASE_STEPS=2, TENSORAR_STEPS=2, WIDTH=16, LAYERS=1, PER_CLASS=1

@@ -1,5 +1,7 @@
 """Small models of prime sizes for the tests."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +24,24 @@ CONFIG = llamagen.Config(
   residual_dropout=0.0,
   mlp_dropout=0.0,
 )
+# Fields of a VQ tokenizer of as many tokens of the same vocabulary.
+VQ = dict(
+  channels=8,
+  channel_multipliers=(1, 2),
+  num_res_blocks=1,
+  latent_channels=8,
+  code_dim=4,
+  codebook_size=11,
+  norm_groups=4,
+  image_size=(6, 6),
+)
 CLASSES = conditions.ClassConditioning(5)
 TEXTS = conditions.TextConditioning(width=7, length=5)
 PROMPTS = conditions.PromptConditioning(length=5, vocab_size=13)
 
 
 def redraw(model: nnx.Module, seed: int = 0, scale: float = 0.3) -> nnx.Module:
-  """A copy with every weight random: no zero head or gain hides a mistake.
+  """Copies a model with random weights: no zero head or gain hides a mistake.
 
   The model may be abstract. The draws are NumPy's: JAX would compile a program
   for every shape.
@@ -43,22 +56,20 @@ def redraw(model: nnx.Module, seed: int = 0, scale: float = 0.3) -> nnx.Module:
 
 
 def backbone(seed: int = 0, **fields) -> nnx.Module:
-  """A random LlamaGen; fields override CONFIG."""
-  import dataclasses
-
+  """Makes a random LlamaGen; fields override CONFIG."""
   config = dataclasses.replace(CONFIG, **fields)
   make = lambda rngs: llamagen.Model(config, rngs=rngs)
   return redraw(weights.abstract(make), seed)
 
 
 def wrapped(window: int = 3, seed: int = 0, **options) -> TensorAR:
-  """A TensorAR with random backbone, random modules and random gains."""
+  """Makes a TensorAR with random backbone, random modules and random gains."""
   make = lambda rngs: TensorAR(backbone(), window=window, rngs=rngs, **options)
   return redraw(weights.abstract(make), seed)
 
 
 def fresh(window: int = 3, **options) -> TensorAR:
-  """A random backbone, freshly wrapped."""
+  """Wraps a random backbone; the modules and gains are fresh."""
   return TensorAR(backbone(), window=window, rngs=nnx.Rngs(1), **options)
 
 
@@ -72,7 +83,7 @@ def cond(batch: int = 2) -> dict:
 
 
 def texts(numbers=(0, 1)) -> dict:
-  """Random features of each number, of 1, 3, 5, 1, ... rows in their order."""
+  """Draws features for each number, of 1, 3, 5, 1, ... rows in their order."""
   shape = (TEXTS.length, TEXTS.width)
   draw = lambda number: np.random.RandomState(number).standard_normal(shape)
   features = np.stack([draw(number) for number in numbers]).astype(np.float32)
@@ -81,7 +92,7 @@ def texts(numbers=(0, 1)) -> dict:
 
 
 def prompts(numbers=(0, 1)) -> dict:
-  """Random ids of each number between 0 and 1; null has 2 there."""
+  """Draws ids for each number, between 0 and 1; null has 2 there."""
   draw = lambda number: np.random.RandomState(number).randint(3, 13, 3).tolist()
   # Of 3, 4, 5, 3, ... in their order.
   ids = [[0, *draw(n)[: 1 + i % 3], 1] for i, n in enumerate(numbers)]

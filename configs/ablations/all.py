@@ -10,11 +10,19 @@ import importlib
 from configs.ablations import common
 
 AXES = (
-  *("window", "depth", "residual", "noise", "schedule", "loss"),
+  "window",
+  "depth",
+  "residual",
+  "noise",
+  "schedule",
+  "loss",
   "draft_temperature",
 )
 
 
 def get_config(data: str = "digits"):
-  modules = {n: importlib.import_module(f"configs.ablations.{n}") for n in AXES}
-  return common.get_config(data, **{n: m.AXIS for n, m in modules.items()})
+  axes = {
+    name: importlib.import_module(f"configs.ablations.{name}").AXIS
+    for name in AXES
+  }
+  return common.get_config(data, **axes)

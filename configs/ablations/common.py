@@ -1,18 +1,21 @@
-"""What every ablation has in common: the data sets and the centre.
+"""What all ablations have in common: the data sets and the centre.
 
 A variant is the centre, TensorAR by the published recipe, with some values
 changed. All start from one base model and train for equally many steps; so does
-`k = 1`, the base model itself, which is beside every table.
+`k = 1`, the base model itself, which every table shows.
 """
 
 import copy
 import importlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
 DATA = ("digits", "fashion_mnist", "llamagen_b")
-# (training seeds, guidance, steps, images of a step)
-SMALL = {"digits": (3, 1.0, 200, 16), "fashion_mnist": (1, 1.5, 100, 32)}
+SMALL: dict[str, dict[str, Any]] = {
+  "digits": dict(seeds=3, guidance=1.0, num_steps=200, batch_size=16),
+  "fashion_mnist": dict(seeds=1, guidance=1.5, num_steps=100, batch_size=32),
+}
 # LlamaGen-B, which the papers' ablations start from: FID, and time of an image.
 PAPER_BASE, PAPER_BASE_SECONDS = 5.46, 0.11
 
@@ -24,7 +27,15 @@ def axis(
   source: str,
   paper_seconds: dict | None = None,
 ) -> dict:
-  """A table: {name: {"section.key": value}}, and the papers' FID by name."""
+  """Makes the axis of a table.
+
+  Args:
+    title: of the table.
+    variants: {name of a row: {"section.key": value}}.
+    papers: the FID that papers print, by name of the row.
+    source: where they print it.
+    paper_seconds: their time of an image, by name of the row.
+  """
   seconds = paper_seconds or {}
   rows = [
     dict(
@@ -35,40 +46,48 @@ def axis(
     )
     for name, change in variants.items()
   ]
-  base = dict(paper_base=PAPER_BASE, paper_base_seconds=PAPER_BASE_SECONDS)
-  return dict(title=title, rows=rows, source=source, **base)
+  return dict(
+    title=title,
+    rows=rows,
+    source=source,
+    paper_base=PAPER_BASE,
+    paper_base_seconds=PAPER_BASE_SECONDS,
+  )
 
 
 def get_config(data: str, **axes: dict) -> ConfigDict:
-  """The experiment of some axes on a data set."""
+  """Makes the experiment of some axes on a data set."""
   if data not in DATA:
     raise ValueError(f"data set {data!r}: choose one of {DATA}.")
   config = importlib.import_module(f"configs.{data}").get_config()
   stages = config.stages
   if "sampling" not in config:
-    config.sampling = dict()
+    config.sampling = ConfigDict()
   config.sampling.draft_temperature = 1.0  # a number, as the variants have it
   for name in ("continued", "drafts"):
     if name in stages:
       del stages[name]
-  seeds = 1
-  if data in SMALL:
-    seeds, *sizes = SMALL[data]
-    small(config, *sizes)
   config.ablation = dict(
-    data=data, centre="tensorar", seeds=seeds, axes=copy.deepcopy(axes)
+    data=data, centre="tensorar", seeds=1, axes=copy.deepcopy(axes)
   )
+  if data in SMALL:
+    shrink(config, **SMALL[data])
   return config
 
 
-def small(
-  config: ConfigDict, guidance: float, num_steps: int, batch_size: int
+def shrink(
+  config: ConfigDict,
+  seeds: int,
+  guidance: float,
+  num_steps: int,
+  batch_size: int,
 ) -> None:
-  """Sizes for two CPU cores, and the guidance of every variant.
+  """Sets sizes for two CPU cores, and the guidance of every variant.
 
-  It is the base's best in a scan, and not chosen for each variant anew: what a
-  variant does to the model is not hidden by a change of how it is sampled.
+  The scale is the base's best in a scan, and not chosen for each variant: a
+  change of how images are drawn should not hide what a variant does.
   """
+  config.ablation.seeds = seeds
   config.train.keep = 1
   config.stages.tensorar.train = dict(
     num_steps=num_steps, batch_size=batch_size, checkpoint_every=num_steps

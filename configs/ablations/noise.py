@@ -6,12 +6,12 @@ python -m tensorar_jax.main --config=configs/ablations/noise.py
 """
 
 from configs.ablations import common
+from tensorar_jax.method import noising
 
-KINDS = ("categorical", "codebook", "gaussian", "none", "drafts")
 AXIS = common.axis(
   "kind of noise",
   variants={
-    **{kind: {"noise.kind": kind} for kind in KINDS},
+    **{kind: {"noise.kind": kind} for kind in noising.KINDS},
     "control, beta = 1": {"noise.schedule": (0, 1, 1, 1)},
   },
   papers={"categorical": 4.71, "gaussian": 4.85},

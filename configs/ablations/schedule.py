@@ -6,11 +6,11 @@ python -m tensorar_jax.main --config=configs/ablations/schedule.py
 """
 
 from configs.ablations import common
+from tensorar_jax.method import noising
 
-NAMES = ("linear", "sine", "sqrt", "exponential", "root")
 AXIS = common.axis(
   "noise schedule",
-  variants={name: {"noise.schedule": name} for name in NAMES},
+  variants={name: {"noise.schedule": name} for name in noising.SCHEDULES},
   papers={"linear": 4.79, "sine": 4.75, "sqrt": 4.84, "exponential": 4.71},
   source="P2, LlamaGen-B",
 )

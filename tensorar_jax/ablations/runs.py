@@ -1,10 +1,10 @@
-"""Ablation -> results: train, measure, and keep a record of each run.
+"""Trains and measures the variants of an ablation, with a record of each run.
 
 All variants of a data set start from one base model, train for equally many
 steps, and are measured in the same way at the same guidance. Results are one
 file per data set, with a record per variant and training seed that is added
-when it is complete: the same command does what is missing. In several processes
-on one host it shares the work.
+when it is complete: the same command does what is missing. Several processes
+on one host share the work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import jax
 from absl import logging
 
-from tensorar_jax.ablations.variants import Ablation
+from tensorar_jax.ablations.variants import Ablation, Run
 from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.evaluation import evaluate, protocol, yardsticks
 from tensorar_jax.experiment import parse, saved, values
@@ -30,7 +30,7 @@ from tensorar_jax.performance import benchmark
 from tensorar_jax.reports import ablation_report
 from tensorar_jax.training import logs, loop
 
-ROUNDS, IMAGES = 15, 8  # of the measurement of time
+ROUNDS, IMAGES = 15, 8  # of the timing: repetitions, images of a batch
 
 
 @runtime_checkable
@@ -44,12 +44,12 @@ class Measure(Protocol):
   settings: dict
 
   def __call__(self, name: str, stage: Stage) -> dict:
-    """{"metrics": {name: value}, ...} of a stage; `name` is its folder."""
+    """Returns {"metrics": {name: value}, ...}; `name` is the folder's."""
     ...
 
 
 class ByEvaluation:
-  """As the section `evaluation` says, with one sampling seed."""
+  """Measures as the section `evaluation` says, with one sampling seed."""
 
   def __init__(self, ablation: Ablation, workdir: pathlib.Path):
     if ablation.evaluation is None:
@@ -58,9 +58,9 @@ class ByEvaluation:
         " --reference=FILE.npz."
       )
     self.settings = dataclasses.asdict(ablation.evaluation)
-    own = (name for name in ablation.stages if name not in ablation.shared)
+    variants = (n for n in ablation.stages if n not in ablation.shared)
     self.evaluation = dataclasses.replace(
-      ablation.evaluation, seeds=1, models=tuple(own)
+      ablation.evaluation, seeds=1, models=tuple(variants)
     )
     yardsticks.check(self.evaluation, ablation.stages)
     self.stages, self.workdir = ablation.stages, workdir
@@ -72,13 +72,21 @@ class ByEvaluation:
 
   def __call__(self, name: str, stage: Stage) -> dict:
     subject = evaluate.Subject(name, stage, self.workdir / name)
-    found = evaluate.measure_model(subject, self.yardstick, self.evaluation)
-    values = evaluate.one_set(found["metrics"])
-    return {"metrics": values, "diagnostics": found["diagnostics"]}
+    record = evaluate.measure_model(subject, self.yardstick, self.evaluation)
+    metrics = evaluate.one_set(record["metrics"])
+    return {"metrics": metrics, "diagnostics": record["diagnostics"]}
 
 
 class ByReference:
-  """As papers do: FID and more against a reference batch."""
+  """Measures as papers do: FID and more against a reference batch.
+
+  Args:
+    ablation: what is compared.
+    workdir: where it is trained.
+    judge: holds the reference and the network.
+    images: which images of each variant are drawn.
+    batch_size: images drawn at once; None: as `protocol.sweep` does.
+  """
 
   def __init__(
     self,
@@ -108,9 +116,14 @@ class ByReference:
       scales=[scale],
       batch_size=self.batch_size,
     )
+    if not records:
+      raise ValueError(
+        f"{name}: the first of several processes has the measurements. Run"
+        " ablations in one process."
+      )
     (record,) = records.values()
-    values = {n: entry["value"] for n, entry in record["metrics"].items()}
-    return {"metrics": {**values, "guidance": scale}}
+    metrics = {n: entry["value"] for n, entry in record["metrics"].items()}
+    return {"metrics": {**metrics, "guidance": scale}}
 
 
 def run(
@@ -119,102 +132,115 @@ def run(
   output: pathlib.Path,
   measure: Measure,
 ) -> None:
-  """Trains and measures what is missing, and draws the page.
+  """Trains and measures what is missing, and draws tables and plots.
 
   Args:
     ablation: what to compare.
     workdir: where everything is trained.
-    output: the folder of the results and of the page.
-    measure: what measures.
+    output: the folder of results, tables and plots.
+    measure: what measures a trained variant.
   """
   keep_programs(workdir)
   locks = workdir / "locks"
   locks.mkdir(parents=True, exist_ok=True)
   path = output / f"{ablation.data}.json"
-  left = prepare(path, ablation, measure.settings)
-  if left:
+  missing = prepare(path, ablation, measure.settings)
+  if missing:
     with resumable.lock(locks / "shared"):
       for name, stage in ablation.shared.items():
         loop.fit(stage, workdir / name)
 
-  def do(record: str, variant: str, seed: int) -> None:
+  def train_and_measure(run: Run) -> None:
     began = time.monotonic()
-    name, stage = ablation.stage(variant, seed)
+    name, stage = ablation.stage(run.variant, run.seed)
     loop.fit(stage, workdir / name)
-    found = measure(name, stage)
-    found["seconds"] = round(time.monotonic() - began, 1)
-    resumable.update_json(path, functools.partial(_with, record, found))
-    todo = {name for name, _, _ in left} - records(path).keys()
-    taken = logs.duration(found["seconds"])
-    logging.info("%s done in %s, %d to do", record, taken, len(todo))
+    record = measure(name, stage)
+    record["seconds"] = round(time.monotonic() - began, 1)
+    resumable.update_json(path, functools.partial(_with, run.record, record))
+    to_do = {run.record for run in missing} - records(path).keys()
+    logging.info(
+      "%s done in %s, %d to do",
+      run.record,
+      logs.duration(record["seconds"]),
+      len(to_do),
+    )
 
-  # What another process is at comes last: it will be done then, if that lives.
-  for wait, one in itertools.product((False, True), left):
-    place = locks / ablation.stage(*one[1:])[0]
-    with resumable.lock(place, wait) as mine:
-      if mine and one[0] not in records(path):
-        do(*one)
+  # Runs that other processes work on come last: they will be done by then.
+  for wait, run in itertools.product((False, True), missing):
+    name, _ = ablation.stage(run.variant, run.seed)
+    with resumable.lock(locks / name, wait) as acquired:
+      if acquired and run.record not in records(path):
+        train_and_measure(run)
   with resumable.lock(locks / "shared"):
     add_times(path, ablation, workdir)
   ablation_report.render(output)
 
 
 def records(path: pathlib.Path) -> dict[str, dict]:
-  """What is measured by now, by this process or another."""
+  """Reads what is measured by now, by this process or another."""
   return files.read_json(path)["records"]
 
 
 def keep_programs(workdir: pathlib.Path) -> None:
-  """Seeds share their programs: compiled once, also across processes."""
-  if not jax.config.jax_compilation_cache_dir:
+  """Keeps compiled programs on disk, for all seeds and processes."""
+  if not jax.config.values["jax_compilation_cache_dir"]:
     folder = workdir / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def describe(ablation: Ablation, evaluation: dict) -> dict:
-  """What every number depends on, beyond the name of its variant."""
+  """Returns what every number depends on, beside the name of its variant."""
   stages = {**ablation.shared, "centre": ablation.centre}
-  found = {name: _described(stage) for name, stage in stages.items()}
-  found["sampling"] = dataclasses.asdict(ablation.centre.sampling)
-  found["evaluation"] = evaluation
-  return files.as_json(found)
+  settings = {name: _described(stage) for name, stage in stages.items()}
+  settings["sampling"] = dataclasses.asdict(ablation.centre.sampling)
+  settings["evaluation"] = evaluation
+  return files.as_json(settings)
 
 
 def _described(stage: Stage) -> dict:
-  """A stage's config, without what changes no number."""
-  found = saved.saved_config(stage)
-  if "train" in found:
+  """Returns a stage's config without the values that change no number."""
+  config = saved.saved_config(stage)
+  if "train" in config:
     free = {key.removeprefix("train.") for key in saved.FREE_KEYS}
-    kept = {k: v for k, v in found["train"].items() if k not in free}
-    found["train"] = kept
-  return found
+    kept = {k: v for k, v in config["train"].items() if k not in free}
+    config["train"] = kept
+  return config
 
 
 def complete(settings: dict) -> dict:
-  """Settings of a file of results, with the defaults that it leaves out.
+  """Adds the defaults that the settings of a file of results leave out.
 
-  Files that were written when only some values were spelled out are as good.
+  So a file that spells out some values only can still be continued.
   """
-  found = dict(settings)
+  completed = dict(settings)
   for name, section in settings.items():
     if name == "sampling":
-      made = values.make(SamplingConfig, section, name)
-      found[name] = dataclasses.asdict(made)
+      config = values.make(SamplingConfig, section, name)
+      completed[name] = dataclasses.asdict(config)
     elif name != "evaluation":
-      found[name] = _described(parse.stage_of(section))
+      completed[name] = _described(parse.stage_of(section))
     elif "reference" not in section:
-      made = values.make(EvaluationConfig, section, name)
-      found[name] = dataclasses.asdict(made)
-  return files.as_json(found)
+      config = values.make(EvaluationConfig, section, name)
+      completed[name] = dataclasses.asdict(config)
+  return files.as_json(completed)
 
 
 def prepare(
   path: pathlib.Path, ablation: Ablation, evaluation: dict
-) -> list[tuple[str, str, int]]:
-  """The runs that are left; the file knows the axes from now on.
+) -> list[Run]:
+  """Adds the ablation's axes to a file of results.
 
-  ValueError if its records were measured with other settings.
+  Args:
+    path: of the file, which need not exist.
+    ablation: what to compare.
+    evaluation: settings of a `Measure`.
+
+  Returns:
+    The runs that have no record there.
+
+  Raises:
+    ValueError: its records were measured with other settings.
   """
   settings = describe(ablation, evaluation)
 
@@ -243,27 +269,28 @@ def prepare(
 
   done = resumable.update_json(path, add)["records"]
   runs = list(ablation.runs())
-  left = [run for run in runs if run[0] not in done]
-  logging.info("%d runs, %d of them to do", len(runs), len(left))
-  return left
+  missing = [run for run in runs if run.record not in done]
+  logging.info("%d runs, %d of them to do", len(runs), len(missing))
+  return missing
 
 
-def _with(record: str, found: dict, old: dict) -> dict:
-  found = {**old["records"], record: found}
-  return {**old, "records": dict(sorted(found.items()))}
+def _with(name: str, record: dict, results: dict) -> dict:
+  """Returns results with a record more."""
+  records = {**results["records"], name: record}
+  return {**results, "records": dict(sorted(records.items()))}
 
 
 def add_times(
   path: pathlib.Path, ablation: Ablation, workdir: pathlib.Path
 ) -> None:
-  """Measures the time of a step of windows and depths that the file lacks.
+  """Times a step of the windows and depths that the file lacks.
 
-  All in one process in turn, on random weights: a ratio to k = 1 is taken
+  All take turns in one process, on random weights; ratios to k = 1 are taken
   within a round.
   """
-  have = files.read_json(path)["times"]
+  known = files.read_json(path)["times"]
   wanted = ablation.timed()
-  if wanted <= {(row["window"], row["depth"]) for row in have}:
+  if wanted <= {(row["window"], row["depth"]) for row in known}:
     return
   settings = benchmark.Settings(
     batches=(IMAGES,),
@@ -274,15 +301,15 @@ def add_times(
   )
   stages = {"centre": ablation.centre}
   folder = benchmark.run(stages, workdir, settings, stage="centre")
-  found = files.read_json(folder / "benchmark.json")
-  ratios = {row["name"]: row for row in found["ratios"]}
+  measured = files.read_json(folder / "benchmark.json")
+  ratios = {row["name"]: row for row in measured["ratios"]}
   one = {"median": 1.0, "min": 1.0, "max": 1.0}
   rows = [
     {
       **{key: case[key] for key in ("window", "depth", "batch", "ms_per_step")},
       "ratio": {key: ratios.get(case["name"], one)[key] for key in one},
     }
-    for case in found["cases"]
+    for case in measured["cases"]
     if case["guided"] and "error" not in case
   ]
   # Together, as they were timed: ratios of one machine and one hour.
@@ -290,5 +317,5 @@ def add_times(
   if missing:
     raise ValueError(f"no time for (window, depth) in {sorted(missing)}.")
   fresh = {(row["window"], row["depth"]) for row in rows}
-  kept = [row for row in have if (row["window"], row["depth"]) not in fresh]
+  kept = [row for row in known if (row["window"], row["depth"]) not in fresh]
   resumable.update_json(path, lambda old: {**old, "times": kept + rows})

@@ -1,9 +1,9 @@
 """Variants of one model, each with a few values changed.
 
-A variant is known by what it changes against the centre: `centre`,
-`tensorar-window=8`. So axes that meet in a variant share it, and a change of
-`sampling` alone needs no training. `k = 1`, the base model trained on, belongs
-to every axis.
+A variant is named after what it changes of the centre, as in
+`tensorar-window=8`; without changes it is `centre`. So axes that meet in a
+variant share it, and a change of `sampling` alone needs no training. `k = 1`,
+the base model trained for as many steps more, belongs to every axis.
 """
 
 from __future__ import annotations
@@ -23,22 +23,41 @@ Changes = tuple[tuple[str, Any], ...]  # ("section.key", value), ...
 
 
 def spell(changes: Changes) -> str:
-  """The name of a variant; it is a folder's as well."""
+  """Returns the name of a variant, which is also its folder's."""
 
   def text(value):
     many = isinstance(value, tuple)
     return "-".join(map(text, value)) if many else str(value)
 
-  spelt = [f"{path.replace('.', '-')}={text(v)}" for path, v in changes]
-  return "+".join(spelt) or "centre"
+  spelled = [f"{path.replace('.', '-')}={text(v)}" for path, v in changes]
+  return "+".join(spelled) or "centre"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A variant, trained from one seed.
+
+  Attributes:
+    variant: its name.
+    seed: of its training.
+  """
+
+  variant: str
+  seed: int
+
+  @property
+  def record(self) -> str:
+    """Names the run in a file of results."""
+    return f"{self.variant}/seed{self.seed}"
 
 
 def _plain(value: Any) -> Any:
+  """Returns lists as tuples, as configs have them."""
   return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 class Ablation:
-  """An experiment with variants, taken apart.
+  """The variants of an experiment, and what they share.
 
   Attributes:
     data, seeds: of `AblationConfig`.
@@ -66,10 +85,12 @@ class Ablation:
     axes = files.as_json(settings.axes)
     self.axes = {name: self._axis(name, axis) for name, axis in axes.items()}
     self.stages = dict(self.shared)
-    for _, variant, seed in self.runs():
-      self.stages.setdefault(*self.stage(variant, seed))
+    for run in self.runs():
+      name, stage = self.stage(run.variant, run.seed)
+      self.stages.setdefault(name, stage)
 
   def _axis(self, name: str, axis: Mapping) -> dict:
+    """Adds the variants of an axis, and returns it as results have it."""
     rows = []
     for row in axis["rows"]:
       try:
@@ -82,7 +103,7 @@ class Ablation:
     return {**axis, "rows": rows, "timed": bool(changed & TIMED)}
 
   def _add(self, change) -> str:
-    """The name of a variant, known from now on."""
+    """Adds a variant and returns its name."""
     changes = []
     for path, value in change:
       if parse.value_at(self.centre, path) != _plain(value):
@@ -92,7 +113,10 @@ class Ablation:
     return name
 
   def stage(self, variant: str, seed: int) -> tuple[str, Stage]:
-    """(name of what is trained, its stage) of a variant and training seed."""
+    """Returns a variant's stage for a training seed, and the stage's name.
+
+    Variants that differ in `sampling` alone share the name.
+    """
     changes = choose("variant", variant, self.variants)
     trained = tuple(c for c in changes if not c[0].startswith("sampling."))
     stage = self.centre
@@ -101,25 +125,27 @@ class Ablation:
     name = f"{spell(trained)}-seed{seed}"
     return name, dataclasses.replace(stage, name=name, seed=seed)
 
-  def runs(self) -> Iterator[tuple[str, str, int]]:
-    """(record, variant, seed), seed by seed: what is there is balanced."""
+  def runs(self) -> Iterator[Run]:
+    """Yields all runs, seed by seed, so that partial results are balanced."""
     for seed in range(self.seeds):
       for variant in self.variants:
-        yield f"{variant}/seed{seed}", variant, seed
+        yield Run(variant, seed)
 
   def shapes(self) -> dict[str, list[int]]:
-    """{variant: [window, depth]}; a window of 1 has no depth, said as 1."""
-    found = {}
+    """Returns {variant: [window, depth]}; a window of 1 counts as depth 1."""
+    shapes = {}
     for variant in self.variants:
-      section = self.stage(variant, 0)[1].tensorar
-      window = section.window
-      found[variant] = [window, section.depth if window > 1 else 1]
-    return found
+      _, stage = self.stage(variant, seed=0)
+      window, depth = stage.tensorar.window, stage.tensorar.depth
+      shapes[variant] = [window, depth if window > 1 else 1]
+    return shapes
 
   def timed(self) -> set[tuple[int, int]]:
-    """(window, depth) of the rows of the axes where time is of interest."""
+    """Returns (window, depth) of all rows of the axes that are timed."""
     shapes = self.shapes()
-    rows = [
-      row for axis in self.axes.values() for row in axis["rows"] * axis["timed"]
-    ]
-    return {tuple(shapes[row["variant"]]) for row in rows}
+    return {
+      (shapes[row["variant"]][0], shapes[row["variant"]][1])
+      for axis in self.axes.values()
+      if axis["timed"]
+      for row in axis["rows"]
+    }

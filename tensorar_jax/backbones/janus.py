@@ -90,16 +90,19 @@ class Config:
   @property
   def block(self) -> layers.BlockConfig:
     """Sizes and rates of one block."""
+    head_dim = self.head_dim
+    if head_dim is None:
+      head_dim = self.width // self.num_heads
     return layers.BlockConfig(
       width=self.width,
       num_heads=self.num_heads,
       num_kv_heads=self.num_kv_heads or self.num_heads,
+      head_dim=head_dim,
       mlp_width=self.mlp_width,
       norm_eps=self.norm_eps,
       residual_dropout=self.residual_dropout,
       mlp_dropout=self.mlp_dropout,
       dtype=self.dtype,
-      head_dim=self.head_dim,
     )
 
 

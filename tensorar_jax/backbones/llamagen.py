@@ -8,6 +8,7 @@ for the prefix.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -85,12 +86,12 @@ class TextEmbed(nnx.Module):
 
   sharding_rules = (("null", ()),)  # small, and read whole
 
-  def __init__(self, config: Config, *, rngs: nnx.Rngs):
+  def __init__(self, config: Config, text_width: int, *, rngs: nnx.Rngs):
     c = config
     # Drawn once and never trained, as published.
-    null = jax.random.normal(rngs.params(), (c.text_length, c.text_width))
-    self.null = Frozen(null * c.text_width**-0.5)
-    self.up = layers.linear(c.text_width, c.width, rngs, c.dtype)
+    null = jax.random.normal(rngs.params(), (c.text_length, text_width))
+    self.null = Frozen(null * text_width**-0.5)
+    self.up = layers.linear(text_width, c.width, rngs, c.dtype)
     self.down = layers.linear(c.width, c.width, rngs, c.dtype)
 
   def __call__(self, cond: Cond) -> Float[Array, "B P D"]:
@@ -107,13 +108,19 @@ class Model(transformer.CausalTransformer):
     c = config
     self.vocab_sizes = (c.vocab_size,)
     self.token_dropout, self.drop_path = c.token_dropout, c.drop_path
-    embed = dict(embedding_init=layers.normal_init, rngs=rngs, dtype=c.dtype)
+    embed = functools.partial(
+      nnx.Embed,
+      features=c.width,
+      embedding_init=layers.normal_init,
+      dtype=c.dtype,
+      rngs=rngs,
+    )
     if c.text_width is None:
       rows = c.num_classes + int(c.null_class)
-      self.class_embed = nnx.Embed(rows, c.width, **embed)
+      self.class_embed = embed(rows)
     else:
-      self.text_embed = TextEmbed(c, rngs=rngs)
-    self.token_embed = nnx.Embed(c.vocab_size, c.width, **embed)
+      self.text_embed = TextEmbed(c, c.text_width, rngs=rngs)
+    self.token_embed = embed(c.vocab_size)
     self.blocks = layers.Layers(
       lambda rngs: layers.Block(c.block, rngs=rngs), c.num_layers, rngs
     )

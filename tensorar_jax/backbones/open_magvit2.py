@@ -14,6 +14,7 @@ the final norm: hidden states are the raw stream.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -118,11 +119,15 @@ class Model(transformer.CausalTransformer):
     c = config
     self.vocab_sizes = tuple(c.vocab_sizes)
     self.token_dropout = c.token_dropout
-    embed = dict(embedding_init=layers.normal_init, rngs=rngs, dtype=c.dtype)
-    self.class_embed = nnx.Embed(c.num_classes + 1, c.width, **embed)
-    self.token_embeds = nnx.List(
-      nnx.Embed(size, c.width, **embed) for size in c.vocab_sizes
+    embed = functools.partial(
+      nnx.Embed,
+      features=c.width,
+      embedding_init=layers.normal_init,
+      dtype=c.dtype,
+      rngs=rngs,
     )
+    self.class_embed = embed(c.num_classes + 1)
+    self.token_embeds = nnx.List(embed(size) for size in c.vocab_sizes)
     self.blocks = layers.Layers(
       lambda rngs: layers.Block(c.block, rngs=rngs), c.num_layers, rngs
     )

@@ -8,23 +8,23 @@ import os
 import pathlib
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from etils import epath
 
+# TFDS has paths of its own, which need not be on a local disk.
+AnyPath = TypeVar("AnyPath", pathlib.Path, epath.Path)
 _REQUIRED = object()
 
 
 @contextlib.contextmanager
-def replacing(
-  path: pathlib.PurePath, *, sync: bool = False
-) -> Iterator[pathlib.PurePath]:
+def replacing(path: AnyPath, *, sync: bool = False) -> Iterator[AnyPath]:
   """Yields a new name beside `path`; what is written there becomes `path`.
 
   A reader sees the old file or the whole new one, and two writers never meet.
   An error in the block removes the new file; a killed process leaves it, as
   `<name>.<number>.partial`. `sync` waits until the content is on the disk.
-  `path` has the methods of a Path, but need not be one: TFDS has its own.
   """
   partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
   try:
@@ -42,7 +42,7 @@ def replacing(
 def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
   """Writes an .npz file, whole or not at all."""
   with replacing(path, sync=True) as partial, partial.open("wb") as file:
-    np.savez(file, **arrays)
+    np.savez(file, allow_pickle=False, **arrays)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Literal, overload
 
 from absl import logging
 
@@ -210,6 +211,18 @@ def _download_parts(
 
 def _commit_of(path: pathlib.Path, name: Name) -> str:
   return path.parents[len(pathlib.PurePosixPath(name.file).parts) - 1].name
+
+
+@overload
+def _download(
+  name: Name, *, whole: Name | None = None, optional: Literal[False] = False
+) -> pathlib.Path: ...
+
+
+@overload
+def _download(
+  name: Name, *, whole: Name | None = None, optional: Literal[True]
+) -> pathlib.Path | None: ...
 
 
 def _download(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -181,7 +182,8 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
   """The shape of every array of a tree, by its path; of keys, as saved."""
 
   def shape(leaf):
-    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
       leaf = jax.eval_shape(jax.random.key_data, leaf)
     return tuple(leaf.shape)
 
@@ -311,6 +313,8 @@ def read_weights(
     with _reader() as reader:
       tree = reader.metadata(path / "state").item_metadata.tree
       item = {name: tree[name] for name in parts if tree.get(name)}
+      if not item:
+        return {}
       return reader.restore(
         path / "state",
         args=ocp.args.PyTreeRestore(

@@ -8,6 +8,7 @@ is left. A folder is claimed for one set of settings before the work begins.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from absl import logging
 
 from tensorar_jax.checkpoints.files import read_json, write_json
@@ -96,12 +98,27 @@ def claim_settings(
     )
 
 
-def check_share(process_index: int, process_count: int) -> None:
-  """ValueError unless this is one of the processes."""
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f"process_index={process_index}: expected 0 to {process_count - 1}"
-    )
+@dataclasses.dataclass(frozen=True)
+class Worker:
+  """One of `count` processes that share the work, by its number from 0."""
+
+  index: int = 0
+  count: int = 1
+
+  def __post_init__(self):
+    if not 0 <= self.index < self.count:
+      raise ValueError(
+        f"process {self.index} of {self.count}: expected 0 to {self.count - 1}"
+      )
+
+  @classmethod
+  def of_this_process(cls) -> Worker:
+    """Among the processes that jax.distributed has joined, if it has."""
+    return cls(jax.process_index(), jax.process_count())
+
+  @property
+  def is_first(self) -> bool:
+    return self.index == 0
 
 
 def shards(
@@ -116,10 +133,10 @@ def shards(
 
 
 def to_do(
-  files: dict[pathlib.Path, range], process_index: int, process_count: int
+  files: dict[pathlib.Path, range], worker: Worker
 ) -> dict[pathlib.Path, range]:
-  """This process's shards that are not there yet."""
-  mine = list(files.items())[process_index::process_count]
+  """The worker's shards that are not there yet."""
+  mine = list(files.items())[worker.index :: worker.count]
   return {file: positions for file, positions in mine if not file.exists()}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from flax import nnx
@@ -36,40 +36,49 @@ def export_state_dict(
   """
   torch_import.check_dtype(dtype)
   _, params, frozen = weights_lib.split(model)
-  written = [r for r in rules if r.target is not None and not r.is_alias]
-  inverses = [_Inverse(rule) for rule in written]
+  inverses = [
+    _Inverse(rule, rule.target)
+    for rule in rules
+    if rule.target is not None and not rule.is_alias
+  ]
   tensors = {}
   for path, array in {**params, **frozen}.items():
-    hits = [i for i in inverses if i.pattern.fullmatch(path)]
+    hits = [
+      (inverse, match)
+      for inverse in inverses
+      if (match := inverse.pattern.fullmatch(path))
+    ]
     if len(hits) != 1:
       raise ValueError(
         f"{len(hits)} rules lead to {path}, expected one. Pass the rules of the"
         " model's own family; of a TensorAR pass only the backbone."
       )
-    tensors.update(hits[0].tensors(path, np.asarray(array), dtype))
+    inverse, match = hits[0]
+    tensors.update(inverse.tensors(match.groupdict(), np.asarray(array), dtype))
   torch_import.plan(model, rules, {n: t.shape for n, t in tensors.items()})
   return tensors
 
 
 class _Inverse:
-  """A rule turned round."""
+  """A rule turned round, which fills `target`."""
 
-  def __init__(self, rule: Rule):
+  def __init__(self, rule: Rule, target: str):
     self.axes = tuple(int(axis) for axis in np.argsort(rule.axes))
     self.name, groups = _template(rule)
-    fields = set(re.findall(r"\{(\w+)\}", rule.target))
+    fields = set(re.findall(r"\{(\w+)\}", target))
     if groups.keys() - {"layer"} != fields:
       raise ValueError(
         f"the rule {rule.source!r} cannot be turned round: its groups"
         f" {sorted(groups)}, but for 'layer', must be the fields of its target"
-        f" {rule.target!r}."
+        f" {target!r}."
       )
     self.stacked = "layer" in groups
-    self.pattern = re.compile(_pattern(rule.target, groups))
+    self.pattern = re.compile(_pattern(target, groups))
 
-  def tensors(self, path: str, array: np.ndarray, dtype: str | None):
-    """(name, tensor) of every layer of the parameter at `path`."""
-    groups = self.pattern.fullmatch(path).groupdict()
+  def tensors(
+    self, groups: dict[str, str], array: np.ndarray, dtype: str | None
+  ) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of every layer of a parameter, given its path's groups."""
     for layer, part in enumerate(array if self.stacked else [array]):
       name = self.name.format(layer=layer, **groups)
       part = part.transpose(self.axes) if self.axes else part

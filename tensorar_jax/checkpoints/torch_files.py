@@ -132,7 +132,7 @@ def _open_safetensors(path):
   return {
     name: Tensor(
       tuple(part.get_shape()),
-      _SAFETENSORS.get(part.get_dtype(), part.get_dtype()),
+      _SAFETENSORS.get(dtype := str(part.get_dtype()), dtype),
       functools.partial(file.get_tensor, name),
     )
     for name, part in parts.items()

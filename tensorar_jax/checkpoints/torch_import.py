@@ -119,12 +119,12 @@ def _misfits(path, parts, want, shapes):
 
 
 def fill(
-  model: nnx.Module,
+  model: weights_lib.Model,
   rules: list[Rule],
   tensors: Mapping[str, Tensor | np.ndarray | jax.Array],
   dtype: str | None = None,
   mesh: Mesh | None = None,
-) -> nnx.Module:
+) -> weights_lib.Model:
   """Fills every weight of a model from `tensors`.
 
   `model` may be abstract (`nnx.eval_shape`). `dtype`, one of DTYPES, is that of

@@ -1,4 +1,4 @@
-"""--config and --config.SECTION.KEY: from the command line to an experiment."""
+"""Makes an experiment of --config and --config.SECTION.KEY."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Experiment:
 
 
 def read(config: str, overrides: Mapping[str, str]) -> schema.Experiment:
-  """The experiment of a config file, with some of its values changed.
+  """Reads the experiment of a config file, with some of its values changed.
 
   Args:
     config: FILE, or FILE:ARGUMENT for a `get_config` that takes one.
     overrides: {"SECTION.KEY": value} as written on the command line.
 
   Raises:
-    ValueError: there is no such file, key or type of value.
+    ValueError: there is no such file or key, or a value is of another type.
   """
   from tensorar_jax.experiment import config_file
 
@@ -45,14 +45,14 @@ def read(config: str, overrides: Mapping[str, str]) -> schema.Experiment:
 
 
 def check(experiment: schema.Experiment, options: Shared) -> Experiment:
-  """The experiment with --init and --precision, if its models can be built.
+  """Applies --init and --precision, and checks that all models can be built.
 
   Args:
     experiment: of `read`.
-    options: of any mode; --init fills the stage --stage.
+    options: of any mode; --init is for the stage --stage.
 
   Raises:
-    ValueError: a model cannot be built.
+    ValueError: a model cannot be built, or a stage is unknown.
   """
   from tensorar_jax.ablations import variants
   from tensorar_jax.evaluation import yardsticks
@@ -61,9 +61,9 @@ def check(experiment: schema.Experiment, options: Shared) -> Experiment:
   from tensorar_jax.experiment.stages import with_precision
   from tensorar_jax.training import loop
 
-  stage = getattr(options, "stage", None)
+  chosen = getattr(options, "stage", None)
   if options.init:
-    stages = published.start_from(experiment.stages, options.init, stage)
+    stages = published.start_from(experiment.stages, options.init, chosen)
     experiment = dataclasses.replace(experiment, stages=stages)
   precision = getattr(options, "precision", None)
   if precision:
@@ -71,11 +71,11 @@ def check(experiment: schema.Experiment, options: Shared) -> Experiment:
     experiment = dataclasses.replace(experiment, stages=stages)
   ablation = variants.Ablation(experiment) if experiment.ablation else None
   stages = ablation.stages if ablation else experiment.stages
-  if stage:
-    choose("--stage", stage, stages)
-  for name, one in stages.items():
+  if chosen:
+    choose("--stage", chosen, stages)
+  for name, stage in stages.items():
     try:
-      loop.check(one)
+      loop.check(stage)
     except ValueError as error:
       raise ValueError(f"stage {name}: {error}") from error
   evaluation = None if ablation else experiment.evaluation
@@ -85,7 +85,7 @@ def check(experiment: schema.Experiment, options: Shared) -> Experiment:
 
 
 def workdir(options: Shared, experiment: schema.Experiment) -> pathlib.Path:
-  """--workdir, or runs/<name of the config file>."""
+  """Returns --workdir, by default runs/<name of the config file>."""
   if options.workdir:
     return pathlib.Path(options.workdir).absolute()
   if experiment.ablation:  # every axis of a data set shares its base

@@ -91,7 +91,7 @@ class Export(Shared):
 def import_weights(
   options: Import, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=import."""
+  """Carries out --mode=import."""
   from tensorar_jax.training import loop
 
   for name, stage in experiment.stages.items():
@@ -102,9 +102,8 @@ def import_weights(
 def tokenize_images(
   options: Tokenize, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=tokenize."""
-  import jax
-
+  """Carries out --mode=tokenize."""
+  from tensorar_jax.checkpoints import resumable
   from tensorar_jax.data import codes, sources, tokenize
   from tensorar_jax.experiment import build
   from tensorar_jax.parallel import sharding
@@ -112,8 +111,8 @@ def tokenize_images(
   if not (options.images and options.output):
     raise ValueError("--mode=tokenize needs --images and --output.")
   stages = experiment.stages
-  readers = [n for n, s in stages.items() if s.objective == "tensorar"]
-  stage = stages[options.stage or readers[-1]]
+  models = [n for n, s in stages.items() if s.objective == "tensorar"]
+  stage = stages[options.stage or models[-1]]
   tokenizer = build.frozen_tokenizer(stage, workdir)
   rows, cols = tokenizer.config.image_size
   if rows != cols:
@@ -121,10 +120,10 @@ def tokenize_images(
   source = sources.load(options.images, "train")
   if isinstance(source, codes.TokenSource):
     raise ValueError(f"--images={options.images}: these are tokens already.")
-  text, section = None, stage.conditioning
+  text_encoder, section = None, stage.conditioning
   if source.num_classes is None and build.conditioning(section).is_text:
     mesh = sharding.local_mesh(stage.mesh)
-    text = build.text_encoder(section, mesh)
+    text_encoder = build.text_encoder(section, mesh)
   tokenize.tokenize(
     source,
     tokenizer,
@@ -132,16 +131,15 @@ def tokenize_images(
     recipe=options.recipe,
     image_size=rows,
     crop_range=options.crop_range,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    text=text,
+    worker=resumable.Worker.of_this_process(),
+    text=text_encoder,
   )
 
 
 def export(
   options: Export, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=export."""
+  """Carries out --mode=export."""
   from tensorar_jax.experiment import published
 
   if not (options.stage and options.output):

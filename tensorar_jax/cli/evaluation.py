@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """What images are compared with."""
+  """What images are measured against."""
 
   reference: str | None = option(
     None,
@@ -43,17 +43,18 @@ class Reference:
   )
 
   def judge(self) -> Judge:
-    """The network and the reference; each of several processes has a share."""
-    import jax
-
+    """Loads network and reference; each of several processes has a share."""
+    from tensorar_jax.checkpoints import resumable
     from tensorar_jax.evaluation import protocol
 
+    if self.reference is None:
+      raise ValueError("name a reference batch with --reference=FILE.npz.")
     return protocol.Judge(
       self.reference,
       self.inception,
       bootstrap=self.bootstrap,
       batch_size=self.batch_size,
-      share=(jax.process_index(), jax.process_count()),
+      worker=resumable.Worker.of_this_process(),
     )
 
 
@@ -129,13 +130,18 @@ def evaluate(
   experiment: Experiment | None,
   workdir: pathlib.Path | None,
 ) -> None:
-  """--mode=evaluate: one of its four ways."""
+  """Carries out --mode=evaluate, in one of its four ways."""
   if options.questions and not options.scores:
     raise ValueError("--questions goes with --scores=FILE of DPG-Bench.")
   if options.scores:
-    summarise_scores(options)
+    summarise_scores(options, pathlib.Path(options.scores))
   elif options.samples:
-    measure_file(options)
+    measure_file(options, pathlib.Path(options.samples))
+  elif experiment is None or workdir is None:
+    raise ValueError(
+      "--mode=evaluate needs --config=FILE.py, or images by --samples=FILE.npz,"
+      " or a scorer's results by --scores=FILE."
+    )
   elif options.every_checkpoint:
     measure_checkpoints(options, experiment, workdir)
   elif options.reference:
@@ -144,22 +150,21 @@ def evaluate(
     measure_models(options, experiment, workdir)
 
 
-def summarise_scores(options: Evaluate) -> None:
-  """--scores."""
+def summarise_scores(options: Evaluate, scores: pathlib.Path) -> None:
+  """Makes the table of --scores."""
   from tensorar_jax.evaluation import summary
 
   if options.samples or options.reference:
     raise ValueError("--scores goes without --samples and --reference.")
-  scores = pathlib.Path(options.scores)
   questions = pathlib.Path(options.questions) if options.questions else None
   folder = pathlib.Path(options.output or scores.with_suffix(""))
-  found = summary.summarise(scores, questions, folder)
-  print(summary.table(scores.stem, found))
+  metrics = summary.summarise(scores, questions, folder)
+  print(summary.table(scores.stem, metrics))
   print(folder / "metrics.json")
 
 
-def measure_file(options: Evaluate) -> None:
-  """--samples --reference."""
+def measure_file(options: Evaluate, samples: pathlib.Path) -> None:
+  """Measures the images of --samples against --reference."""
   from tensorar_jax.evaluation import protocol
 
   if not options.reference:
@@ -168,8 +173,7 @@ def measure_file(options: Evaluate) -> None:
     raise ValueError(
       f"{needless[0]} with --samples: the images are drawn already."
     )
-  samples = pathlib.Path(options.samples)
-  folder = options.output or protocol.place_of(samples, options.reference)
+  folder = options.output or protocol.default_folder(samples, options.reference)
   record = options.judge().measure(samples, folder)
   if record:
     print(protocol.table({samples.name: record}))
@@ -179,7 +183,7 @@ def measure_file(options: Evaluate) -> None:
 def measure_stage(
   options: Evaluate, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--reference: draws the images of a stage, and measures them."""
+  """Draws images of a stage and measures them against --reference."""
   from tensorar_jax.evaluation import protocol
   from tensorar_jax.method import drawing
   from tensorar_jax.reports import guidance_report
@@ -210,7 +214,7 @@ def measure_stage(
 def measure_checkpoints(
   options: Evaluate, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--every_checkpoint, with --reference or without."""
+  """Measures all checkpoints that were kept, with or without --reference."""
   from tensorar_jax.evaluation import progress
   from tensorar_jax.reports import progress_report
 
@@ -224,26 +228,26 @@ def measure_checkpoints(
   if options.reference:
     name, _ = drawn_stage(options, stages)
     judge, request = options.judge(), options.request(50_000)
-    found = progress.by_reference(
+    results = progress.by_reference(
       judge, stages, workdir, request, name=name, batch_size=options.batch_size
     )
     title = f"{request.num_images:,} images against {judge.file.path.stem}"
   elif settings:
     names = (options.stage,) if options.stage else settings.models
-    found = progress.by_yardstick(stages, settings, workdir, names)
+    results = progress.by_yardstick(stages, settings, workdir, names)
     title = f"{settings.num_images:,} images of each checkpoint"
   else:
     raise ValueError(
       "--every_checkpoint: the config has no section `evaluation`; name a"
       " reference batch with --reference=FILE.npz."
     )
-  progress_report.draw(found, stages, workdir, title)
+  progress_report.draw(results, stages, workdir, title)
 
 
 def measure_models(
   options: Evaluate, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """The models and the measure of the section `evaluation`."""
+  """Measures the models of the section `evaluation` as it says."""
   from tensorar_jax.evaluation import evaluate
 
   if not experiment.evaluation:
@@ -263,10 +267,13 @@ def measure_models(
 
 
 def only_with_reference(options: Any) -> None:
-  """ValueError for flags of a measurement by --reference without it.
+  """Refuses flags that need --reference, without it.
 
   Args:
     options: with the flags of `Images` and `Reference`.
+
+  Raises:
+    ValueError: such a flag is given, and --reference is not.
   """
   if options.reference:
     return
@@ -281,7 +288,7 @@ def only_with_reference(options: Any) -> None:
 def drawn_stage(
   options: Evaluate, stages: Mapping[str, Stage]
 ) -> tuple[str, Stage]:
-  """(name, stage) to draw from; ValueError if it draws from text."""
+  """Returns the (name, stage) to draw from; ValueError if it reads text."""
   from tensorar_jax.generation import requests, sample_files
 
   name = sample_files.drawable(stages, options.stage)

@@ -21,9 +21,9 @@ class Mode:
 
   Attributes:
     options: the dataclass of its flags.
-    carry_out: does it, given (options, `config.Experiment`, work directory);
-      without a config, which `options.needs_config` allows, the last two are
-      None.
+    carry_out: takes (options, `config.Experiment`, work directory) and does the
+      work; without a config, if `options.needs_config` allows that, the last
+      two are None.
   """
 
   options: type[Shared]

@@ -29,7 +29,7 @@ def option(
   least: int | None = None,
   repeat: bool = False,
 ) -> Any:
-  """A field of a dataclass of options.
+  """Declares a field of a dataclass of options.
 
   Args:
     default: the value without the flag; the help page states it unless None.
@@ -116,11 +116,11 @@ class Shared:
   )
 
   def needs_config(self) -> bool:
-    """Whether the mode reads an experiment."""
+    """Says whether the mode reads an experiment."""
     return True
 
   def shares_work(self) -> bool:
-    """Whether several processes may carry the mode out together."""
+    """Says whether several processes may carry the mode out together."""
     return False
 
 
@@ -139,16 +139,17 @@ class Products:
 
 @functools.cache
 def flags_of(options: type[Shared]) -> dict[str, Flag]:
-  """The flags of a mode by name: its own first, those of every mode last."""
+  """Lists the flags of a mode by name: its own first, shared ones last."""
   return {
     name: flag for group in groups_of(options).values() for name, flag in group
   }
 
 
 def groups_of(options: type) -> dict[str, list[tuple[str, Flag]]]:
-  """{title: flags} in the order of the help page; the mode's own have no title.
+  """Groups the flags of a mode by title, in the order of the help page.
 
-  Each base class is a group, without the flags that the mode describes anew.
+  Each base class is a group, without the flags that the mode describes anew;
+  the title of the mode's own flags is empty.
   """
   fields = {field.name: field for field in dataclasses.fields(options)}
   hints = typing.get_type_hints(options)
@@ -163,12 +164,12 @@ def groups_of(options: type) -> dict[str, list[tuple[str, Flag]]]:
 
 
 def summary(options: type) -> str:
-  """The first paragraph of a docstring on one line."""
-  return " ".join(inspect.getdoc(options).split("\n\n")[0].split())
+  """Returns the first paragraph of a docstring on one line."""
+  return " ".join((inspect.getdoc(options) or "").split("\n\n")[0].split())
 
 
 def changed(options: Shared, group: type) -> list[str]:
-  """The flags of a group whose values are not the defaults, with dashes."""
+  """Names the flags of a group whose values are not the defaults."""
   names = [n for n in inspect.get_annotations(group) if n in vars(options)]
   defaults = type(options)()
   return [

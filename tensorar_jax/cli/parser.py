@@ -1,4 +1,4 @@
-"""Words of the command line -> a mode, its options, and changes of the config.
+"""Parses a command line into a mode, its options, and changes of the config.
 
 Flags are `--name=value` or `--name value`; `--name` and `--noname` are enough
 for one that is true or false. The last of several counts. A flag of another
@@ -73,46 +73,46 @@ class Command:
 
 
 def parse(words: Sequence[str]) -> Command:
-  """The command of a command line without its first word, the program.
+  """Parses a command line, without its first word, the program.
 
   Raises:
     ValueError: says in one line what is wrong, and what to do.
     SystemExit: after --help was printed.
   """
   words, overrides = _split_overrides(words)
-  first = _Parser()
-  first.add_argument("--mode")
-  first.add_argument("--help", "-h", action="store_true")
-  asked, rest = first.read(words)
-  if asked.mode is None and asked.help:
+  mode_parser = _Parser()
+  mode_parser.add_argument("--mode")
+  mode_parser.add_argument("--help", "-h", action="store_true")
+  given, rest = mode_parser.read(words)
+  if given.mode is None and given.help:
     print(overview(), end="")
     raise SystemExit(0)
-  mode = asked.mode or "run"
+  mode = given.mode or "run"
   if mode not in MODES:
     raise ValueError(
       f"--mode={mode} is unknown.{_neighbours(mode, MODES)} Modes:"
       f" {', '.join(MODES)}; --help says what they do."
     )
-  if asked.help:
+  if given.help:
     print(help_page(mode), end="")
     raise SystemExit(0)
-  given, unknown = _parser(mode).read(rest)
+  values, unknown = _parser(mode).read(rest)
   if unknown:
     raise ValueError(_explain(unknown, mode))
-  options = MODES[mode].options(**vars(given))
+  options = MODES[mode].options(**vars(values))
   if options.needs_config() and not options.config:
-    others = ""
+    alternative = ""
     if mode == "evaluate":
-      others = " Without one it takes --samples=FILE.npz or --scores=FILE."
+      alternative = " Without one it takes --samples=FILE.npz or --scores=FILE."
     raise ValueError(
       f"--mode={mode} needs --config=FILE, such as --config=configs/digits.py."
-      f"{others} --help lists the modes."
+      f"{alternative} --help lists the modes."
     )
   return Command(mode=mode, options=options, overrides=overrides)
 
 
 def overview() -> str:
-  """The page of --help without a mode."""
+  """Returns the page of --help without a mode."""
   lines = [
     f"  {name:<11}{summary(mode.options)}" for name, mode in MODES.items()
   ]
@@ -121,11 +121,13 @@ def overview() -> str:
 
 
 def help_page(mode: str) -> str:
-  """The page of --help with a mode."""
+  """Returns the page of --help with a mode."""
   return _parser(mode).format_help()
 
 
 class _Parser(argparse.ArgumentParser):
+  """Takes flags by their full names, and raises ValueError where one is bad."""
+
   def __init__(self, **kwargs):
     super().__init__(
       prog=PROGRAM,
@@ -137,7 +139,7 @@ class _Parser(argparse.ArgumentParser):
     )
 
   def read(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What is given, and the words that are not understood."""
+    """Returns the values that are given, and the words that are unknown."""
     try:
       return self.parse_known_args(words)
     except argparse.ArgumentError as error:
@@ -145,7 +147,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(mode: str) -> _Parser:
-  """The parser of a mode's flags, which leaves out those not given."""
+  """Makes the parser of a mode's flags; it leaves out those not given."""
   options = MODES[mode].options
   parser = _Parser(
     usage=f"{PROGRAM} --config=FILE --mode={mode} [FLAGS]",
@@ -169,6 +171,7 @@ def _parser(mode: str) -> _Parser:
 
 
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+  """Adds a flag to a group of the help page."""
   text = flag.help.replace("%", "%%")
   if flag.default is not None:
     text += f" Default: {_shown(flag.default)}."
@@ -208,10 +211,10 @@ class _Append(argparse.Action):
 
 
 def _reader(flag: Flag) -> Callable[[str], Any]:
-  """Text -> the value of a flag; the error says what it expects."""
+  """Makes what reads the value of a flag; its error says what is expected."""
   name = {int: "a whole number", float: "a number", str: "text"}[flag.kind]
 
-  def one(text: str) -> Any:
+  def read_one(text: str) -> Any:
     try:
       value = flag.kind(text)
     except ValueError as error:
@@ -228,10 +231,11 @@ def _reader(flag: Flag) -> Callable[[str], Any]:
       )
     return value
 
-  def many(text: str) -> tuple:
-    return tuple(one(word.strip()) for word in text.split(",") if word.strip())
+  def read_list(text: str) -> tuple:
+    words = [word.strip() for word in text.split(",")]
+    return tuple(read_one(word) for word in words if word)
 
-  return many if flag.is_list and not flag.repeat else one
+  return read_list if flag.is_list and not flag.repeat else read_one
 
 
 def _boolean(text: str) -> bool:
@@ -242,6 +246,7 @@ def _boolean(text: str) -> bool:
 
 
 def _shown(default: Any) -> str:
+  """Writes a default as one would on the command line."""
   if isinstance(default, tuple):
     return ",".join(map(str, default)) or "none"
   return str(default).lower() if isinstance(default, bool) else str(default)
@@ -254,22 +259,22 @@ def _fold(line: str) -> str:
 def _split_overrides(
   words: Sequence[str],
 ) -> tuple[list[str], dict[str, str]]:
-  """The words without --config.KEY=VALUE, and these as {key: value}."""
-  rest, overrides, left = [], {}, list(words)
-  while left:
-    word = left.pop(0)
+  """Splits off all --config.KEY=VALUE: (other words, {key: value})."""
+  others, overrides, waiting = [], {}, list(words)
+  while waiting:
+    word = waiting.pop(0)
     key, equals, value = word.partition("=")
     name = key.lstrip("-").removeprefix("no")
     if not (key.startswith("--") and name.startswith("config.")):
-      rest.append(word)
+      others.append(word)
       continue
     if key.startswith("--noconfig."):
       value = "false"
     elif not equals:
-      alone = not left or left[0].startswith("--")
-      value = "true" if alone else left.pop(0)
+      alone = not waiting or waiting[0].startswith("--")
+      value = "true" if alone else waiting.pop(0)
     overrides[name.removeprefix("config.")] = value
-  return rest, overrides
+  return others, overrides
 
 
 def _explain(unknown: Sequence[str], mode: str) -> str:
@@ -281,10 +286,10 @@ def _explain(unknown: Sequence[str], mode: str) -> str:
     )
   name = word[2:].partition("=")[0]
   known = {n: flags_of(m.options) for n, m in MODES.items()}
-  for spelt in (name, name.removeprefix("no")):
-    homes = [f"--mode={n}" for n, flags in known.items() if spelt in flags]
-    if homes:
-      *most, last = homes
+  for spelling in (name, name.removeprefix("no")):
+    modes = [f"--mode={n}" for n, flags in known.items() if spelling in flags]
+    if modes:
+      *most, last = modes
       listed = f"{', '.join(most)} and {last}" if most else last
       return f"--{name} with --mode={mode}: it belongs to {listed}."
   if "." in name:
@@ -292,15 +297,13 @@ def _explain(unknown: Sequence[str], mode: str) -> str:
       f"--{name} is unknown: a value of the config is set with"
       f" --config.{name}=VALUE."
     )
-  every = {spelt for flags in known.values() for spelt in flags}
-  return (
-    f"--{name} is unknown.{_neighbours(name, every, '--')} --mode={mode} --help"
-    " lists the flags."
-  )
+  every_flag = {flag for flags in known.values() for flag in flags}
+  hint = _neighbours(name, every_flag, "--")
+  return f"--{name} is unknown.{hint} --mode={mode} --help lists the flags."
 
 
 def _neighbours(word: str, known: Iterable[str], dashes: str = "") -> str:
-  """ " Did you mean ...?", or nothing if no known word is close."""
+  """Returns " Did you mean ...?", or "" if no known word is close."""
   near = difflib.get_close_matches(word, sorted(known), n=3)
   listed = " or ".join(f"{dashes}{name}" for name in near)
   return f" Did you mean {listed}?" if near else ""

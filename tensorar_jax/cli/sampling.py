@@ -36,7 +36,7 @@ class Images:
   )
 
   def request(self, num_images: int) -> Request:
-    """The images that are asked for; `num_images` if it was not given."""
+    """Returns what is asked for; `num_images` if their number is not given."""
     from tensorar_jax.generation import requests
 
     return requests.Request(
@@ -103,7 +103,7 @@ class Sample(Images, Products, Shared):
     return True
 
   def request(self, num_images: int = 100) -> Request:
-    """The images, or prompts, that are asked for."""
+    """Returns the images, or prompts, that are asked for."""
     from tensorar_jax.generation import requests
 
     prompts, sources = self.prompt, None
@@ -153,7 +153,7 @@ class Demo(Products, Shared):
 def sample(
   options: Sample, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=sample."""
+  """Carries out --mode=sample."""
   from tensorar_jax.generation import sample_files
 
   if options.layout and options.pngs is False:
@@ -172,7 +172,7 @@ def sample(
 def serve_demo(
   options: Demo, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=demo, until it is stopped."""
+  """Carries out --mode=demo, until it is stopped."""
   from tensorar_jax.demo import page, service
 
   studio = service.Studio(

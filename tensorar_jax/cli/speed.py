@@ -114,7 +114,7 @@ class Benchmark(Products, Shared):
 def compile_stage(
   options: Compile, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=compile."""
+  """Carries out --mode=compile."""
   from tensorar_jax.performance import compile, targets
 
   compile.report(
@@ -129,7 +129,7 @@ def compile_stage(
 def run_benchmark(
   options: Benchmark, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=benchmark."""
+  """Carries out --mode=benchmark."""
   from tensorar_jax.performance import benchmark
 
   settings = benchmark.Settings(

@@ -74,7 +74,7 @@ class Visualize(Shared):
 
 
 def run(options: Run, experiment: Experiment, workdir: pathlib.Path) -> None:
-  """--mode=run."""
+  """Carries out --mode=run."""
   from tensorar_jax.evaluation import evaluate
 
   if experiment.ablation:
@@ -93,14 +93,14 @@ def run(options: Run, experiment: Experiment, workdir: pathlib.Path) -> None:
 
 
 def train(options: Train, experiment: Experiment, workdir: pathlib.Path):
-  """--mode=train."""
+  """Carries out --mode=train."""
   train_stages(experiment, workdir, options.stage, options.profile)
 
 
 def visualize(
   options: Visualize, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=visualize."""
+  """Carries out --mode=visualize."""
   from tensorar_jax.reports import ablation_report
 
   if experiment.ablation:
@@ -124,13 +124,12 @@ def train_stages(
   from tensorar_jax.training import loop, throughput
 
   steps = throughput.parse_profile(profile)
-  for name, settings in experiment.stages.items():
-    if stage in (None, name):
-      loop.fit(settings, workdir / name, steps)
+  for name in experiment.stages if stage is None else [stage]:
+    loop.fit(experiment.stages[name], workdir / name, steps)
 
 
 def draw_report(experiment: Experiment, workdir: pathlib.Path) -> None:
-  """Pictures and report.html; the report says by which command."""
+  """Draws pictures and report.html, which shows the command."""
   from tensorar_jax.reports import run_report
 
   command = " ".join(["python -m tensorar_jax.main", *sys.argv[1:]])
@@ -140,7 +139,7 @@ def draw_report(experiment: Experiment, workdir: pathlib.Path) -> None:
 def run_ablation(
   options: Run, experiment: Experiment, workdir: pathlib.Path
 ) -> None:
-  """--mode=run of a config with a section `ablation`."""
+  """Carries out --mode=run of a config with a section `ablation`."""
   from tensorar_jax.ablations import runs
 
   if options.profile or (options.stage and not options.init):
@@ -148,20 +147,23 @@ def run_ablation(
       "--stage and --profile with --mode=run: ablations train every variant."
       " --mode=train takes them."
     )
+  ablation = experiment.ablation
+  if ablation is None:
+    raise ValueError("the config has no section `ablation`.")
   only_with_reference(options)
   if options.reference:
     measure = runs.ByReference(
-      experiment.ablation,
+      ablation,
       workdir,
-      options.judge(),
-      options.request(50_000),
-      options.batch_size,
+      judge=options.judge(),
+      images=options.request(50_000),
+      batch_size=options.batch_size,
     )
   else:
-    measure = runs.ByEvaluation(experiment.ablation, workdir)
-  runs.run(experiment.ablation, workdir, tables(options.output), measure)
+    measure = runs.ByEvaluation(ablation, workdir)
+  runs.run(ablation, workdir, tables(options.output), measure)
 
 
 def tables(output: str | None) -> pathlib.Path:
-  """The folder of the results of ablations."""
+  """Returns the folder of the results of ablations."""
   return pathlib.Path(output or "studies/ablations").absolute()

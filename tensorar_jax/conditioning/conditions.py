@@ -7,8 +7,10 @@ backbone's weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Num
@@ -170,7 +172,7 @@ def align_right(
 ) -> tuple[Num[Array | np.ndarray, "B P E"], Bool[Array | np.ndarray, "B P"]]:
   """Moves the real rows of each text to the end; the others become zero."""
   # Features on the host stay there, as labels do.
-  xp = np if isinstance(features, np.ndarray) else jnp
+  xp: Any = np if isinstance(features, np.ndarray) else jnp
   # False sorts before True, and equal rows keep their order.
   order = xp.argsort(xp.asarray(mask), axis=1, stable=True)
   mask = xp.take_along_axis(xp.asarray(mask), order, axis=1)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -129,8 +130,9 @@ class Block(nnx.Module):
     self.attention = Attention(c, rngs=rngs)
     self.mlp_norm = layers.RMSNorm(c.width, c.norm_eps)
     # JAX's own default is the tanh form, which these models use.
-    options = dict(dtype=c.dtype, activation=jax.nn.gelu)
-    self.mlp = layers.GatedMLP(c.width, c.mlp_width, rngs=rngs, **options)
+    self.mlp = layers.GatedMLP(
+      c.width, c.mlp_width, rngs=rngs, dtype=c.dtype, activation=jax.nn.gelu
+    )
 
   def __call__(self, x, bias, mask):
     x = x + self.attention(self.attention_norm(x), bias, mask)
@@ -156,7 +158,7 @@ class Model(nnx.Module):
     c, positions = self.config, np.arange(length)
     offsets = positions - positions[:, None]
     table = buckets(offsets, c.num_buckets, c.max_distance)
-    return self.relative_bias(table).transpose(2, 0, 1)[None]
+    return self.relative_bias(jnp.asarray(table)).transpose(2, 0, 1)[None]
 
   def hidden_states(
     self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"]

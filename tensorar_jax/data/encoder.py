@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import grain
 import jax
@@ -96,9 +96,10 @@ class Encoder:
     tokens = _encode(self._graphdef, self._state, batch)
     if not self.text:
       return tokens, about
+    captions = cast(list[str], about)
     # A short batch is filled up with its last caption.
     spare = self.num_images - len(about)
-    features, mask = self.text(about + about[-1:] * spare)
+    features, mask = self.text(captions + captions[-1:] * spare)
     return tokens, (features[: len(about)], mask[: len(about)])
 
   def finish(self, started: Started) -> Iterator[Example]:
@@ -116,7 +117,7 @@ class Encoder:
     return zip(subjects, tokens.reshape(shape))
 
 
-def identity(model: nnx.Module) -> dict[str, Any]:
+def identity(model: nnx.Module | Tokenizer) -> dict[str, Any]:
   """Describes a model for JSON: class, config and the digest of its weights."""
   digest = hashlib.sha256()
   state = nnx.to_flat_state(nnx.state(model))
@@ -124,11 +125,12 @@ def identity(model: nnx.Module) -> dict[str, Any]:
     array = np.asarray(value[...])
     digest.update(f"{path} {array.dtype} {array.shape}".encode())
     digest.update(array.tobytes())
-  config = getattr(model, "config", None)
-  is_fields = dataclasses.is_dataclass(config)
+  config: Any = getattr(model, "config", None)
   return {
     "class": f"{type(model).__module__}.{type(model).__qualname__}",
-    "config": dataclasses.asdict(config) if is_fields else None,
+    "config": dataclasses.asdict(config)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type)
+    else None,
     "sha256": digest.hexdigest(),
   }
 

@@ -104,10 +104,10 @@ def center_crop(
   # Pillow has no name for a last axis of 1.
   picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
   while min(picture.size) >= 2 * size:
-    half = tuple(side // 2 for side in picture.size)
-    picture = picture.resize(half, Image.Resampling.BOX)
+    half_size = picture.width // 2, picture.height // 2
+    picture = picture.resize(half_size, Image.Resampling.BOX)
   scale = size / min(picture.size)
-  scaled = tuple(round(side * scale) for side in picture.size)
+  scaled = round(picture.width * scale), round(picture.height * scale)
   picture = picture.resize(scaled, Image.Resampling.BICUBIC)
   pixels = np.array(picture).reshape(*scaled[::-1], image.shape[-1])
   top, left = ((side - size) // 2 for side in pixels.shape[:2])

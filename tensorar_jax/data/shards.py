@@ -26,7 +26,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python import (
+  array_record_module,  # pyright: ignore[reportAttributeAccessIssue]: compiled
+)
 from jaxtyping import Integer, Num
 
 from tensorar_jax.checkpoints import files
@@ -93,8 +95,8 @@ def unpack(
     size = _HEADER.size + math.prod(shape) * width
     rest = record[size:]
     subject = text.rows(rest) if text else None if rest else label
-    fits = subject is not None and len(record) >= size
-    if magic == _MAGIC and width in _CODE_TYPES and fits:
+    is_record = magic == _MAGIC and width in _CODE_TYPES
+    if is_record and subject is not None and len(record) >= size:
       codes = np.frombuffer(record[:size], _CODE_TYPES[width], -1, _HEADER.size)
       return subject, codes.reshape(shape)
     expected = f" and rows of {text}" if text else ""

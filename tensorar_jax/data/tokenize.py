@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
-from array_record.python import array_record_module
+from array_record.python import (
+  array_record_module,  # pyright: ignore[reportAttributeAccessIssue]: compiled
+)
 
 from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.data import encoder as encoder_lib
@@ -35,8 +37,7 @@ def tokenize(
   image_size: int,
   crop_range: float | Sequence[float] = (1.1,),
   batch_size: int = 64,
-  process_index: int = 0,
-  process_count: int = 1,
+  worker: resumable.Worker = resumable.Worker(),
   shard_size: int = 1024,
   text: TextEncoder | None = None,
 ) -> dict[str, Any] | None:
@@ -50,8 +51,7 @@ def tokenize(
     image_size: of the square crops; it has to give the tokenizer's grid.
     crop_range: only for "ten_crop"; several give their crops together.
     batch_size: crops encoded at once; those of an image stay together.
-    process_index: number of this process, from 0.
-    process_count: processes that share the work, with the same arguments.
+    worker: this process; all that share the work have the same arguments.
     shard_size: images of a shard; a killed run may lose as many.
     text: encoder of captions, if and only if the source has captions.
 
@@ -61,7 +61,7 @@ def tokenize(
   Raises:
     ValueError: bad options, a folder of other settings, or no image is left.
   """
-  _check_options(batch_size, shard_size, process_index, process_count)
+  _check_options(batch_size, shard_size)
   ranges = (crop_range,) if isinstance(crop_range, int | float) else crop_range
   crops = images.Recipe(recipe, image_size, tuple(ranges))
   channels = source.image_shape[-1]
@@ -73,7 +73,7 @@ def tokenize(
   resumable.claim_settings(folder, settings, "tokens")
   name = "tokens-{}.array_record"
   shard_files = resumable.shards(folder, name, len(source), shard_size)
-  missing = resumable.to_do(shard_files, process_index, process_count)
+  missing = resumable.to_do(shard_files, worker)
   progress = resumable.Progress("tokenize", sum(map(len, missing.values())))
   for file, positions in missing.items():
     _write_shard(file, positions, source, encoder, progress)
@@ -81,12 +81,11 @@ def tokenize(
   return _finish(folder, list(shard_files), settings, progress)
 
 
-def _check_options(batch_size, shard_size, process_index, process_count):
+def _check_options(batch_size, shard_size):
   if min(batch_size, shard_size) < 1:
     raise ValueError(
       f"batch_size={batch_size}, shard_size={shard_size}: expected at least 1"
     )
-  resumable.check_share(process_index, process_count)
 
 
 def _check_kind(source, text):

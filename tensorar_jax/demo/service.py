@@ -1,8 +1,8 @@
-"""`--mode=demo`: a request, checked in words, to a few images of a stage.
+"""Requests of `--mode=demo`, checked -> a few images of a trained stage.
 
-Image i comes from (seed, i) and its class or prompt, as in `--mode=sample`.
-There is one compiled shape, so no request makes the next one wait for a
-compiler; with and without guidance are two programs.
+Image i depends on (seed, i) and its class or prompt, as in `--mode=sample`. All
+requests share one compiled shape, so only the first one waits for the compiler
+(once with and once without guidance).
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ from jaxtyping import Bool, UInt8
 
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import conditions
+from tensorar_jax.conditioning.conditions import (
+  ClassConditioning,
+  TextConditioning,
+)
 from tensorar_jax.experiment import build
-from tensorar_jax.experiment.schema import Stage
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import batches, requests
 from tensorar_jax.interfaces import Conditioning, TextEncoder, Tokenizer
 from tensorar_jax.method import drawing, sampling
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import sharding
 
-MAX_IMAGES = 16  # that one request may ask for, whatever the flags say
+MAX_IMAGES = 16  # of a request; the flag cannot raise it
 MAX_PROMPT = 500  # letters
 MAX_SEED = 2**31 - 1
 MAX_SCALE = 50.0
-IN_MEMORY = 2  # stages, to go to and fro between a model and its base
+IN_MEMORY = 2  # stages: a model and its base, to compare them
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-  """What the page sends; `Studio.draw` checks it.
+class DemoRequest:
+  """The values that the page sends; `Studio.draw` checks them.
 
-  `guidance` is a scale, or one for each sub-token as in "4:6". Of `label` and
-  `prompt` the one counts that the stage's model reads.
+  `guidance` is a scale, or one for each sub-token as in "4:6". `label` is for
+  stages with classes, `prompt` for stages that read text.
   """
 
   stage: str
@@ -54,9 +58,9 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """Pictures after 1 .. k looks, and the cells that each look has changed.
+  """Pictures after 1 .. k looks, and the cells that each look changed.
 
-  `title` is of the checkpoint, `seconds` with loading and compiling it.
+  `title` names the checkpoint; `seconds` include loading and compiling it.
   """
 
   title: str
@@ -67,7 +71,7 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A trained stage with all that drawing takes."""
+  """A trained stage with everything needed to draw."""
 
   model: TensorAR
   tokenizer: Tokenizer
@@ -78,13 +82,13 @@ class Loaded:
 
 
 class Studio:
-  """The stages of `workdir` that were trained; up to IN_MEMORY are loaded.
+  """Draws with the trained stages of `workdir`, up to IN_MEMORY of them loaded.
 
   Args:
     stages: of an experiment.
-    workdir: the folder that holds the stages'.
-    stage: the one to begin with; by default the last one.
-    num_images: the most that a request may ask for; so many are drawn anyway.
+    workdir: the folder that holds the stages' folders.
+    stage: the one that the page starts with; by default the last one.
+    num_images: the most a request may ask for; that many are always drawn.
   """
 
   def __init__(
@@ -111,7 +115,7 @@ class Studio:
         f"{workdir} holds no trained stage that draws images: run --mode=train"
         " or --mode=import first, or name another --workdir."
       )
-    self.first = build.choose("--stage", stage or self.names[-1], self.names)
+    self.first = choose("--stage", stage or self.names[-1], self.names)
     self.load = functools.lru_cache(maxsize=IN_MEMORY)(self._load)
 
   def title(self, name: str) -> str:
@@ -128,60 +132,69 @@ class Studio:
   def vocab_sizes(self, name: str) -> tuple[int, ...]:
     return tuple(build.abstract(self.stages[name].tokenizer).vocab_sizes)
 
-  def conditioning(self, name: str) -> Conditioning:
+  def conditioning(self, name: str) -> ClassConditioning | TextConditioning:
     return build.conditioning(self.stages[name].conditioning)
 
   def guidance(self, name: str) -> str:
-    """The stage's own scale, as the page has it."""
+    """The stage's own guidance scale, as the page shows it."""
     return drawing.guidance_text(self.stages[name].sampling.guidance)
 
   def _load(self, name: str, checkpoint: pathlib.Path) -> Loaded:
     stage = self.stages[name]
     mesh = sharding.local_mesh(stage.mesh)
-    model = build.load_stage(stage, checkpoint, mesh)
+    model = build.load_tensorar(stage, checkpoint, mesh)
     is_text = self.conditioning(name).is_text
     tokenizer = build.frozen_tokenizer(stage, self.workdir)
     return Loaded(
-      sampling.prepare(model, mesh),
-      sharding.replicate(tokenizer, mesh),
-      self.conditioning(name),
-      build.text_encoder(stage.conditioning, mesh) if is_text else None,
-      stage.sampling,
-      mesh,
+      model=sampling.prepare(model, mesh),
+      tokenizer=sharding.replicate(tokenizer, mesh),
+      conditions=self.conditioning(name),
+      encode=build.text_encoder(stage.conditioning, mesh) if is_text else None,
+      config=stage.sampling,
+      mesh=mesh,
     )
 
-  def draw(self, asked: Asked) -> Drawn:
-    """The images; a ValueError says in words what cannot be done."""
+  def draw(self, request: DemoRequest) -> Drawn:
+    """Draws the images; ValueError, in words for the page, for bad requests."""
     started = time.monotonic()
-    name = build.choose("checkpoint", asked.stage, self.names)
-    count = _whole("the number of images", asked.num_images, 1, self.num_images)
-    seed = _whole("the seed", asked.seed, 0, MAX_SEED)
-    scale = _scale(asked.guidance)
-    reads, label = self.conditioning(name), 0
-    if reads.is_text:
-      _check_prompt(asked.prompt)
+    name = choose("checkpoint", request.stage, self.names)
+    count = _whole(
+      "the number of images", request.num_images, 1, self.num_images
+    )
+    seed = _whole("the seed", request.seed, 0, MAX_SEED)
+    scale = _scale(request.guidance)
+    conditioning, label = self.conditioning(name), 0
+    if isinstance(conditioning, TextConditioning):
+      _check_prompt(request.prompt)
     else:
-      label = _whole("the class", asked.label, 0, reads.num_classes - 1)
+      last = conditioning.num_classes - 1
+      label = _whole("the class", request.label, 0, last)
     checkpoint = orbax_io.find(self.workdir / name)  # perhaps a newer one
     loaded = self.load(name, checkpoint)
-    if loaded.encode:
-      rows = conditions.real_rows(*loaded.encode([asked.prompt]))
-      reads = requests.Prompts(reads, rows)
-    config = dataclasses.replace(loaded.config, guidance=scale)
-    sampler = batches.Sampler(loaded.model, reads, config, seed, loaded.mesh)
-    # Short batches are filled up, and cut here after all that is compiled.
+    if loaded.encode and isinstance(conditioning, TextConditioning):
+      rows = conditions.real_rows(*loaded.encode([request.prompt]))
+      conditioning = requests.Prompts(conditioning, rows)
+    sampler = batches.Sampler(
+      loaded.model,
+      conditioning,
+      dataclasses.replace(loaded.config, guidance=scale),
+      seed,
+      loaded.mesh,
+    )
+    # Short batches are filled up, and cut after everything compiled has run.
     out, _ = next(sampler.batches(np.full(count, label), self.num_images))
     drafts = np.asarray(out.drafts)
     strip, changed = batches.refinement(loaded.tokenizer, drafts)
     return Drawn(
-      self._title(name, checkpoint),
-      *(strip[:count], changed[:count]),
+      title=self._title(name, checkpoint),
+      strip=strip[:count],
+      changed=changed[:count],
       seconds=time.monotonic() - started,
     )
 
 
 def _whole(what: str, value: Any, least: int, most: int) -> int:
-  """`value` as an integer, or a ValueError."""
+  """`value` as an integer; ValueError if it is not one in this range."""
   try:
     number = float(value)
   except (TypeError, ValueError):
@@ -195,7 +208,7 @@ def _whole(what: str, value: Any, least: int, most: int) -> int:
 
 def _scale(text: str) -> drawing.Guidance:
   scale = drawing.parse_guidance(text)
-  if not all(0 <= one <= MAX_SCALE for one in np.atleast_1d(scale)):
+  if not all(0 <= value <= MAX_SCALE for value in np.atleast_1d(scale)):
     raise ValueError(
       f"guidance is {text}: expected 0 to {MAX_SCALE:g}; 1 is no guidance."
     )

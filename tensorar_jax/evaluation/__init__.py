@@ -1,4 +1,4 @@
-"""How good images are: FID and its kin, benchmarks' scores, yardsticks.
+"""Measures images: FID and its relatives, scores of benchmarks, yardsticks.
 
-Measures what `generation` draws, or files that any program made.
+The images are drawn by `generation`, or come in files of any program.
 """

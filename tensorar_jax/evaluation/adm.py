@@ -9,9 +9,9 @@
 
 The manifold of a set is the union of balls around its points; a ball reaches
 the k-th nearest other point of its set (Kynkaanniemi et al., arXiv 1904.06991).
-Everything is float64 numpy. The suite itself keeps the means in float32 and the
-distances in float16, so its published precision and recall, mostly a little too
-high, differ from these in the third decimal.
+Everything is float64 numpy. The suite itself keeps means in float32 and
+distances in float16, so its published precision and recall differ from these in
+the third decimal; most are a little too high.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Moments:
   """The mean and covariance of a stream of feature rows.
 
   Batches are merged by the pairwise update of Chan, Golub and LeVeque, which
-  does not cancel as a sum of squares would; the result does not depend on how
-  the rows were split, up to rounding.
+  avoids the cancellation of a sum of squares. Up to rounding, the result does
+  not depend on how the rows were split.
   """
 
   def __init__(self) -> None:
@@ -133,8 +133,8 @@ class Moments:
 class Gaussian:
   """A mean `[D]` and a covariance S `[D, D]`, as sample files store them.
 
-  ValueError if the shapes do not match or a value is not finite. `factor`, if
-  it is known, is any F with S = F F'; it saves an eigendecomposition.
+  ValueError if the shapes do not match or a value is not finite. `factor` is
+  any F with S = F F', if one is known; it saves an eigendecomposition.
   """
 
   mean: np.ndarray
@@ -143,7 +143,7 @@ class Gaussian:
 
   @classmethod
   def fit(cls, features: Matrix, rows: np.ndarray | None = None) -> Gaussian:
-    """That of feature rows `[n, D]`, of all or of the chosen ones, n >= 2."""
+    """Fits feature rows `[n, D]`, n >= 2: all, or the chosen `rows`."""
     rows = np.arange(len(features)) if rows is None else rows
     moments = Moments()
     for block in _blocks(len(rows)):
@@ -170,27 +170,27 @@ class Gaussian:
     """The Frechet distance; ValueError for a Gaussian of another width.
 
     With S = F F', tr (S_a S_b)^(1/2) is the sum of the singular values of
-    F_a' F_b. Unlike a matrix square root of the product this is stable where a
-    covariance is singular: no offset, no complex result.
+    F_a' F_b. This is stable for singular covariances, unlike a matrix square
+    root of the product: it needs no offset and gives no complex result.
     """
     self._check_width(other)
     cross = np.linalg.svd(
       self._factor.T @ other._factor, compute_uv=False
     ).sum()
-    return self._apart(other, cross)
+    return self._from_trace(other, cross)
 
   def rough_distance(self, other: Gaussian) -> float:
-    """The same to six digits or so, a few times faster from one self to many.
+    """The distance to about six digits, a few times faster for many others.
 
-    tr (S_a S_b)^(1/2) from the eigenvalues of F_a' S_b F_a, whose rounding the
-    square root magnifies.
+    tr (S_a S_b)^(1/2) comes from the eigenvalues of F_a' S_b F_a; the square
+    root magnifies their rounding.
     """
     self._check_width(other)
     product = self._factor.T @ other.covariance @ self._factor
     values = np.linalg.eigvalsh(product)
-    return self._apart(other, np.sqrt(np.maximum(values, 0)).sum())
+    return self._from_trace(other, np.sqrt(np.maximum(values, 0)).sum())
 
-  def _apart(self, other: Gaussian, cross: float) -> float:
+  def _from_trace(self, other: Gaussian, cross: float) -> float:
     shift = self.mean - other.mean
     traces = np.trace(self.covariance) + np.trace(other.covariance)
     return float(shift @ shift + traces - 2 * cross)
@@ -221,28 +221,13 @@ class Gaussian:
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-  """The Frechet distance between the Gaussians of two feature sets."""
-  return a.gaussian.distance(b.gaussian)
-
-
-def gaussian_distance(
-  mean_a: np.ndarray,
-  covariance_a: np.ndarray,
-  mean_b: np.ndarray,
-  covariance_b: np.ndarray,
-) -> float:
-  """The same from means `[D]` and covariances `[D, D]`, as in a stored file."""
-  return Gaussian(mean_a, covariance_a).distance(Gaussian(mean_b, covariance_b))
-
-
 def inception_score(logits: Matrix, split_size: int = 5000) -> float:
   """The Inception Score of classifier logits `[n, classes]`.
 
-  Consecutive splits in the given order, a short last one counting as much as a
-  full one: shuffle class-sorted images first. Published Inception Scores use
-  logits without the bias of the last layer. The suite's float32 softmax can
-  underflow and make the score NaN; this one cannot.
+  It is the mean over consecutive splits, in which a short last one counts as
+  much as a full one: shuffle class-sorted images first. Published Inception
+  Scores use logits without the bias of the last layer. The suite's float32
+  softmax can underflow and make the score NaN; this one cannot.
   """
   logits = _matrix(logits, "logits")
   if split_size < 1 or not len(logits):
@@ -262,18 +247,6 @@ def inception_score(logits: Matrix, split_size: int = 5000) -> float:
   return float(np.mean(scores))
 
 
-def precision_recall(
-  real: Matrix, fake: Matrix, k: int = 3
-) -> tuple[float, float]:
-  """Precision and recall of `fake [n, D]` against `real [m, D]`.
-
-  Exact k-nearest-neighbour manifolds. Beyond the inputs, memory grows with n +
-  m only: distances are made in blocks of 2048 x 2048.
-  """
-  in_real, in_fake = manifold_members(real, fake, k)
-  return float(in_real.mean()), float(in_fake.mean())
-
-
 def manifold_members(
   real: Matrix,
   fake: Matrix,
@@ -282,7 +255,15 @@ def manifold_members(
 ) -> tuple[Bool[np.ndarray, " m"], Bool[np.ndarray, " n"]]:
   """Which fake points lie in the real manifold, which real ones in the fake.
 
-  `reach_real` are the squared radii of the real points, where they are known.
+  Their shares are precision and recall, of `fake [n, D]` against `real [m, D]`,
+  by exact k-nearest-neighbour manifolds. Beyond the inputs, memory grows with
+  n + m only: distances are made in blocks of 2048 x 2048.
+
+  Args:
+    real: features of the reference.
+    fake: features of the samples.
+    k: a ball reaches the k-th nearest other point.
+    reach_real: the squared radii of the real points, where they are known.
   """
   real, fake = _matrix(real, "real"), _matrix(fake, "fake")
   if real.shape[1] != fake.shape[1]:
@@ -308,7 +289,7 @@ def squared_radii(features: Matrix, k: int = 3) -> Float64[np.ndarray, " n"]:
       f"k is {k} for {len(features)} rows; expected 1 <= k < rows: add images "
       "or lower k."
     )
-  # Entry k of a row's sorted distances: the row itself takes place 0.
+  # Entry k of a row's sorted distances; entry 0 is the row itself.
   nearest = np.full((len(features), k + 1), np.inf)
   for rows, _, distances in _distances(features, features):
     both = np.concatenate([nearest[rows], distances], axis=1)
@@ -319,7 +300,10 @@ def squared_radii(features: Matrix, k: int = 3) -> Float64[np.ndarray, " n"]:
 def _distances(
   a: np.ndarray, b: np.ndarray
 ) -> Iterator[tuple[slice, slice, np.ndarray]]:
-  """Blocks of |u - v|^2 = |u|^2 - 2 u v + |v|^2, clipped at 0, rows outside."""
+  """Yields (rows, columns, block of squared distances), row by row of blocks.
+
+  |u - v|^2 = |u|^2 - 2 u v + |v|^2, clipped at 0.
+  """
   for rows in _blocks(len(a)):
     u = _float64(a[rows], "features")
     for columns in _blocks(len(b)):

@@ -1,8 +1,8 @@
-"""Does refinement refine? What a model makes of its own drafts.
+"""Measures refinement: what a model predicts given its own drafts.
 
 In training, slot j >= 1 of an input window holds the right token with a known
 probability and noise otherwise. In sampling it holds a draft that the model
-drew itself, behind a window of such drafts. If the two differ, the training
+drew itself, given a window of earlier drafts. If the two differ, the training
 loss says little about samples. Measured here, with j a slot:
 
 | name              | meaning                                                  |
@@ -13,10 +13,10 @@ loss says little about samples. Measured here, with j a slot:
 | `copy_rate`       | committed token = draft of j >= 1 looks before, sampling |
 | `entropy`         | of what a committed token is drawn from, nats, sampling  |
 
-The first three are measured twice: behind windows with the noise of training,
-and behind the windows that the sampler reads if what it commits are the tokens
-of the held-out image (`sampling.draft_along`). A model with window 1 has
-neither drafts nor noise, so it gets the entropy and one cross-entropy. See
+The first three are measured twice: given windows with the noise of training,
+and given the windows that the sampler reads when it commits the tokens of the
+held-out image (`sampling.draft_along`). A model with window 1 has neither
+drafts nor noise, so it has one cross-entropy, one accuracy and the entropy. See
 docs/method.md, section 9.
 """
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,20 +51,23 @@ def measure(
   noise: NoiseConfig,
   batch_size: int,
 ) -> dict:
-  """Everything in the table above, as plain numbers and lists.
+  """Measures everything in the table above, as plain numbers and lists.
 
   Args:
-    model: as it is sampled.
+    model: the model that is sampled.
     conditioning: encodes labels.
     batch: held-out "tokens" int32 [n, T, F] and "label" int32 [n]; as many
       images of the same classes are sampled.
-    config: how it is sampled, guidance included.
-    noise: what it was trained with.
+    config: how to sample, guidance included.
+    noise: the noise of training.
     batch_size: images per call; `n` need not be a multiple.
   """
-  found = {"window": model.window}
-  found |= free_running(model, conditioning, batch["label"], config, batch_size)
-  return found | held_out(model, conditioning, batch, config, noise, batch_size)
+  labels = np.asarray(batch["label"])
+  return {
+    "window": model.window,
+    **free_running(model, conditioning, labels, config, batch_size),
+    **held_out(model, conditioning, batch, config, noise, batch_size),
+  }
 
 
 def free_running(
@@ -73,35 +77,38 @@ def free_running(
   config: SamplingConfig,
   batch_size: int,
 ) -> dict:
-  """{"entropy"} of samples and, with drafts to copy, {"copy_rate": [k - 1]}."""
+  """Samples: {"entropy"} and, if there are drafts, {"copy_rate": [k - 1]}."""
   config = dataclasses.replace(config, return_logits=True)
   entropies, drafts = [], []
   for out in batches.generate(
     model, conditioning, labels, SEED, config, batch_size
   ):
-    committed = tuple(one[:, :, 0] for one in out.logits)
+    assert out.logits is not None  # asked for
+    committed = tuple(logits[:, :, 0] for logits in out.logits)
     entropies.append(np.asarray(entropy(committed, config)))
     drafts.append(np.asarray(out.drafts))
-  found = {"entropy": float(np.mean(np.concatenate(entropies)))}
+  measured: dict[str, Any] = {
+    "entropy": float(np.mean(np.concatenate(entropies)))
+  }
   if model.window > 1:
-    found["copy_rate"] = copy_rate(np.concatenate(drafts))
-  return found
+    measured["copy_rate"] = copy_rate(np.concatenate(drafts))
+  return measured
 
 
 def entropy(
   logits: tuple[Float[Array, "*n _"], ...], config: SamplingConfig
 ) -> Float[Array, "*n"]:
-  """Nats, after temperature, top-k and top-p; the sum over sub-tokens.
+  """In nats, after temperature, top-k and top-p; the sum over sub-tokens.
 
-  Sub-token f was drawn behind the drawn ones before it, so the mean over
-  samples estimates the entropy of the whole token.
+  Sub-token f was drawn given the sub-tokens before it, so the mean over samples
+  estimates the entropy of the whole token.
   """
   total = jnp.zeros(logits[0].shape[:-1])
-  for f, one in enumerate(logits):
-    own = config.sub_token(f)
-    if own.temperature == 0:  # nothing is left to chance
+  for f, sub_token_logits in enumerate(logits):
+    options = config.sub_token(f)
+    if options.temperature == 0:  # nothing is left to chance
       continue
-    probs = drawing.token_probs(one, own.temperature, own)
+    probs = drawing.token_probs(sub_token_logits, options.temperature, options)
     logs = jnp.log(jnp.where(probs > 0, probs, 1.0))
     total -= jnp.sum(probs * logs, axis=-1)
   return total
@@ -128,7 +135,11 @@ def held_out(
   noise: NoiseConfig,
   batch_size: int,
 ) -> dict:
-  """{"cross_entropy", "accuracy", "window_accuracy"}: {windows: [slots]}."""
+  """Held-out images: {quantity: {kind of windows: [a value per slot]}}.
+
+  Quantities are "cross_entropy", "accuracy" and, for k > 1, "window_accuracy";
+  kinds are "training_noise" and, for k > 1, "own_drafts".
+  """
   graphdef, state = nnx.split(model)
   rows: dict[str, list[dict]] = {}
   for index, count in _batches(len(batch["label"]), batch_size):
@@ -141,25 +152,27 @@ def held_out(
     }
     if model.window > 1:
       null = conditioning.null(cond)
-      own = sampling.draft_along(model, tokens, cond, null, rng_draft, config)
-      inputs["own_drafts"] = own[:, :-1], None
-    for name, (read, extra) in inputs.items():
-      values = _slots(graphdef, state, cond, tokens, read, extra)
+      drafts = sampling.draft_along(
+        model, tokens, cond, null, rng_draft, config
+      )
+      inputs["own_drafts"] = drafts[:, :-1], None
+    for name, (input_windows, extra) in inputs.items():
+      values = _slots(graphdef, state, cond, tokens, input_windows, extra)
       values = {key: np.asarray(value)[:count] for key, value in values.items()}
       rows.setdefault(name, []).append(values)
-  found = {"cross_entropy": {}, "accuracy": {}}
+  measured = {"cross_entropy": {}, "accuracy": {}}
   if model.window > 1:
-    found["window_accuracy"] = {}
+    measured["window_accuracy"] = {}
   for name, parts in rows.items():
-    for quantity, slots in found.items():
-      # Images first: each counts the same, whatever batch it came in.
+    for quantity, slots in measured.items():
+      # The mean is over images: each counts the same in any batch.
       values = np.concatenate([part[quantity] for part in parts])
       slots[name] = np.mean(values, axis=0, dtype=float).tolist()
-  return found
+  return measured
 
 
 def _batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
-  """(rows, how many of them count): one shape, the last batch filled up."""
+  """Yields (rows, how many of them count); the last batch is filled up."""
   size = min(size, count)
   for start in range(0, count, size):
     index = np.minimum(np.arange(start, start + size), count - 1)
@@ -168,7 +181,7 @@ def _batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "noise"))
 def _noised(graphdef, state, cond, tokens, rng, noise):
-  """(input windows [B, T-1, k, F], noise on their embeddings or None)."""
+  """The input windows [B, T-1, k, F], and noise on their embeddings or None."""
   model = nnx.merge(graphdef, state)
   clean, valid = windows.unfold(tokens, model.window)
   return noising.corrupt(model, cond, clean[:, :-1], valid[:-1], rng, noise)
@@ -176,25 +189,25 @@ def _noised(graphdef, state, cond, tokens, rng, noise):
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _slots(graphdef, state, cond, tokens, inputs, extra):
-  """Of each image: what the model predicts behind these input windows."""
+  """How well the model predicts each image given these input windows."""
   model = nnx.merge(graphdef, state)
   targets, valid = windows.unfold(tokens, model.window)
   hidden = model(cond, inputs, valid[:-1], noise=extra)  # [B, T, k, D]
 
-  def one(hidden, targets):
+  def of_image(hidden, targets):
     weights = np.ones(model.window)
     return losses.tensor_cross_entropy(
       model.logits, hidden[None], targets[None], valid, weights
     )[1]
 
-  scalars = jax.vmap(one)(hidden, targets)
+  scalars = jax.vmap(of_image)(hidden, targets)
   slots = lambda name: jnp.stack(
     [scalars[f"{name}/{j}"] for j in range(model.window)], axis=-1
   )
   right = (inputs == targets[:, :-1]).all(axis=-1) & valid[:-1]  # [B, T-1, k]
-  shown = jnp.sum(right, axis=1) / jnp.sum(valid[:-1], axis=0)
+  share = jnp.sum(right, axis=1) / jnp.sum(valid[:-1], axis=0)
   return {
     "cross_entropy": slots("ce"),
     "accuracy": slots("accuracy"),
-    "window_accuracy": shown[:, 1:],
+    "window_accuracy": share[:, 1:],
   }

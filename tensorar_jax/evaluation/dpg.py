@@ -1,16 +1,16 @@
 """DPG-Bench (Hu et al., arXiv:2403.05135): the files that its scorer writes.
 
-The scorer, `compute_dpg_bench.py`, cuts the picture of a prompt up into its
-images, in the order top left, top right, bottom left, bottom right, and puts
-the item's questions to a model that sees. They form a graph: a question counts
-as answered by no if one that it depends on does. Of an image the score is the
-share of questions with a yes, and the overall score the mean over images and
+The scorer, `compute_dpg_bench.py`, cuts the picture of a prompt into its images
+(in the order top left, top right, bottom left, bottom right) and asks a
+vision-language model the item's questions about each. The questions form a
+graph: if the answer to one is no, all that depend on it count as no. The score
+of an image is its share of yes; the overall score is the mean over images and
 prompts.
 
-Two files come of it: NAME.txt with the scores of every image and a summary, and
-NAME_detail.txt with the answers, from which, with the csv of the questions, all
-of that is computed here once more. The categories are the scorer's as well: the
-answers about the last image, as they were given.
+The scorer writes two files: NAME.txt with the scores of every image and a
+summary, and NAME_detail.txt with the answers. From the answers and the csv of
+the questions, all scores are computed here again. Categories are defined as the
+scorer defines them: by the answers about the last image, as they were given.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from typing import Any
 import numpy as np
 
 from tensorar_jax.evaluation.prompt_scores import (
-  TABLES,
+  BENCHMARKS,
   PromptScores,
   read_lines,
 )
 
-CATEGORIES = TABLES["dpg"][0]
+CATEGORIES = BENCHMARKS["dpg"].categories
 PROMPTS = 1065
 IMAGES = 4
-TOLERANCE = 1e-6  # between what is printed and what is computed
+TOLERANCE = 1e-6  # between printed and computed scores
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"
 _IMAGE = re.compile(rf"(.+?)((?:, {_NUMBER}){{2,}})")
 _ANSWER = re.compile(r"(.+), \((\d+), (\d+), \d+, \d+\), (.+), (.*)")
 _SUMMARY = re.compile(rf"(\t?[\w -]+): ({_NUMBER})")
 
-Answers = dict[tuple[int, int], dict[str, bool]]  # of the image at (y, x)
+Answers = dict[tuple[int, int], dict[str, bool]]  # by image, at (top, left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Question:
 
 def read_questions(path: pathlib.Path) -> dict[str, list[Question]]:
   """The questions of each item, in the order of the csv."""
-  found = collections.defaultdict(list)
+  questions = collections.defaultdict(list)
   with path.open(encoding="utf-8-sig", newline="") as lines:
     for number, row in enumerate(csv.DictReader(lines), 1):
       try:
@@ -78,35 +78,36 @@ def read_questions(path: pathlib.Path) -> dict[str, list[Question]]:
           f"{path}, question {number}: tuple {row['tuple']!r}; expected it to"
           f" start with one of {CATEGORIES}."
         )
-      found[row["item_id"]].append(question)
-  if not found:
+      questions[row["item_id"]].append(question)
+  if not questions:
     raise ValueError(f"{path} holds no questions.")
-  return dict(found)
+  return dict(questions)
 
 
 def zeroed(
   answers: Mapping[int, bool], questions: Sequence[Question]
 ) -> dict[int, bool]:
-  """The answers, no where a question depends on a no, in the given order.
+  """The answers, with a no for every question that depends on a no.
 
-  So a no goes on to the children of children, if they come later.
+  Questions are taken in the given order, so a no reaches the children of
+  children if they come later.
   """
-  found = dict(answers)
+  answers = dict(answers)
   for question in questions:
-    if not all(found[parent] for parent in question.parents):
-      found[question.number] = False
-  return found
+    if not all(answers[parent] for parent in question.parents):
+      answers[question.number] = False
+  return answers
 
 
 def read_scores(
   path: pathlib.Path, questions: pathlib.Path | None = None
 ) -> PromptScores:
-  """What the scorer has written, NAME.txt; ValueError for other files.
+  """Reads the scorer's results; ValueError for other files.
 
   Args:
-    path: NAME.txt. Categories have no interval from it alone.
-    questions: the csv. Then NAME_detail.txt is read too; if its answers do not
-      make the scores of NAME.txt, that is a ValueError.
+    path: NAME.txt. From it alone, categories have no interval.
+    questions: the csv. With it NAME_detail.txt is read, too; a ValueError if
+      its answers do not give the scores of NAME.txt.
   """
   images, printed = _read_images(path)
   means = np.array([np.mean(scores) for scores in images.values()])
@@ -135,7 +136,7 @@ def read_scores(
 
 
 def _item(image: str) -> str:
-  """As the scorer has it: up to the first dot."""
+  """The id of an item as the scorer has it: up to the first dot."""
   return re.split(r"[/\\]", image)[-1].split(".")[0]
 
 
@@ -146,22 +147,22 @@ def _read_images(
   images, printed, summary = {}, {}, False
   for number, line in enumerate(read_lines(path), 1):
     summary = summary or line.startswith("Model: ")
-    found = (_SUMMARY if summary else _IMAGE).fullmatch(line)
+    match = (_SUMMARY if summary else _IMAGE).fullmatch(line)
     if summary:
-      if found:
-        name = found[1].strip().replace("DPG-Bench score", "overall")
-        printed.setdefault(name, float(found[2]))
+      if match:
+        name = match[1].strip().replace("DPG-Bench score", "overall")
+        printed.setdefault(name, float(match[2]))
       continue
-    if not found:
+    if not match:
       raise ValueError(
         f"{path}, line {number}: {line[:60]!r}; expected the scorer's IMAGE,"
         " SCORE, ..., MEAN."
       )
-    *scores, mean = map(float, found[2][2:].split(", "))
-    _agree(f"{path}, line {number}", "the mean", mean, np.mean(scores))
-    if _item(found[1]) in images:
-      raise ValueError(f"{path}, line {number}: {found[1]} is there twice.")
-    images[_item(found[1])] = scores
+    *scores, mean = map(float, match[2][2:].split(", "))
+    _agree(f"{path}, line {number}", "the mean", mean, float(np.mean(scores)))
+    if _item(match[1]) in images:
+      raise ValueError(f"{path}, line {number}: {match[1]} is there twice.")
+    images[_item(match[1])] = scores
   if not images:
     raise ValueError(f"{path} holds no scores: expected those of DPG-Bench.")
   return images, printed
@@ -176,22 +177,24 @@ def _agree(where: Any, what: str, printed: float | None, value: float) -> None:
 
 
 def _read_answers(path: pathlib.Path) -> dict[str, Answers]:
-  """What was answered about each image of an item."""
+  """The answers about each image of an item."""
   if not path.exists():
     raise ValueError(
       f"{path} is missing: the scorer writes it beside its results; without it"
       " leave --questions out."
     )
-  answers = collections.defaultdict(lambda: collections.defaultdict(dict))
+  answers: dict[str, Answers] = collections.defaultdict(
+    lambda: collections.defaultdict(dict)
+  )
   for number, line in enumerate(read_lines(path), 1):
-    found = _ANSWER.fullmatch(line)
-    if not found:
+    match = _ANSWER.fullmatch(line)
+    if not match:
       raise ValueError(
         f"{path}, line {number}: {line[:60]!r}; expected the scorer's IMAGE,"
         " (LEFT, TOP, RIGHT, BOTTOM), QUESTION, ANSWER."
       )
-    place = int(found[3]), int(found[2])
-    answers[_item(found[1])][place][found[4]] = found[5] == "yes"
+    corner = int(match[3]), int(match[2])
+    answers[_item(match[1])][corner][match[4]] = match[5] == "yes"
   return answers
 
 
@@ -201,37 +204,43 @@ def _recount(
   answers: Mapping[str, Answers],
   known: Mapping[str, list[Question]],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """(sum, count) of the answers by category and item; compares the scores."""
+  """(sum, count) of the answers by category and item.
+
+  ValueError if the answers do not give the scores of the images.
+  """
   first = next(iter(known))
   totals = collections.defaultdict(lambda: ([], []))
   for item, scores in images.items():
-    own = known.get(item, [])
-    given = [answers[item][at] for at in sorted(answers.get(item, ()))]
+    questions = known.get(item, [])
+    given = [answers[item][corner] for corner in sorted(answers.get(item, ()))]
     # The scorer leaves the first row of the csv out.
-    if item == first and given and own[0].text not in given[0]:
-      own = own[1:]
-    numbers = {q.number for q in own}
-    unknown = any(not numbers.issuperset(q.parents) for q in own)
-    unasked = any(q.text not in one for one in given for q in own)
-    if not own or unknown or unasked:
+    if item == first and given and questions[0].text not in given[0]:
+      questions = questions[1:]
+    numbers = {q.number for q in questions}
+    unknown = any(not numbers.issuperset(q.parents) for q in questions)
+    unasked = any(q.text not in image for image in given for q in questions)
+    if not questions or unknown or unasked:
       raise ValueError(
         f"{path} and the csv differ in the questions of {item!r}: expected the"
         " answers to all of them, of the run of the results."
       )
-    by_image = [{q.number: one[q.text] for q in own} for one in given]
-    found = [np.mean(list(zeroed(one, own).values())) for one in by_image]
-    if len(found) != len(scores) or not np.allclose(found, scores, atol=1e-6):
+    by_image = [{q.number: image[q.text] for q in questions} for image in given]
+    computed = [
+      np.mean(list(zeroed(image, questions).values())) for image in by_image
+    ]
+    same_length = len(computed) == len(scores)
+    if not same_length or not np.allclose(computed, scores, atol=1e-6):
       raise ValueError(
-        f"{path}: the answers about {item!r} give the scores {found}, but the"
-        f" results say {scores}: expected the files of one run."
+        f"{path}: the answers about {item!r} give the scores {computed}, but"
+        f" the results say {scores}: expected the files of one run."
       )
-    for category in {q.category for q in own}:
-      asked = [q.number for q in own if q.category == category]
+    for category in {q.category for q in questions}:
+      asked = [q.number for q in questions if q.category == category]
       sums, counts = totals[category]
       sums.append(sum(by_image[-1][number] for number in asked))
       counts.append(len(asked))
   return {
-    name: tuple(np.array(column, float) for column in totals[name])
+    name: (np.array(totals[name][0], float), np.array(totals[name][1], float))
     for name in CATEGORIES
     if name in totals
   }

@@ -1,9 +1,8 @@
 """Stages -> metrics.json: sample every model, measure, compare.
 
-Every model is sampled at the guidance scale that suits it best on a scan with
-a seed of its own (of a single scale there is none); then several seeds at that
-scale give mean and spread. What has been measured is kept and not measured
-again.
+A scan with a seed of its own finds the guidance scale that suits a model best
+(unless there is a single scale); then several seeds at that scale give mean and
+spread. Measurements are kept and not made again.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SHOWN = 10  # images of a label and a seed that are kept for the pictures
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """One trained stage with what sampling it needs; `step` None: the newest."""
+  """A checkpoint of a trained stage; `step` None is the newest."""
 
   name: str
   stage: Stage
@@ -48,23 +47,26 @@ class Subject:
     return orbax_io.find(self.folder, self.step)
 
   def fingerprint(self, settings: EvaluationConfig, yardstick: str) -> str:
-    """What a measurement depends on: settings, sampling, and the weights.
+    """A digest of all that a measurement depends on.
 
-    `yardstick` is the identity of what measures.
+    `yardstick` is the identity of the yardstick that measures.
     """
     meta = orbax_io.read_meta(self.checkpoint)
-    known = [
+    parts = [
       {**dataclasses.asdict(settings), "models": None},
       dataclasses.asdict(self.stage.sampling),
       dataclasses.asdict(self.stage.noise),
-      *(yardstick, meta["id"], meta.get("lineage"), meta["config"]),
+      yardstick,
+      meta["id"],
+      meta.get("lineage"),
+      meta["config"],
     ]
-    text = json.dumps(known, sort_keys=True)
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Sampler:
-  """A subject's model, ready to draw labelled images.
+class LoadedSubject:
+  """A subject's model with its tokenizer, ready to draw labelled images.
 
   `conditions` encodes the labels: by default the stage's own, of classes.
   """
@@ -76,7 +78,7 @@ class Sampler:
     conditions: Conditioning | None = None,
   ):
     stage, folder = subject.stage, subject.folder
-    self.model = build.load_stage(stage, subject.checkpoint)
+    self.model = build.load_tensorar(stage, subject.checkpoint)
     self.tokenizer = build.frozen_tokenizer(stage, folder.parent)
     self.conditioning = conditions or build.conditioning(stage.conditioning)
     self.config, self.noise = stage.sampling, stage.noise
@@ -85,7 +87,7 @@ class Sampler:
   def draw(
     self, scale: Guidance, seed: int, labels: Int[np.ndarray, "n"]
   ) -> dict:
-    """{"images", "labels", "drafts"}, a sample of each label."""
+    """Draws an image of each label: {"images", "labels", "drafts"}."""
     config = dataclasses.replace(self.config, guidance=scale)
     images, drafts = [], []
     for batch in batches.generate(
@@ -97,7 +99,7 @@ class Sampler:
     return dict(images=np.concatenate(images), labels=labels, drafts=drafts)
 
   def diagnose(self, scale: Guidance, held_out: dict[str, np.ndarray]) -> dict:
-    """The refinement diagnostics at a guidance scale, on "image", "label"."""
+    """Measures the refinement at a guidance scale, on "image" and "label"."""
     tokens = batches.encode(self.tokenizer, held_out["image"])
     return diagnostics.measure(
       self.model,
@@ -112,31 +114,31 @@ class Sampler:
 def measure_model(
   subject: Subject, yardstick: Yardstick, settings: EvaluationConfig
 ) -> dict:
-  """The metrics of one model, from `evaluation.json` if they are there."""
+  """Measures one model, or reads `evaluation.json` if that is up to date."""
   path = subject.folder / "evaluation.json"
   pictures = subject.folder / "samples.npz"
   fingerprint = subject.fingerprint(settings, yardstick.identity)
   if path.exists() and pictures.exists():
-    found = files.read_json(path)
-    if found["fingerprint"] == fingerprint:
+    before = files.read_json(path)
+    if before["fingerprint"] == fingerprint:
       logging.info("%s: evaluated before, %s", subject.name, path)
-      return found
+      return before
   started = time.monotonic()
   conditions = yardstick.conditions(subject.stage)
-  sampler = Sampler(subject, settings.batch_size, conditions)
+  model = LoadedSubject(subject, settings.batch_size, conditions)
   labels = yardstick.labels(settings.num_images, settings.scan_images)
   scan = {}
   for scale in settings.guidance if len(settings.guidance) > 1 else ():
-    drawn = sampler.draw(scale, SCAN_SEED, labels)
+    drawn = model.draw(scale, SCAN_SEED, labels)
     scan[str(scale)] = yardstick.cost(drawn["images"], labels)
     logging.info("%s: guidance %s: %.3f", subject.name, scale, scan[str(scale)])
   best = min(settings.guidance, key=lambda scale: scan.get(str(scale), 0.0))
   labels = yardstick.labels(0, settings.num_images)
-  sets, shown, names = [], [], len(yardstick.names)
+  sets, shown, num_names = [], [], len(yardstick.names)
   for seed in range(settings.seeds):
-    drawn = sampler.draw(best, seed, labels)
+    drawn = model.draw(best, seed, labels)
     sets.append(drawn["images"])
-    rows = np.flatnonzero(labels < names)[: SHOWN * names]
+    rows = np.flatnonzero(labels < num_names)[: SHOWN * num_names]
     shown.append({k: v[rows] for k, v in drawn.items()})
   result = yardstick.measure(sets, labels)
   means = {metric: round(row["mean"], 4) for metric, row in result.items()}
@@ -147,22 +149,22 @@ def measure_model(
     names=np.array(yardstick.names),
   )
   held_out = yardstick.held_out(settings.held_out_images)
-  refinement = sampler.diagnose(best, held_out)
+  refinement = model.diagnose(best, held_out)
   result["entropy"] = refinement["entropy"]
   result["cross_entropy"] = refinement["cross_entropy"]["training_noise"][0]
-  found = {
+  record = {
     "fingerprint": fingerprint,
     "metrics": {**result, "guidance": best},
     "diagnostics": refinement,
     "guidance_scan": scan,
     "seconds": time.monotonic() - started,
   }
-  files.write_json(path, found)
-  return found
+  files.write_json(path, record)
+  return record
 
 
 def one_set(metrics: Mapping[str, Any]) -> dict[str, float]:
-  """The values of a model that was measured with one sampling seed."""
+  """{name: value} of a model that was measured with one sampling seed."""
   return {
     name: value["values"][0] if isinstance(value, dict) else value
     for name, value in metrics.items()
@@ -184,11 +186,11 @@ def evaluate(
     subject = Subject(name, stages[name], workdir / name)
     measured[name] = measure_model(subject, yardstick, settings)
   result = {
-    "models": {name: found["metrics"] for name, found in measured.items()},
+    "models": {name: record["metrics"] for name, record in measured.items()},
     "reference": yardstick.reference(),
     "diagnostics": _refinement(stages, measured),
     "guidance_scan": {
-      n: found["guidance_scan"] for n, found in measured.items()
+      name: record["guidance_scan"] for name, record in measured.items()
     },
     "seconds": _wall_times(stages, workdir, measured),
     "settings": dataclasses.asdict(settings),
@@ -207,13 +209,13 @@ def evaluate(
 
 def _refinement(stages, measured) -> dict[str, dict]:
   """The diagnostics of the models with drafts, and their parent's entropy."""
-  found = {}
-  for name, own in measured.items():
+  refinement = {}
+  for name, record in measured.items():
     parent = measured.get(stages[name].init)
     entropy = parent["diagnostics"]["entropy"] if parent else None
-    if own["diagnostics"]["window"] > 1:
-      found[name] = {**own["diagnostics"], "base_entropy": entropy}
-  return found
+    if record["diagnostics"]["window"] > 1:
+      refinement[name] = {**record["diagnostics"], "base_entropy": entropy}
+  return refinement
 
 
 def _wall_times(stages, workdir, measured) -> dict[str, float]:
@@ -223,8 +225,8 @@ def _wall_times(stages, workdir, measured) -> dict[str, float]:
       continue
     meta = orbax_io.read_meta(orbax_io.find(workdir / name))
     times[f"train {name}"] = meta["seconds"]
-  for name, found in measured.items():
-    times[f"evaluate {name}"] = found["seconds"]
+  for name, record in measured.items():
+    times[f"evaluate {name}"] = record["seconds"]
   total = logs.duration(sum(times.values()))
   logging.info("training and evaluation took %s", total)
   return times

@@ -1,8 +1,8 @@
 """Images -> features of a network, any number, batch by batch.
 
 The network maps uint8 images [B, h, w, 3] to a pytree of arrays with a leading
-B. The devices of this process share every batch, and one batch is always under
-way while another is taken off.
+B. The devices of this process share every batch; while the features of one
+batch are read, the next one is already being computed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Extractor:
     self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
   def __call__(self, images: Images) -> Iterator[Any]:
-    """The features of all images in numpy, a batch at a time and in order.
+    """Yields the features of all images in numpy, in order, batch by batch.
 
     `images` is one array, uint8 [n, h, w, 3], or an iterable of such arrays, of
     one image size and any numbers of images.
@@ -55,12 +55,12 @@ class Extractor:
     return self._stream(_rebatch(images, self.batch_size))
 
   def of(self, images: Images) -> Any:
-    """The same in one piece: every array has a row for each image."""
+    """The features of all images in one piece, a row for each image."""
     parts = list(self(images))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
   def _stream(self, batches):
-    # One batch is always under way while another is taken off.
+    # The next batch is started before the last one is read.
     waiting = None
     for batch in batches:
       started = self._start(batch), len(batch)
@@ -83,7 +83,7 @@ def _finish(features, count: int) -> Any:
 
 
 def _rebatch(arrays, batch_size: int) -> Iterator[np.ndarray]:
-  """The same images in arrays of `batch_size`; the last may be shorter."""
+  """Yields the same images by `batch_size`; the last array may be shorter."""
   size, held, count = None, [], 0
   for images in arrays:
     images = _checked(images, size)

@@ -1,7 +1,7 @@
 """The Inception network of 2015, whose features FID and its relatives compare.
 
-An image of any size is resized to 299 x 299, scaled to (x - 128) / 128 and goes
-through 18 parts; every convolution is followed by batch norm and ReLU:
+An image of any size is resized to 299 x 299, scaled to (x - 128) / 128 and
+passes through 18 parts; every convolution is followed by batch norm and ReLU:
 
 | parts  | what                                       | map   | channels      |
 | ------ | ------------------------------------------ | ----- | ------------- |
@@ -18,10 +18,10 @@ through 18 parts; every convolution is followed by batch norm and ReLU:
 | `spatial` | first 7 channels of part 13, 17 x 17 x 7 | sFID                  |
 | `logits`  | `pool` times the head's weight, 1008     | Inception Score       |
 
-Numbers are those of the ADM evaluation suite. PyTorch's own Inception and
-evaluations that resize otherwise are not comparable. Architecture: Szegedy et
-al., arXiv 1512.00567; weights: the graph of FID (arXiv 1706.08500), in the
-PyTorch file `pt_inception-2015-12-05-6726825d.pth`.
+Metrics agree with those of the ADM evaluation suite. They are not comparable
+with PyTorch's own Inception, or with other ways of resizing. Architecture:
+Szegedy et al., arXiv 1512.00567; weights: the graph of FID (arXiv 1706.08500),
+in the PyTorch file `pt_inception-2015-12-05-6726825d.pth`.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Config:
 
 @struct.dataclass
 class Features:
-  """What the network says of n images; `logits` are without the bias.
+  """The network's features of n images; `logits` are without the bias.
 
-  `spatial` counts rows, columns and channels of the map, channels fastest.
+  `spatial` is the flattened map: rows, columns, channels.
   """
 
   pool: Float[Array | np.ndarray, "n features"]
@@ -82,7 +82,7 @@ class Features:
   logits: Float[Array | np.ndarray, "n classes"]
 
 
-# The network as data. A chain is a tuple of parts, one behind the other.
+# The network as data. A chain is a tuple of parts, one after the other.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +162,25 @@ _TO_8 = Fork(
   )
 )
 NETWORK = (
-  *(_half(32), Conv(32, (3, 3), padding="VALID"), Conv(64, (3, 3)), _HALF_MAX),
-  *(Conv(80), Conv(192, (3, 3), padding="VALID"), _HALF_MAX),
-  *(_fork_35(32), _fork_35(64), _fork_35(64), _TO_17),
-  *(_fork_17(128), _fork_17(160), _fork_17(160), _fork_17(192), _TO_8),
+  _half(32),
+  Conv(32, (3, 3), padding="VALID"),
+  Conv(64, (3, 3)),
+  _HALF_MAX,
+  Conv(80),
+  Conv(192, (3, 3), padding="VALID"),
+  _HALF_MAX,
+  _fork_35(32),
+  _fork_35(64),
+  _fork_35(64),
+  _TO_17,
+  _fork_17(128),
+  _fork_17(160),
+  _fork_17(160),
+  _fork_17(192),
+  _TO_8,
+  _fork_8(_MEAN),
   # The graph's last block takes the maximum where all others take the mean.
-  *(_fork_8(_MEAN), _fork_8(_MAX)),
+  _fork_8(_MAX),
 )
 
 
@@ -175,7 +188,7 @@ NETWORK = (
 
 
 class ConvNorm(nnx.Module):
-  """A `Conv`; its statistics are stored numbers, never those of the batch."""
+  """A `Conv`; it normalises by stored statistics, not those of the batch."""
 
   def __init__(self, inputs: int, spec: Conv, divisor: int, rngs: nnx.Rngs):
     self.outputs = spec.width // divisor
@@ -216,9 +229,9 @@ class Branches(nnx.Module):
   """A `Fork`."""
 
   def __init__(self, inputs: int, spec: Fork, divisor: int, rngs: nnx.Rngs):
-    made = [_chain(chain, inputs, divisor, rngs) for chain in spec.branches]
-    self.branches = nnx.List([chain for chain, _ in made])
-    self.outputs = sum(outputs for _, outputs in made)
+    chains = [_chain(chain, inputs, divisor, rngs) for chain in spec.branches]
+    self.branches = nnx.List([chain for chain, _ in chains])
+    self.outputs = sum(outputs for _, outputs in chains)
 
   def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W D"]:
     step = lambda x, part: part(x)
@@ -230,7 +243,7 @@ _MODULES = {Conv: ConvNorm, Pool: Pooling, Fork: Branches}
 
 
 def _chain(chain, inputs, divisor, rngs) -> tuple[nnx.List, int]:
-  """The modules of a chain, and how many channels leave it."""
+  """The modules of a chain, and its number of output channels."""
   modules = []
   for spec in chain:
     modules.append(_MODULES[type(spec)](inputs, spec, divisor, rngs))
@@ -269,16 +282,16 @@ class Model(nnx.Module):
 
 
 def normalise(images: UInt8[Array, "B h w 3"]) -> Float32[Array, "B H W 3"]:
-  """What the network sees: [-1, 1), 299 x 299. White is 0.9921875, not 1."""
+  """The network's input, [-1, 1), 299 x 299. White is 0.9921875, not 1."""
   return (resize(images) - 128) / 128
 
 
 def resize(images: UInt8[Array, "B h w 3"]) -> Float32[Array, "B H W 3"]:
-  """Images of 299 x 299 in 0..255, as TensorFlow 1 resizes.
+  """Resizes images to 299 x 299, still in 0..255, as TensorFlow 1 does.
 
-  Bilinear between the two nearest pixels in each direction, whatever the
-  scale: output pixel i lies at i * in / out, so pixels are not centred, corners
-  not aligned, and nothing is smoothed when the image shrinks.
+  Bilinear between the two nearest pixels in each direction, at any scale:
+  output pixel i lies at i * in / out, so pixels are not centred, corners are
+  not aligned, and shrinking does not smooth.
   """
   (top, bottom, down), (left, right, across) = (
     _sources(size) for size in images.shape[1:3]
@@ -299,8 +312,8 @@ def _mix(a, b, weight):
 def _sources(size: int):
   """(low pixel, high pixel, weight of the high one) of each output pixel.
 
-  On the host and in float32, as published: float64 positions, to which a
-  compiler comes near by fusing product and difference, move logits by 2e-3.
+  On the host and in float32, as published: float64 positions move logits by
+  2e-3, and so does a compiler that fuses product and difference.
   """
   scale = np.float32(size) / np.float32(IMAGE_SIZE)
   position = np.arange(IMAGE_SIZE, dtype=np.float32) * scale
@@ -314,26 +327,48 @@ def _sources(size: int):
 _DOUBLE = ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
 _BLOCK_35 = ("branch1x1", "branch5x5_1", "branch5x5_2", *_DOUBLE, "branch_pool")
 _BLOCK_17 = (
-  *("branch1x1", "branch7x7_1", "branch7x7_2", "branch7x7_3"),
-  *(*(f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)), "branch_pool"),
+  "branch1x1",
+  "branch7x7_1",
+  "branch7x7_2",
+  "branch7x7_3",
+  "branch7x7dbl_1",
+  "branch7x7dbl_2",
+  "branch7x7dbl_3",
+  "branch7x7dbl_4",
+  "branch7x7dbl_5",
+  "branch_pool",
 )
 _BLOCK_8 = (
-  *("branch1x1", "branch3x3_1", "branch3x3_2a", "branch3x3_2b", *_DOUBLE[:2]),
-  *("branch3x3dbl_3a", "branch3x3dbl_3b", "branch_pool"),
+  "branch1x1",
+  "branch3x3_1",
+  "branch3x3_2a",
+  "branch3x3_2b",
+  "branch3x3dbl_1",
+  "branch3x3dbl_2",
+  "branch3x3dbl_3a",
+  "branch3x3dbl_3b",
+  "branch_pool",
 )
 _SOURCE_BLOCKS = {
   **{f"Mixed_5{i}": _BLOCK_35 for i in "bcd"},
   "Mixed_6a": ("branch3x3", *_DOUBLE),
   **{f"Mixed_6{i}": _BLOCK_17 for i in "bcde"},
   "Mixed_7a": (
-    *(f"branch3x3_{i}" for i in (1, 2)),
-    *(f"branch7x7x3_{i}" for i in (1, 2, 3, 4)),
+    "branch3x3_1",
+    "branch3x3_2",
+    "branch7x7x3_1",
+    "branch7x7x3_2",
+    "branch7x7x3_3",
+    "branch7x7x3_4",
   ),
   **{f"Mixed_7{i}": _BLOCK_8 for i in "bc"},
 }
 _SOURCE_CONVS = (
-  *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"),
-  *("Conv2d_3b_1x1", "Conv2d_4a_3x3"),
+  "Conv2d_1a_3x3",
+  "Conv2d_2a_3x3",
+  "Conv2d_2b_3x3",
+  "Conv2d_3b_1x1",
+  "Conv2d_4a_3x3",
   *(f"{block}.{c}" for block, convs in _SOURCE_BLOCKS.items() for c in convs),
 )
 
@@ -376,15 +411,15 @@ def load(source: str | pathlib.Path | Mapping[str, Any]) -> Model:
 
   Anything but one of SOURCES, or a copy with narrower layers, is a ValueError.
   """
-  named = isinstance(source, Mapping)
-  tensors = source if named else torch_import.load_state_dict(source)
+  is_mapping = isinstance(source, Mapping)
+  tensors = source if is_mapping else torch_import.load_state_dict(source)
   try:
     config = _config_of(tensors)
     model = weights.abstract(lambda rngs: Model(config, rngs=rngs))
     return torch_import.fill(model, import_rules(config), tensors)
   except ValueError as error:
     raise ValueError(
-      f"{'these arrays' if named else source}: not the Inception of FID."
+      f"{'these arrays' if is_mapping else source}: not the Inception of FID."
       f" Download {SOURCES[0]}; PyTorch's own Inception v3 is another network."
       f" ({error})"
     ) from error

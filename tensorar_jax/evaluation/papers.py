@@ -1,7 +1,7 @@
-"""Results of other people, as their papers print them; nothing reads the names.
+"""Published results, for comparison in tables.
 
-GenEval in shares, DPG-Bench in percent: the overall scores of the base models
-that TensorAR was put around, and of these with it.
+The overall scores of base models, alone and with TensorAR around them, as the
+papers print them: GenEval in shares, DPG-Bench in percent.
 """
 
 OVERALL = {

@@ -1,8 +1,8 @@
-"""How stages get better while they train: every kept checkpoint, measured.
+"""Measures every kept checkpoint: how stages get better while they train.
 
-`--mode=evaluate --every_checkpoint`, by the config's own yardstick or against a
-`--reference`. What a checkpoint has got is kept in `<stage>/progress.json` (or
-with the samples) and not measured again.
+For `--mode=evaluate --every_checkpoint`, by the config's own yardstick or
+against a `--reference`. Measurements are kept in `<stage>/progress.json` (or
+with the samples) and not made again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tensorar_jax.experiment.schema import EvaluationConfig, Stage
 from tensorar_jax.generation.requests import Request
 
 Metrics = dict[str, dict]  # name -> {"mean", "std" or None}
-Found = dict[str, dict[int, Metrics]]  # by stage and step
+Progress = dict[str, dict[int, Metrics]]  # by stage and step
 
 
 def by_yardstick(
@@ -27,10 +27,11 @@ def by_yardstick(
   settings: EvaluationConfig,
   workdir: pathlib.Path,
   names: Sequence[str],
-) -> Found:
-  """Each checkpoint by the config's yardstick, at the stage's own guidance.
+) -> Progress:
+  """Measures each checkpoint by the config's yardstick, at its own guidance.
 
-  One set of `settings.num_images`, so means have the spread of prompts only.
+  It draws one set of `settings.num_images`, so `std` is that over prompts, or
+  None.
   """
   settings = dataclasses.replace(settings, models=tuple(names), seeds=1)
   yardsticks.check(settings, stages)
@@ -38,7 +39,7 @@ def by_yardstick(
     stages, settings, workdir
   )
   labels = yardstick.labels(0, settings.num_images)
-  found: Found = {}
+  progress: Progress = {}
   for name, step in _checkpoints(workdir, names):
     subject = evaluate.Subject(name, stages[name], workdir / name, step)
     path = subject.folder / "progress.json"
@@ -46,16 +47,15 @@ def by_yardstick(
     key = subject.fingerprint(settings, yardstick.identity)
     if known.get(str(step), {}).get("fingerprint") != key:
       conditions = yardstick.conditions(subject.stage)
-      sampler = evaluate.Sampler(subject, settings.batch_size, conditions)
-      scale = sampler.config.guidance
-      images = sampler.draw(scale, 0, labels)["images"]
+      model = evaluate.LoadedSubject(subject, settings.batch_size, conditions)
+      images = model.draw(model.config.guidance, 0, labels)["images"]
       metrics = yardstick.measure([images], labels)
       known[str(step)] = {"fingerprint": key, "metrics": metrics}
       files.write_json(path, known)
       means = {metric: round(row["mean"], 4) for metric, row in metrics.items()}
       logging.info("%s, step %d: %s", name, step, means)
-    found.setdefault(name, {})[step] = known[str(step)]["metrics"]
-  return found
+    progress.setdefault(name, {})[step] = known[str(step)]["metrics"]
+  return progress
 
 
 def by_reference(
@@ -66,26 +66,26 @@ def by_reference(
   *,
   name: str,
   batch_size: int | None = None,
-) -> Found:
-  """Each checkpoint of a stage against a reference batch, as papers do it."""
-  found: Found = {name: {}}
+) -> Progress:
+  """Measures each checkpoint of a stage against a reference, as papers do."""
+  progress: Progress = {name: {}}
   for _, step in _checkpoints(workdir, [name]):
     asked = dataclasses.replace(request, step=step)
     record = protocol.measure_stage(
       judge, stages, workdir, asked, stage=name, batch_size=batch_size
     )
     if record:
-      found[name][step] = {
+      progress[name][step] = {
         metric: {"mean": entry["value"], "std": entry.get("std")}
         for metric, entry in record["metrics"].items()
       }
-  return found
+  return progress
 
 
 def _checkpoints(
   workdir: pathlib.Path, names: Sequence[str]
 ) -> Iterator[tuple[str, int]]:
-  """(stage, step) of what is to be measured, in the order of training."""
+  """Yields (stage, step) of each checkpoint, in the order of training."""
   for name in names:
     steps = orbax_io.steps(workdir / name / "checkpoints")
     if not steps:
@@ -97,6 +97,7 @@ def _checkpoints(
       logging.warning(
         "%s: there is one checkpoint, %d; train.keep_every keeps some on the"
         " way.",
-        *(name, steps[0]),
+        name,
+        steps[0],
       )
     yield from ((name, step) for step in steps)

@@ -1,7 +1,7 @@
 """Scores of prompts -> the row of a paper's table, and how sure it is.
 
-The scorers of text-to-image benchmarks judge images; what a benchmark says is
-of prompts, of which it has a few hundred. So the spread is a bootstrap over the
+The scorers of text-to-image benchmarks judge images, but a benchmark speaks of
+prompts, and has only a few hundred. So the spread is a bootstrap over the
 prompts of a category, each with all of its images.
 """
 
@@ -14,12 +14,52 @@ from typing import Any
 import numpy as np
 
 from tensorar_jax.data import shapes
-from tensorar_jax.evaluation import scores
 
-# (categories, factor, decimals) of the tables.
-TABLES = {
-  "geneval": (shapes.CATEGORIES, 1, 3),
-  "dpg": (("global", "entity", "attribute", "relation", "other"), 100, 2),
+RESAMPLES = 1000  # of the prompts, behind a standard error
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """How a benchmark's table is written.
+
+  Attributes:
+    title: as its paper calls it.
+    categories: its columns; "overall" comes after them.
+    factor: what shares are multiplied by: 1, or 100 for percent.
+    decimals: of the table.
+    notes: what its numbers mean, for readers.
+  """
+
+  title: str
+  categories: tuple[str, ...]
+  factor: int
+  decimals: int
+  notes: tuple[str, ...]
+
+
+BENCHMARKS = {
+  "geneval": Benchmark(
+    title="GenEval",
+    categories=shapes.CATEGORIES,
+    factor=1,
+    decimals=3,
+    notes=(
+      "A category is the share of its images that are right, overall the mean"
+      " of the categories.",
+    ),
+  ),
+  "dpg": Benchmark(
+    title="DPG-Bench",
+    categories=("global", "entity", "attribute", "relation", "other"),
+    factor=100,
+    decimals=2,
+    notes=(
+      "Overall is in percent, after the questions whose parents were answered"
+      " by no have been counted as no; the categories are the answers about the"
+      " last image of each prompt, as given. Both as the scorer has them.",
+      "Without --questions the categories are those that the scorer printed.",
+    ),
+  ),
 }
 
 Totals = tuple[np.ndarray, np.ndarray]
@@ -27,14 +67,14 @@ Totals = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class PromptScores:
-  """What a scorer says, by prompt; scores are shares.
+  """A scorer's results, by prompt; scores are shares.
 
   Attributes:
-    benchmark: a key of TABLES.
+    benchmark: a key of BENCHMARKS.
     categories: by name, (sums, counts) over what is judged of each prompt.
     overall: the same of all; None: it is the mean of the categories.
-    num_images: that were judged.
-    missing: what is not there of the benchmark, in words.
+    num_images: how many were judged.
+    missing: which parts of the benchmark are not there, in words.
     extra: other shares, without an interval.
   """
 
@@ -46,33 +86,43 @@ class PromptScores:
   extra: dict[str, float]
 
   def metrics(self) -> dict[str, dict[str, Any]]:
-    """{name: {"value", "std", "interval"}}, times the table's factor."""
-    rng, factor = np.random.RandomState(0), TABLES[self.benchmark][1]
-    values, drawn = {}, {}
+    """{name: {"value", "std", "interval"}}, times the benchmark's factor."""
+    rng = np.random.RandomState(0)
+    factor = BENCHMARKS[self.benchmark].factor
+    values, resampled = {}, {}
     totals = dict(self.categories)
     if self.overall:
       totals["overall"] = self.overall
     for name, (sums, counts) in totals.items():
       values[name] = sums.sum() / counts.sum()
-      drawn[name] = scores.resample_prompts(sums, counts, rng)
+      resampled[name] = resample_prompts(sums, counts, rng)
     if not self.overall:
       values["overall"] = np.mean(list(values.values()))
-      drawn["overall"] = np.mean(list(drawn.values()), axis=0)
-    found = {
-      name: {
-        "value": float(factor * value),
-        "std": float(factor * drawn[name].std()),
-        "interval": (factor * np.percentile(drawn[name], (2.5, 97.5))).tolist(),
-      }
-      for name, value in values.items()
+      resampled["overall"] = np.mean(list(resampled.values()), axis=0)
+    metrics = {
+      name: {"value": factor * value} for name, value in self.extra.items()
     }
-    extra = {name: {"value": factor * v} for name, v in self.extra.items()}
-    return extra | found
+    for name, value in values.items():
+      interval = factor * np.percentile(resampled[name], (2.5, 97.5))
+      metrics[name] = {
+        "value": float(factor * value),
+        "std": float(factor * resampled[name].std()),
+        "interval": interval.tolist(),
+      }
+    return metrics
 
   @property
   def num_prompts(self) -> int:
     totals = [self.overall] if self.overall else self.categories.values()
     return sum(len(sums) for sums, _ in totals)
+
+
+def resample_prompts(
+  sums: np.ndarray, counts: np.ndarray, rng: np.random.RandomState
+) -> np.ndarray:
+  """[RESAMPLES] means over resampled prompts, of [n] sums and [n] counts."""
+  drawn = rng.randint(len(sums), size=(RESAMPLES, len(sums)))
+  return sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
 
 
 def read_lines(path: pathlib.Path) -> list[str]:

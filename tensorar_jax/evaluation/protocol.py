@@ -1,17 +1,17 @@
 """Sample files against a reference batch, as the ADM suite compares them.
 
 FID, sFID, Inception Score, precision and recall of an .npz of images, made here
-or elsewhere, in the features of the Inception of FID. A folder of one
+or elsewhere, in the features of the Inception network of FID. The folder of a
 measurement holds
 
-  settings.json     what the numbers depend on, digests included; claims it
-  features-*.npz    features of so many images each, until all is measured
+  settings.json     what the numbers depend on, with digests; claims the folder
+  features-*.npz    shards of features, until all is measured
   metrics.json      every number with its interval, and where it comes from
   metrics.md        the same as a table
 
-Features come in shards of a fixed size, so numbers do not depend on batches,
-devices or processes, and a killed run continues. Those of the reference are
-kept beside it. Memory holds the features, 20 KB for an image.
+Shards have a fixed size, so numbers do not depend on batches, devices or
+processes, and a killed run continues. The features of the reference are kept
+beside it. Memory holds all features, 20 KB for an image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ import numpy as np
 from absl import logging
 
 from tensorar_jax.checkpoints import files, hub, resumable
-from tensorar_jax.evaluation import adm, extractor, inception, scores
+from tensorar_jax.evaluation import (
+  adm,
+  extractor,
+  inception,
+  metrics,
+  tables,
+)
+from tensorar_jax.evaluation.metrics import METRICS, FeatureSet
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import npz, sample_files
 from tensorar_jax.method.drawing import Guidance, guidance_text
@@ -38,16 +45,11 @@ from tensorar_jax.parallel import processes
 
 FORMAT = 1
 SHARD_SIZE = 512  # images: what a killed run may lose
-# A bigger batch is no faster on a CPU, and takes gigabytes.
+# On a CPU a larger batch is no faster, and takes gigabytes.
 BATCH_PER_DEVICE = {"cpu": 16}
 KINDS = ("pool", "spatial", "logits")
-NAMES = {  # of a metric -> as papers have it, whether higher is better
-  "frechet": ("fid", "FID", False),
-  "spatial_frechet": ("sfid", "sFID", False),
-  "inception_score": ("inception_score", "IS", True),
-  "precision": ("precision", "precision", True),
-  "recall": ("recall", "recall", True),
-}
+# What distances are called in the features of Inception.
+INCEPTION_NAMES = {"frechet": "fid", "spatial_frechet": "sfid"}
 NOTES = (
   "std is over bootstrap resamples of the images, interval is value -+ 1.96 of"
   " it; network, manifolds and the reference's statistics are taken as exact.",
@@ -58,7 +60,7 @@ NOTES = (
 
 
 class Judge:
-  """The network and the reference, read once for any number of files.
+  """Measures any number of files; reads network and reference once.
 
   Args:
     reference: an .npz with images, with statistics of the suite, or with both.
@@ -66,7 +68,7 @@ class Judge:
       tensors by name.
     bootstrap: resamples behind the intervals; 0 for none.
     batch_size: images at once, over the local devices.
-    share: (index, count) of the processes that work on the same folders.
+    worker: this process, of those that work on the same folders.
   """
 
   def __init__(
@@ -76,16 +78,15 @@ class Judge:
     *,
     bootstrap: int = 20,
     batch_size: int | None = None,
-    share: tuple[int, int] = (0, 1),
+    worker: resumable.Worker = resumable.Worker(),
   ):
     if bootstrap < 0 or bootstrap == 1:
       raise ValueError(
         f"bootstrap={bootstrap}: expected at least 2 resamples, or 0 for none."
       )
-    resumable.check_share(*share)
-    self.file, self.bootstrap, self.share = _open(reference), bootstrap, share
-    named = isinstance(network, (str, os.PathLike))
-    network = hub.find(network) if named else network
+    self.file, self.bootstrap, self.worker = _open(reference), bootstrap, worker
+    is_file = isinstance(network, (str, os.PathLike))
+    network = hub.find(os.fspath(network)) if is_file else network
     model = inception.load(network)
     devices = jax.local_devices()
     default = BATCH_PER_DEVICE.get(devices[0].platform, 64) * len(devices)
@@ -93,24 +94,26 @@ class Judge:
     image = jax.ShapeDtypeStruct((1, 8, 8, 3), "uint8")
     rows = jax.eval_shape(lambda image: vars(model(image)), image)
     self.widths = {kind: row.shape[1] for kind, row in rows.items()}
-    self.network = _identity(network) if named else {"file": None}
+    self.network = _identity(network) if is_file else {"file": None}
     self.reference = _identity(reference) | {"shape": self.file.shape}
-    self._features: scores.FeatureSet | None = None
+    self._features: FeatureSet | None = None
 
   def measure(
     self, samples: str | os.PathLike, folder: str | os.PathLike
   ) -> dict | None:
     """The record of a sample file, as in `folder/metrics.json`.
 
-    None where other processes of `share` have still to do their part, or where
+    None where other processes have still to do their part, or where
     this is not the first one. ValueError for files that cannot be compared.
     """
     file, folder = _open(samples), pathlib.Path(folder)
     self._check(file)
     settings = {
-      **{"format": FORMAT, "shard_size": SHARD_SIZE},
+      "format": FORMAT,
+      "shard_size": SHARD_SIZE,
       "samples": _identity(samples) | {"shape": file.shape},
-      **{"reference": self.reference, "inception": self.network},
+      "reference": self.reference,
+      "inception": self.network,
       "bootstrap": self.bootstrap,
     }
     settings = files.as_json(settings)
@@ -122,19 +125,22 @@ class Judge:
     started = time.monotonic()
     fake = self._extract(file, folder, KINDS)
     real = self._reference(folder)
-    if fake is None or real is None or self.share[0]:
+    if fake is None or real is None or not self.worker.is_first:
       return None
     extracted = time.monotonic()
     manifest = _manifest(file.path, settings["samples"]["sha256"])
-    found = self._metrics(real, fake)
-    seconds = dict(
-      features=round(extracted - started, 1),
-      metrics=round(time.monotonic() - extracted, 1),
-    )
+    measured = self._metrics(real, fake)
+    seconds = {
+      "features": round(extracted - started, 1),
+      "metrics": round(time.monotonic() - extracted, 1),
+    }
     record = {
-      **{"metrics": found, "num_images": len(file)},
-      **{"settings": settings, "manifest": manifest},
-      **{"software": sample_files.software(), "seconds": seconds},
+      "metrics": measured,
+      "num_images": len(file),
+      "settings": settings,
+      "manifest": manifest,
+      "software": sample_files.software(),
+      "seconds": seconds,
       "notes": NOTES,
     }
     files.write_json(done, record)
@@ -164,19 +170,22 @@ class Judge:
 
   def _extract(
     self, file: npz.SampleFile, folder: pathlib.Path, kinds: Sequence[str]
-  ) -> scores.FeatureSet | None:
-    """The features, from shards as far as they are there."""
+  ) -> FeatureSet | None:
+    """The features, from the shards that exist and the network for the rest.
+
+    None where other processes have still to write theirs.
+    """
     stored = _gaussians(file)
     if not len(file):
-      return scores.FeatureSet(stored=stored)
+      return FeatureSet(stored=stored)
     name = "features-{}.npz"
     shards = resumable.shards(folder, name, len(file), SHARD_SIZE)
-    missing = resumable.to_do(shards, *self.share)
+    missing = resumable.to_do(shards, self.worker)
     total = sum(map(len, missing.values()))
     progress = resumable.Progress(f"features of {file.path.name}", total)
     for shard, images in zip(missing, file.read(missing.values())):
-      found = self.extractor.of(images)
-      arrays = {kind: getattr(found, kind) for kind in kinds}
+      features = self.extractor.of(images)
+      arrays = {kind: getattr(features, kind) for kind in kinds}
       files.write_arrays(shard, **arrays)
       progress.add(len(images))
     processes.wait_for_all(f"features of {file.path}")
@@ -190,39 +199,38 @@ class Judge:
       with np.load(shard) as part:
         for kind, array in arrays.items():
           array[positions.start : positions.stop] = part[kind]
-    return scores.FeatureSet(**arrays, stored=stored)
+    return FeatureSet(**arrays, stored=stored)
 
-  def _reference(self, folder: pathlib.Path) -> scores.FeatureSet | None:
+  def _reference(self, folder: pathlib.Path) -> FeatureSet | None:
     """The reference's features, kept beside it or else in `folder`."""
     if self._features is None:
       known = {"reference": self.reference, "inception": self.network}
       text = json.dumps([FORMAT, SHARD_SIZE, known], sort_keys=True)
       key = hashlib.sha256(text.encode()).hexdigest()[:8]
-      beside = self.file.path.with_suffix(f".features-{key}")
+      cache = self.file.path.with_suffix(f".features-{key}")
       try:
-        beside.mkdir(exist_ok=True)
+        cache.mkdir(exist_ok=True)
       except OSError:  # a read-only file system
-        beside = folder / "reference"
-        beside.mkdir(exist_ok=True)
+        cache = folder / "reference"
+        cache.mkdir(exist_ok=True)
       kinds = ("pool",) if self.file.statistics else ("pool", "spatial")
-      self._features = self._extract(self.file, beside, kinds)
+      self._features = self._extract(self.file, cache, kinds)
     return self._features
 
-  def _metrics(
-    self, real: scores.FeatureSet, fake: scores.FeatureSet
-  ) -> dict[str, dict]:
+  def _metrics(self, real: FeatureSet, fake: FeatureSet) -> dict[str, dict]:
     """{name: {"value", "std", "interval"}}; without a bootstrap the value."""
-    compared = scores.Comparison(real, fake)
+    compared = metrics.Comparison(real, fake)
     errors = {}
     if self.bootstrap:
       errors = compared.errors(self.bootstrap)
-    found = {}
+    entries = {}
     for name, value in compared.values().items():
-      found[NAMES[name][0]] = entry = {"value": value}
+      entry = {"value": value}
+      entries[INCEPTION_NAMES.get(name, name)] = entry
       if name in errors:
-        half = scores.Z95 * errors[name]
+        half = metrics.Z95 * errors[name]
         entry |= {"std": errors[name], "interval": [value - half, value + half]}
-    return found
+    return entries
 
 
 def _open(path: str | os.PathLike) -> npz.SampleFile:
@@ -258,7 +266,7 @@ def _identity(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _manifest(samples: pathlib.Path, digest: str) -> dict | None:
-  """What this project wrote about a sample file that it made, if it did."""
+  """The manifest of a sample file that this project made, else None."""
   for folder in (samples.with_suffix(""), samples.parent):
     file = folder / sample_files.MANIFEST
     manifest = files.read_json(file, default={})
@@ -267,44 +275,32 @@ def _manifest(samples: pathlib.Path, digest: str) -> dict | None:
   return None
 
 
-def place_of(
+def default_folder(
   samples: str | os.PathLike, reference: str | os.PathLike
 ) -> pathlib.Path:
-  """The folder of a measurement unless another is named."""
+  """The folder of a measurement for which none is named."""
   samples = pathlib.Path(samples)
   made_here = (samples.parent / sample_files.MANIFEST).exists()
   folder = samples.parent if made_here else samples.with_suffix("")
   return folder / f"against-{pathlib.Path(reference).stem}"
 
 
-# --- tables ------------------------------------------------------------------
-
-
-def cells(record: dict) -> list[str]:
-  """The numbers of a record, in the order of NAMES: value [interval]."""
-  found = []
-  for name, _, _ in NAMES.values():
-    entry = record["metrics"].get(name)
-    found.append("" if entry is None else _number(name, entry))
-  return found
-
-
-def _number(name: str, entry: dict) -> str:
-  places = 4 if name in ("precision", "recall") else 2
-  text = f"{entry['value']:.{places}f}"
-  if "interval" in entry:
-    low, high = entry["interval"]
-    text += f" [{low:.{places}f}, {high:.{places}f}]"
-  return text
+def columns() -> list[metrics.Metric]:
+  """The metrics of a record, in the order of tables and pictures."""
+  measured = [name for name, metric in METRICS.items() if metric.measure]
+  return metrics.in_order([INCEPTION_NAMES.get(n, n) for n in measured])
 
 
 def table(records: dict[str, dict]) -> str:
-  """A line for each record under its name, in Markdown."""
-  heads = [f"{label} {'↑' if up else '↓'}" for _, label, up in NAMES.values()]
-  rows = [["samples", "images", *heads], ["---"] * (2 + len(heads))]
+  """A Markdown table with a line for each record, under its name."""
+  rows = [["samples", "images", *(metric.heading for metric in columns())]]
   for name, record in records.items():
-    rows.append([name, f"{record['num_images']:,}", *cells(record)])
-  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    numbers = [
+      tables.with_interval(record["metrics"].get(metric.name), metric.decimals)
+      for metric in columns()
+    ]
+    rows.append([name, f"{record['num_images']:,}", *numbers])
+  return tables.markdown(rows)
 
 
 # --- a trained stage ---------------------------------------------------------
@@ -320,17 +316,16 @@ def sweep(
   scales: Sequence[Guidance],
   batch_size: int | None = None,
 ) -> dict[str, dict] | None:
-  """Samples a stage at each guidance scale, and measures that.
+  """Samples a stage at each guidance scale, and measures the samples.
 
   Sample files and measurements stay where `--mode=sample` puts them; the
-  overview is `<stage>/against-<reference>.json` and `.md`. A tuple is a scale
-  for each sub-token. None where this is not the first process.
+  overview is `<stage>/against-<reference>.json` and `.md`. A tuple in `scales`
+  has a scale for each sub-token. None where this is not the first process.
   """
   records = {}
   for scale in scales:
-    own = stages[stage]
-    sampling = dataclasses.replace(own.sampling, guidance=scale)
-    guided = dataclasses.replace(own, sampling=sampling)
+    sampling = dataclasses.replace(stages[stage].sampling, guidance=scale)
+    guided = dataclasses.replace(stages[stage], sampling=sampling)
     records[f"guidance {guidance_text(scale)}"] = measure_stage(
       judge,
       {**stages, stage: guided},
@@ -362,10 +357,10 @@ def measure_stage(
   stage: str,
   batch_size: int | None = None,
 ) -> dict | None:
-  """Samples a stage, and measures that as `Judge.measure` does."""
-  place = sample_files.sample(
+  """Samples a stage, and measures the samples as `Judge.measure` does."""
+  target = sample_files.sample(
     stages, workdir, request, stage=stage, batch_size=batch_size
   )
-  processes.wait_for_all(f"samples in {place.folder}")
-  folder = place_of(place.npz, judge.file.path)
-  return judge.measure(place.npz, folder)
+  processes.wait_for_all(f"samples in {target.folder}")
+  folder = default_folder(target.npz, judge.file.path)
+  return judge.measure(target.npz, folder)

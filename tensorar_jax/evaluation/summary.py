@@ -1,4 +1,4 @@
-"""What a benchmark's scorer has written -> metrics.json and a table's row."""
+"""Files of a benchmark's scorer -> metrics.json and a table's row."""
 
 from __future__ import annotations
 
@@ -7,24 +7,11 @@ import pathlib
 
 from tensorar_jax.checkpoints import resumable
 from tensorar_jax.checkpoints.files import write_json
-from tensorar_jax.evaluation import dpg, geneval, papers, scores
-from tensorar_jax.evaluation.prompt_scores import TABLES
+from tensorar_jax.evaluation import dpg, geneval, papers, tables
+from tensorar_jax.evaluation.prompt_scores import BENCHMARKS, RESAMPLES
 
-TITLES = {"geneval": "GenEval", "dpg": "DPG-Bench"}
-NOTES = {
-  "geneval": [
-    "A category is the share of its images that are right, overall the mean of"
-    " the categories.",
-  ],
-  "dpg": [
-    "Overall is in percent, after the questions whose parents were answered by"
-    " no have been counted as no; the categories are the answers about the last"
-    " image of each prompt, as given. Both as the scorer has them.",
-    "Without --questions the categories are those that the scorer printed.",
-  ],
-}
 SPREAD = (
-  f"std and the 95 % interval are of {scores.RESAMPLES} resamples of the"
+  f"std and the 95 % interval are of {RESAMPLES} resamples of the"
   " prompts, each with all of its images."
 )
 
@@ -53,11 +40,11 @@ def summarise(
       raise ValueError(f"{file}: there is no such file.")
   try:
     if path.suffix == ".jsonl":
-      found = geneval.read_scores(path)
+      scores = geneval.read_scores(path)
     else:
-      found = dpg.read_scores(path, questions)
+      scores = dpg.read_scores(path, questions)
   except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is no text in UTF-8 ({error}).") from error
+    raise ValueError(f"{path} is not text in UTF-8 ({error}).") from error
   settings = {
     "scores": [{"file": f.name, "sha256": _digest(f)} for f in files],
   }
@@ -68,15 +55,15 @@ def summarise(
     )
   resumable.claim_settings(folder, settings, "scores")
   record = {
-    "benchmark": found.benchmark,
-    "metrics": found.metrics(),
-    "num_prompts": found.num_prompts,
-    "num_images": found.num_images,
-    "complete": not found.missing,
-    "missing": found.missing,
-    "published_overall": papers.OVERALL[found.benchmark],
+    "benchmark": scores.benchmark,
+    "metrics": scores.metrics(),
+    "num_prompts": scores.num_prompts,
+    "num_images": scores.num_images,
+    "complete": not scores.missing,
+    "missing": scores.missing,
+    "published_overall": papers.OVERALL[scores.benchmark],
     "settings": settings,
-    "notes": [*NOTES[found.benchmark], SPREAD],
+    "notes": [*BENCHMARKS[scores.benchmark].notes, SPREAD],
   }
   write_json(done, record)
   (folder / "metrics.md").write_text(table(path.stem, record) + "\n")
@@ -90,29 +77,19 @@ def _digest(file: pathlib.Path) -> str:
 
 def table(name: str, record: dict) -> str:
   """The row of a record, under its name, above those of the papers."""
-  benchmark = record["benchmark"]
-  categories, _, places = TABLES[benchmark]
-  columns = (*categories, "overall")
+  benchmark = BENCHMARKS[record["benchmark"]]
+  columns = (*benchmark.categories, "overall")
   heads = [column.replace("_", " ") for column in columns]
   name = name if record["complete"] else f"{name} (incomplete)"
-  own = [_cell(record["metrics"].get(column), places) for column in columns]
-  rows = [
-    [TITLES[benchmark], "prompts", "images", *heads],
-    ["---"] * (3 + len(heads)),
-    [name, f"{record['num_prompts']:,}", f"{record['num_images']:,}", *own],
+  numbers = [
+    tables.with_interval(record["metrics"].get(column), benchmark.decimals)
+    for column in columns
   ]
-  for other, value in papers.OVERALL[benchmark].items():
+  rows = [
+    [benchmark.title, "prompts", "images", *heads],
+    [name, f"{record['num_prompts']:,}", f"{record['num_images']:,}", *numbers],
+  ]
+  for other, value in papers.OVERALL[record["benchmark"]].items():
     rows.append([other, *[""] * (len(heads) + 1), f"{value:.2f}"])
-  lines = ["| " + " | ".join(row) + " |" for row in rows]
-  lines += [f"\nIncomplete: {what}." for what in record["missing"]]
-  return "\n".join(lines)
-
-
-def _cell(entry: dict | None, places: int) -> str:
-  if entry is None:
-    return ""
-  text = f"{entry['value']:.{places}f}"
-  if "interval" in entry:
-    low, high = entry["interval"]
-    text += f" [{low:.{places}f}, {high:.{places}f}]"
-  return text
+  incomplete = [f"\nIncomplete: {what}." for what in record["missing"]]
+  return "\n".join([tables.markdown(rows), *incomplete])

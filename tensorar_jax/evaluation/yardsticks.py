@@ -1,7 +1,7 @@
-"""What the models of a run are measured by; one class for each kind of data.
+"""Yardsticks: how the models of a run are measured, a class per kind of data.
 
-A yardstick numbers what images can be asked for (classes, or prompts), and
-tells of a set of images how well each is what it was asked for.
+A yardstick numbers the images that can be asked for (classes or prompts), and
+measures how well a set of images is what was asked for.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from jaxtyping import Bool, Int, UInt8
 
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.conditioning import conditions
-from tensorar_jax.data import pipeline, shapes, sources
+from tensorar_jax.data import codes, pipeline, shapes, sources
 from tensorar_jax.data.sources.shapes import open_shapes
-from tensorar_jax.evaluation import scores
+from tensorar_jax.evaluation import metrics, prompt_scores
 from tensorar_jax.evaluation import shapes as shapes_scorer
 from tensorar_jax.experiment import build, saved
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage, choose
 from tensorar_jax.generation import batches, requests
 from tensorar_jax.interfaces import Conditioning
+from tensorar_jax.nn import classifier
 
 Images = UInt8[np.ndarray, "n h w C"]
 Labels = Int[np.ndarray, "n"]
@@ -39,7 +40,7 @@ def check(settings: EvaluationConfig, stages: Mapping[str, Stage]) -> None:
 
 
 def check_objective(stages: Mapping[str, Stage], name: str, want: str) -> None:
-  """ValueError unless there is a stage of that name and objective."""
+  """Raises ValueError unless there is a stage of that name and objective."""
   choose("evaluation: stage", name, stages)
   if stages[name].objective != want:
     raise ValueError(
@@ -50,49 +51,64 @@ def check_objective(stages: Mapping[str, Stage], name: str, want: str) -> None:
 
 @runtime_checkable
 class Yardstick(Protocol):
-  """What `evaluate` asks of every kind; made of (stages, settings, workdir).
+  """A kind of measurement; it is made of (stages, settings, workdir).
 
   Attributes:
     identity: changes whenever the same image would get other numbers.
-    names: of the first labels, which the pictures show a row of each.
+    names: of the first labels; pictures show a row of images for each.
     notes: what the numbers mean, for readers.
   """
 
   identity: str
-  names: Sequence[str]
-  notes: Sequence[str]
+
+  def __init__(
+    self,
+    stages: Mapping[str, Stage],
+    settings: EvaluationConfig,
+    workdir: pathlib.Path,
+  ): ...
+
+  @property
+  def names(self) -> Sequence[str]:
+    """Of the first labels, which the pictures show a row of each."""
+    ...
+
+  @property
+  def notes(self) -> Sequence[str]:
+    """What the numbers mean, for readers."""
+    ...
 
   @staticmethod
   def check(stages: Mapping[str, Stage], settings: EvaluationConfig) -> None:
-    """ValueError unless the models can be measured so."""
+    """Raises ValueError unless this yardstick can measure the models."""
     ...
 
   def conditions(self, stage: Stage) -> Conditioning:
-    """What a stage's model makes an image of a label from."""
+    """The conditioning by which a stage's model draws a label."""
     ...
 
   def labels(self, first: int, count: int) -> Labels:
-    """What images first, first + 1, ... are asked to be."""
+    """The labels of images first, first + 1, ..."""
     ...
 
   def cost(self, images: Images, labels: Labels) -> float:
-    """What the guidance scale is chosen by; lower is better."""
+    """A number that the guidance scan minimises."""
     ...
 
   def measure(self, sets: Sequence[Images], labels: Labels) -> dict:
-    """Every metric of one set of images per seed: mean, std, values."""
+    """Metrics of one set of images per seed: {name: mean, std, values}."""
     ...
 
   def held_out(self, limit: int) -> dict[str, np.ndarray]:
-    """At most so many test images, "image" and "label"."""
+    """At most `limit` test images: {"image", "label"}."""
     ...
 
   def reference(self) -> dict[str, dict]:
-    """The same metrics of images that no model made, by name."""
+    """{name: metrics} of images that no model made."""
     ...
 
 
-def spread(values: Sequence[float]) -> dict:
+def over_seeds(values: Sequence[float]) -> dict:
   """Mean, sample standard deviation (None for a single value), values."""
   std = float(np.std(values, ddof=1)) if len(values) > 1 else None
   return {"mean": float(np.mean(values)), "std": std, "values": list(values)}
@@ -102,7 +118,7 @@ def spread(values: Sequence[float]) -> dict:
 
 
 class ByClassifier:
-  """Distances in a classifier's features, and the classes that it sees."""
+  """Distances in the features of a classifier, and the classes it predicts."""
 
   def __init__(self, stages, settings: EvaluationConfig, workdir: pathlib.Path):
     name, folder = settings.classifier, workdir / settings.classifier
@@ -111,15 +127,22 @@ class ByClassifier:
 
     def images(split):
       source = sources.load(data.name, split, data_dir=data.data_dir)
+      if isinstance(source, codes.TokenSource):
+        raise ValueError(
+          f"data.name={data.name!r} holds tokens: the classifier {name!r}"
+          " compares images. Name a data set of images."
+        )
       return pipeline.as_arrays(source)
 
-    self.classifier = build.load_stage(stages[name], folder)
+    model = build.load_stage(stages[name], folder)
+    assert isinstance(model, classifier.Model)  # `check` has seen to it
+    self.classifier = model
     self.identity = orbax_io.read_meta(orbax_io.find(folder))["id"]
     self.test_images, self.test_labels = images(data.test_split)
     train_images = images(data.train_split)[0]
     self.real = self.features(train_images[: settings.real_images])
-    first = stages[settings.models[0]].conditioning
-    self.num_classes = build.conditioning(first).num_classes
+    first = settings.models[0]
+    self.num_classes = requests.check_classes(first, stages[first]).num_classes
     self.names = [str(label) for label in range(self.num_classes)]
     self.notes = [
       "frechet, precision and recall are against the real training images, in"
@@ -134,7 +157,7 @@ class ByClassifier:
     for name in settings.models:
       requests.check_classes(name, stages[name])
 
-  def features(self, images: Images) -> scores.FeatureSet:
+  def features(self, images: Images) -> metrics.FeatureSet:
     """`pool` [n, num_features], in batches of one compiled shape."""
     graphdef, state = nnx.split(self.classifier)
     size = min(500, len(images))
@@ -142,9 +165,9 @@ class ByClassifier:
     for start in range(0, len(images), size):
       part = images[start : start + size]
       pad = [(0, size - len(part))] + [(0, 0)] * 3
-      found = _features(graphdef, state, np.pad(part, pad))
-      out.append(np.asarray(found)[: len(part)])
-    return scores.FeatureSet(pool=np.concatenate(out))
+      pool = _features(graphdef, state, np.pad(part, pad))
+      out.append(np.asarray(pool)[: len(part)])
+    return metrics.FeatureSet(pool=np.concatenate(out))
 
   def conditions(self, stage: Stage) -> Conditioning:
     return build.conditioning(stage.conditioning)
@@ -158,14 +181,15 @@ class ByClassifier:
 
   def measure(self, sets: Sequence[Images], labels: Labels) -> dict:
     rows = [self.measure_set(images, labels) for images in sets]
-    return {name: spread([row[name] for row in rows]) for name in rows[0]}
+    return {name: over_seeds([row[name] for row in rows]) for name in rows[0]}
 
   def measure_set(self, images: Images, labels: Labels) -> dict[str, float]:
     """Every metric of a set of images against the real training images."""
     fake = self.features(images)
+    assert fake.pool is not None
     right = np.argmax(self.classifier.classify(fake.pool), -1) == labels
-    found = scores.Comparison(self.real, fake).values()
-    return {**found, "accuracy": float(np.mean(right))}
+    compared = metrics.Comparison(self.real, fake).values()
+    return {**compared, "accuracy": float(np.mean(right))}
 
   def held_out(self, limit: int) -> dict[str, np.ndarray]:
     return {
@@ -190,7 +214,8 @@ _features = jax.jit(
 class ByReading:
   """The share of images that show what their captions say, by category.
 
-  A label is the position of a prompt in the test split.
+  It reads drawings, so it needs no classifier. A label is the position of a
+  prompt in the test split.
   """
 
   SHOWN = 2 * len(shapes.CATEGORIES)  # prompts in the pictures
@@ -199,9 +224,9 @@ class ByReading:
     self.settings = settings
     stage = stages[settings.models[0]]
     self.tokenizer = build.frozen_tokenizer(stage, workdir)
-    asked = settings.num_images + settings.scan_images
+    num_labels = settings.num_images + settings.scan_images
     source = open_shapes(stage.data.test_split)
-    count = min(len(source), max(asked, settings.held_out_images))
+    count = min(len(source), max(num_labels, settings.held_out_images))
     self.scenes = [source.scene(position) for position in range(count)]
     limits = shapes_scorer.MIN_AREA, shapes_scorer.MIN_OVERLAP
     self.identity = f"shapes read by {limits}"
@@ -212,7 +237,7 @@ class ByReading:
       " that the caption names is read, as often and in the colour and place"
       " that it says. Overall is their mean.",
       "\u00b1 is the standard error and metrics.json has the 95 % interval, by"
-      f" resampling prompts {scores.RESAMPLES} times.",
+      f" resampling prompts {prompt_scores.RESAMPLES} times.",
       "The guidance scan is on other prompts and shows how many are wrong.",
     ]
 
@@ -233,7 +258,7 @@ class ByReading:
         )
 
   def conditions(self, stage: Stage) -> Conditioning:
-    texts = build.conditioning(stage.conditioning)
+    texts = build.text_conditioning(stage.conditioning)
     encode = build.text_encoder(stage.conditioning)
     rows = conditions.real_rows(*encode(self.captions))
     return requests.Prompts(texts, rows)
@@ -254,12 +279,14 @@ class ByReading:
     kinds = np.array([self.scenes[label].prompt.category for label in labels])
     rng, by_seed, resampled = np.random.RandomState(0), {}, {}
     for category in shapes.CATEGORIES:
-      own = right[:, kinds == category]  # [seeds, prompts]
-      by_seed[category] = own.mean(axis=1)
-      seeds = np.full(own.shape[1], len(own))
-      resampled[category] = scores.resample_prompts(own.sum(axis=0), seeds, rng)
-    for found in (by_seed, resampled):
-      found["overall"] = np.mean(list(found.values()), axis=0)
+      is_right = right[:, kinds == category]  # [seeds, prompts]
+      by_seed[category] = is_right.mean(axis=1)
+      num_seeds = np.full(is_right.shape[1], len(is_right))
+      resampled[category] = prompt_scores.resample_prompts(
+        is_right.sum(axis=0), num_seeds, rng
+      )
+    for categories in (by_seed, resampled):
+      categories["overall"] = np.mean(list(categories.values()), axis=0)
     return {
       name: {
         "mean": float(np.mean(values)),
@@ -278,10 +305,10 @@ class ByReading:
   def reference(self) -> dict[str, dict]:
     test = self.held_out(self.settings.num_images)
     tokens = batches.encode(self.tokenizer, test["image"])
-    through = batches.decode(self.tokenizer, tokens)
+    decoded = batches.decode(self.tokenizer, tokens)
     return {
       "held-out drawings, through the tokenizer": self.measure(
-        [through], test["label"]
+        [decoded], test["label"]
       ),
       "held-out drawings": self.measure([test["image"]], test["label"]),
     }

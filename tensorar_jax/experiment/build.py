@@ -1,13 +1,16 @@
-"""Sections -> objects: models, conditionings, text encoders; and weights."""
+"""Makes models, conditionings and text encoders from the sections of a stage.
+
+Models are fresh, without arrays, or with the weights of a checkpoint; what a
+stage's training starts from is in `initial_weights`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -26,11 +29,10 @@ from tensorar_jax.experiment.schema import (
   Stage,
   choose,
 )
-from tensorar_jax.interfaces import TextEncoder
+from tensorar_jax.interfaces import TextEncoder, Tokenizer
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import classifier
-from tensorar_jax.parallel import sharding
-from tensorar_jax.parallel import weights as weights_lib
+from tensorar_jax.parallel import sharding, weights
 
 CONDITIONINGS = {
   "class": ClassConditioning,
@@ -40,159 +42,152 @@ CONDITIONINGS = {
 
 
 def _words(name, texts, mesh):
-  """The vectors of the words that captions of drawings are made of."""
+  """Makes the encoder of the words that captions of drawings are made of."""
   return words.WordEncoder(shapes.WORDS, width=texts.width, length=texts.length)
 
 
-# Kind -> (folder or kind, conditioning, mesh) -> interfaces.TextEncoder.
+# By kind: (folder or kind, conditioning, mesh) -> interfaces.TextEncoder.
 TEXT_ENCODERS = {**encoders.TEXT_ENCODERS, "words": _words}
-NEW_MODULES = ("encoder/", "decoder/")  # what TensorAR adds to a backbone
 
 
-def component(part: ComponentConfig, rngs: nnx.Rngs) -> nnx.Module:
-  """A freshly initialised backbone or tokenizer."""
+# Any: an nnx.Module that is a `Backbone` or a `Tokenizer`, too; Python has no
+# type for both.
+def component(part: ComponentConfig, rngs: nnx.Rngs) -> Any:
+  """Makes a freshly initialised backbone or tokenizer."""
   module = families.family(part.kind, part.name)
   return module.Model(part.config, rngs=rngs)
 
 
 @functools.cache  # the stages of a config share their tokenizer
-def abstract(part: ComponentConfig) -> nnx.Module:
-  """The model of a section without its arrays."""
-  return weights_lib.abstract(lambda rngs: component(part, rngs))
+def abstract(part: ComponentConfig) -> Any:
+  """Makes a backbone or tokenizer with shapes in place of its arrays."""
+  return weights.abstract(lambda rngs: component(part, rngs))
 
 
-def conditioning(section: ConditioningConfig):
-  """What makes conditions: an `interfaces.Conditioning`."""
+def conditioning(
+  section: ConditioningConfig,
+) -> ClassConditioning | TextConditioning:
+  """Makes the `interfaces.Conditioning` that a section describes."""
   kind = choose("conditioning", section.name, CONDITIONINGS)
-  return kind(**dataclasses.asdict(section.options))
+  options = dataclasses.asdict(section.options) if section.options else {}
+  return kind(**options)
+
+
+def text_conditioning(section: ConditioningConfig) -> TextConditioning:
+  """Makes a conditioning that reads texts; ValueError if it reads classes."""
+  made = conditioning(section)
+  if not isinstance(made, TextConditioning):
+    raise ValueError(
+      f"conditioning.name={section.name!r}: expected one that reads texts,"
+      " 'text' or 'prompt'."
+    )
+  return made
 
 
 def text_encoder(
   section: ConditioningConfig, mesh: Mesh | None = None
 ) -> TextEncoder:
-  """What the conditioning's `encoder` names: a kind, or the folder of one."""
-  texts = conditioning(section)
+  """Loads the conditioning's `encoder`, the name of a kind or a folder.
+
+  Raises:
+    ValueError: there is no `encoder`, or its features have other sizes.
+  """
   if not section.encoder:
     raise ValueError(
       f"conditioning.name={section.name!r}, encoder='': expected an `encoder`"
       " that reads texts, such as weights/flan-t5-xl."
     )
+  texts = text_conditioning(section)
   kind = texts.encoder if texts.encoder in TEXT_ENCODERS else texts.reads
-  made = TEXT_ENCODERS[kind](texts.encoder, texts, mesh)
-  if (has := (made.width, made.length)) != (texts.width, texts.length):
+  encoder = TEXT_ENCODERS[kind](texts.encoder, texts, mesh)
+  sizes = encoder.width, encoder.length
+  if sizes != (texts.width, texts.length):
     raise ValueError(
-      f"{texts.encoder} encodes texts as (width, length) = {has}: set those of"
-      f" the conditioning, {texts.width} and {texts.length}."
+      f"{texts.encoder} encodes texts as (width, length) = {sizes}: set those"
+      f" of the conditioning, {texts.width} and {texts.length}."
     )
-  return made
+  return encoder
 
 
 def model(stage: Stage, rngs: nnx.Rngs) -> nnx.Module:
-  """A freshly initialised model of a stage's objective."""
+  """Makes the freshly initialised model that a stage trains."""
   if stage.objective == "tokenizer":
     return component(stage.tokenizer, rngs)
   if stage.objective == "classifier":
     return classifier.Model(stage.classifier, rngs=rngs)
+  return tensorar(stage, rngs)
+
+
+def tensorar(stage: Stage, rngs: nnx.Rngs) -> TensorAR:
+  """Makes a freshly initialised model that draws images."""
   backbone = component(stage.backbone, rngs)
   return TensorAR(backbone, **dataclasses.asdict(stage.tensorar), rngs=rngs)
 
 
-# --- initial and trained weights ---------------------------------------------
+def abstract_model(stage: Stage) -> nnx.Module:
+  """Makes the model that a stage trains with shapes in place of its arrays."""
+  return weights.abstract(functools.partial(model, stage))
 
 
-def initial_model(
-  stage: Stage, workdir: pathlib.Path, mesh: Mesh
-) -> nnx.Module:
-  """The model a stage starts from: fresh, or with `init`'s weights in it.
-
-  Its weights are made, and read, where they belong on the mesh: no device ever
-  has more than its part.
-  """
-
-  def fresh():
-    _, params, frozen = weights_lib.split(model(stage, nnx.Rngs(stage.seed)))
-    # An initialiser may leave a weak type, which the first update makes strong.
-    return {p: jnp.asarray(a, a.dtype) for p, a in {**params, **frozen}.items()}
-
-  abstract = weights_lib.abstract(lambda rngs: model(stage, rngs))
-  want = sharding.layout(jax.eval_shape(fresh), abstract, mesh)
-  found = _parent_weights(stage, workdir, want) if stage.init else {}
-  missing = {path: like for path, like in want.items() if path not in found}
-
-  @functools.partial(jax.jit, out_shardings=sharding.shardings(missing))
-  def make():
-    made = fresh()
-    return {path: made[path] for path in missing}
-
-  skeleton, _, _ = weights_lib.split(abstract)
-  return skeleton.merge(found, make() if missing else {})
-
-
-def _parent_weights(stage: Stage, workdir: pathlib.Path, want: dict) -> dict:
-  """The weights that `init` names, which must fit those that are wanted."""
-  source = saved.resolve(stage.init, workdir)
-  found = orbax_io.weight_shapes(source)
-  problems = [f"{path} is not in this model" for path in found.keys() - want]
-  problems += [
-    f"{path} is missing"
-    for path in want.keys() - found.keys()
-    if not path.startswith(NEW_MODULES)
-  ]
-  problems += [
-    f"{path} is {found[path]}, the model's {want[path].shape}"
-    for path in found.keys() & want.keys()
-    if found[path] != want[path].shape
-  ]
-  if problems:
-    listed = "\n  ".join(sorted(problems)[:20])
-    raise ValueError(
-      f"init={stage.init!r} ({source}) does not fit this stage's model"
-      f" ({len(problems)} problems):\n  {listed}"
-    )
-  parts = orbax_io.read_weights(
-    source, ("params", "frozen"), sharding.shardings(want)
-  )
-  # Weights imported in another dtype are trained in the model's own.
-  return {
-    path: array.astype(want[path].dtype)
-    for part in parts.values()
-    for path, array in part.items()
-  }
+# --- models of checkpoints ---------------------------------------------------
 
 
 def load(
   path: str | pathlib.Path, *, ema: bool = False, mesh: Mesh | None = None
 ) -> nnx.Module:
-  """The model of a checkpoint that this project saved.
+  """Loads the model of a checkpoint that this project saved.
 
-  `path` is a work directory with one stage, a stage's folder or one step's.
-  `ema` takes the averaged weights, where training kept them. `mesh` splits the
-  weights as they are read; by default one device has them all.
+  Args:
+    path: a work directory with one stage, a stage's folder, or that of a step.
+    ema: whether to take the averaged weights, where training kept them.
+    mesh: splits the weights as they are read; by default one device has all.
+
+  Raises:
+    ValueError: there is no checkpoint, or it has no averaged weights.
   """
   folder = orbax_io.find(path)
-  stage = saved.stage_in(folder)
-  abstract = weights_lib.abstract(lambda rngs: model(stage, rngs))
-  skeleton, params, frozen = weights_lib.split(abstract)
+  abstract = abstract_model(saved.stage_in(folder))
+  skeleton, params, frozen = weights.split(abstract)
   shardings = None
   if mesh:
-    like = sharding.layout({**params, **frozen}, abstract, mesh)
-    shardings = sharding.shardings(like)
-  part = "ema" if ema else "params"
-  found = orbax_io.read_weights(folder, (part, "frozen"), shardings)
-  if part not in found:
+    layout = sharding.layout({**params, **frozen}, abstract, mesh)
+    shardings = sharding.shardings(layout)
+  trained = "ema" if ema else "params"
+  parts = orbax_io.read_weights(folder, (trained, "frozen"), shardings)
+  if trained not in parts:
     raise ValueError(f"{folder} holds no EMA: train with optim.ema_decay > 0.")
-  return skeleton.merge(found[part], found.get("frozen", {}))
+  return skeleton.merge(parts[trained], parts.get("frozen", {}))
 
 
 def load_stage(
   stage: Stage, folder: pathlib.Path, mesh: Mesh | None = None
 ) -> nnx.Module:
-  """A trained stage's model as it is sampled: averaged, if it keeps an EMA."""
+  """Loads a trained stage as it is sampled: averaged, if it keeps an EMA."""
   return load(folder, ema=stage.is_averaged, mesh=mesh)
 
 
-def frozen_tokenizer(stage: Stage, workdir: pathlib.Path) -> nnx.Module:
-  """The stage's tokenizer with the weights that its `init` names."""
-  if stage.tokenizer.init:
-    return load(saved.resolve(stage.tokenizer.init, workdir))
-  return component(stage.tokenizer, nnx.Rngs(stage.seed))
+def load_tensorar(
+  stage: Stage, folder: pathlib.Path, mesh: Mesh | None = None
+) -> TensorAR:
+  """As `load_stage`, for stages that draw images; ValueError for others."""
+  loaded = load_stage(stage, folder, mesh)
+  if not isinstance(loaded, TensorAR):
+    raise ValueError(
+      f"{folder} holds a {stage.objective}: images are drawn by stages whose"
+      " objective is 'tensorar'. Name one of them."
+    )
+  return loaded
+
+
+def frozen_tokenizer(stage: Stage, workdir: pathlib.Path) -> Tokenizer:
+  """Makes the stage's tokenizer, with the weights that its `init` names."""
+  init = stage.tokenizer.init
+  if not init:
+    return component(stage.tokenizer, nnx.Rngs(stage.seed))
+  loaded = load(saved.resolve(init, workdir))
+  if not isinstance(loaded, Tokenizer):
+    raise ValueError(
+      f"tokenizer.init={init!r} holds no tokenizer: name a stage whose"
+      " objective is 'tokenizer'."
+    )
+  return loaded

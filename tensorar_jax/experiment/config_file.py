@@ -31,12 +31,12 @@ _PROJECT = _PACKAGE if (_PACKAGE / FOLDER).is_dir() else _PACKAGE.parent
 def load(
   path_or_name: str, overrides: Mapping[str, str] | None = None
 ) -> Experiment:
-  """The experiment of a config file.
+  """Reads and checks the experiment of a config file.
 
   Args:
     path_or_name: a file, or the name of one of configs/, with `:ARGUMENT` after
       it if its get_config() takes one.
-    overrides: texts by the dotted name of the value that they set, as in
+    overrides: values as written on the command line, by dotted name, such as
       {"noise.schedule_start": "1", "stages.base.train.num_steps": "10"}.
 
   Raises:
@@ -49,7 +49,7 @@ def load(
 
 
 def find(name: str) -> pathlib.Path:
-  """The file that a path, or the name of a file of configs/, stands for."""
+  """Finds the file of a path, or of the name of a file in configs/."""
   inside = (FOLDER / name, FOLDER / f"{name}.py")
   ours = [_PROJECT / path for path in inside]
   if pathlib.Path(name).parts[:1] == FOLDER.parts:
@@ -73,13 +73,13 @@ def _known(folder: pathlib.Path, shown: pathlib.Path) -> dict[str, str]:
   return {
     path.stem: str(shown / path.relative_to(folder))
     for path in sorted([*folder.glob("*.py"), *folder.glob("*/*.py")])
-    # A config says how to run it; what configs share does not.
+    # Configs say how to run them; files that they share do not.
     if "--config=" in path.read_text(errors="ignore")
   }
 
 
 def read(path: pathlib.Path, argument: str | None = None) -> ConfigDict:
-  """What `get_config()` of a file returns, called with `argument` if given."""
+  """Calls `get_config()` of a file, with `argument` if there is one."""
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   if spec is None or spec.loader is None:
     raise ValueError(f"--config={path}: expected a Python file, NAME.py.")
@@ -88,17 +88,17 @@ def read(path: pathlib.Path, argument: str | None = None) -> ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
       raise ValueError(f"--config={path}: the file has no get_config().")
-    given = () if argument is None else (argument,)
-    takes = inspect.signature(module.get_config)
+    arguments = () if argument is None else (argument,)
+    signature = inspect.signature(module.get_config)
     try:
-      takes.bind(*given)
+      signature.bind(*arguments)
     except TypeError as error:
-      found = "nothing" if argument is None else repr(argument)
-      expected = ", ".join(takes.parameters) or "nothing"
+      given = "nothing" if argument is None else repr(argument)
+      expected = ", ".join(signature.parameters) or "nothing"
       raise ValueError(
-        f"--config={path} with {found} after a colon: expected {expected}."
+        f"--config={path} with {given} after a colon: expected {expected}."
       ) from error
-    return module.get_config(*given)
+    return module.get_config(*arguments)
 
 
 @contextlib.contextmanager

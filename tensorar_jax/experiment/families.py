@@ -1,6 +1,6 @@
 """Families by name: the modules of `backbones/` and `tokenizers/`.
 
-A new file there is known at once. This is the only file that reaches one.
+A new file there is known at once. No other file imports one by its name.
 """
 
 from __future__ import annotations
@@ -16,15 +16,23 @@ from tensorar_jax.experiment.schema import choose
 
 
 def family(kind: str, name: str) -> ModuleType:
-  """The module `tensorar_jax.<kind>.<name>`; kind is a package's name."""
+  """Imports `tensorar_jax.<kind>.<name>`.
+
+  Args:
+    kind: "backbones" or "tokenizers".
+    name: of the module.
+
+  Raises:
+    ValueError: there is no such module; it lists those that there are.
+  """
   package = importlib.import_module(f"tensorar_jax.{kind}")
-  known = {m.name: m.name for m in pkgutil.iter_modules(package.__path__)}
+  known = [module.name for module in pkgutil.iter_modules(package.__path__)]
   choose(kind.removesuffix("s"), name, known)
   return importlib.import_module(f"tensorar_jax.{kind}.{name}")
 
 
 def base_of(module: ModuleType, variant: str | None, where: str) -> Any:
-  """The Config of a published size; of None, Config with its defaults."""
+  """Returns the Config of a published size; None: that of the defaults."""
   if variant is None:
     return module.Config()
   return choose(f"{where}: variant", variant, module.VARIANTS)
@@ -33,6 +41,6 @@ def base_of(module: ModuleType, variant: str | None, where: str) -> Any:
 def config_of(
   module: ModuleType, variant: str | None, fields: Mapping, where: str
 ) -> Any:
-  """A family's Config: a published size, or its defaults, and what differs."""
+  """Makes a family's Config: `fields` on top of a size, or of the defaults."""
   base = base_of(module, variant, where)
   return values.make(module.Config, {**vars(base), **fields}, where)

@@ -1,4 +1,4 @@
-"""Published PyTorch weights in and out: files -> models, stages, and back."""
+"""Reads published PyTorch files into models and stages, and writes them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, cast
 
 from absl import logging
 from flax import nnx
+from jax.sharding import Mesh
 
 from tensorar_jax.checkpoints import (
   hub,
@@ -19,10 +22,11 @@ from tensorar_jax.checkpoints import (
 from tensorar_jax.checkpoints.locations import LOCATIONS, SCHEME
 from tensorar_jax.experiment import build, families, parse, saved
 from tensorar_jax.experiment.schema import Stage, choose
+from tensorar_jax.interfaces import Backbone, Tokenizer
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.parallel import processes, sharding, weights
 
-# What published files end with; an index stands for the files that it names.
+# Endings of published files; an index stands for the files that it names.
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", hub.INDEX)
 
 
@@ -33,16 +37,16 @@ def import_backbone(
   *,
   weights_dtype: str | None = None,
   **fields,
-) -> nnx.Module:
-  """A family's backbone with published PyTorch weights in it.
+) -> Backbone:
+  """Makes a family's backbone with published PyTorch weights.
 
   Args:
     name: a module of `backbones/`, such as "llamagen".
     path: the published file, see the family's SOURCES, or its name on the hub,
       `hf://OWNER/REPOSITORY/FILE[@REVISION]`.
     variant: a published size; `fields` of its Config override it.
-    weights_dtype: one of torch_import.DTYPES, that of the weights in memory;
-      None: the model's own, float32.
+    weights_dtype: of the weights in memory, one of torch_import.DTYPES; None:
+      the model's own, float32.
   """
   module = families.family("backbones", name)
   config = families.config_of(module, variant, fields, name)
@@ -56,14 +60,21 @@ def import_tokenizer(
   *,
   weights_dtype: str | None = None,
   **fields,
-) -> nnx.Module:
-  """A tokenizer with published PyTorch weights; as `import_backbone`."""
+) -> Tokenizer:
+  """Makes a tokenizer with published PyTorch weights; as `import_backbone`."""
   module = families.family("tokenizers", name)
   config = families.config_of(module, variant, fields, name)
   return _import(module, config, path, weights_dtype)
 
 
-def _import(module, config, path, dtype, mesh=None):
+def _import(
+  module: ModuleType,
+  config: Any,
+  path: str,
+  dtype: str | None,
+  mesh: Mesh | None = None,
+) -> Any:
+  """Makes the model of a family's Config with the weights of a file."""
   abstract = weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
   rules = module.import_rules(config)
   tensors = torch_import.load_state_dict(path)
@@ -73,30 +84,44 @@ def _import(module, config, path, dtype, mesh=None):
 def start_from(
   stages: Mapping[str, Stage], init: str, name: str | None = None
 ) -> dict[str, Stage]:
-  """The stages, one of which starts from `init` in place of the config's.
+  """Lets a stage start from `init` in place of what the config names.
 
   Args:
     stages: of an experiment.
     init: a published file, by path or by name on the hub: the stage is imported
       from it. Another stage or a checkpoint of this project: its training
-      starts there. "hf://" alone gives whatever stages read from published
-      files its name on the hub, the text encoder too.
-    name: the stage; by default the first of a model that starts from no other,
-      which is the base model.
+      starts there. "hf://" alone: all published files of the config, that of
+      the text encoder too, come from the hub.
+    name: the stage; by default the base model, which is the first that starts
+      from no other.
+
+  Returns:
+    All stages, that one changed.
   """
   if init == SCHEME:
     return {n: _read_from_hub(stage) for n, stage in stages.items()}
   if name is None:
     models = {n: s for n, s in stages.items() if s.objective == "tensorar"}
-    name = next((n for n, s in models.items() if not s.init), None)
+    bases = [n for n, s in models.items() if not s.init]
+    if not bases:
+      raise ValueError(
+        f"--init={init}: every model starts from another one already. Name the"
+        f" stage that it is for by --stage; stages: {', '.join(stages)}."
+      )
+    name = bases[0]
   stage = choose("--stage of --init", name, stages)
   published = hub.is_name(init) or init.endswith(FILES)
   published |= pathlib.Path(init).name in LOCATIONS  # a folder
-  source, init = (init, None) if published else (None, init)
-  return {**stages, name: dataclasses.replace(stage, source=source, init=init)}
+  changed = dataclasses.replace(
+    stage,
+    source=init if published else None,
+    init=None if published else init,
+  )
+  return {**stages, name: changed}
 
 
 def _read_from_hub(stage: Stage) -> Stage:
+  """Replaces paths of published files by their names on the hub."""
   if stage.source:
     stage = dataclasses.replace(stage, source=_hub_name(stage.source))
   encoder = stage.conditioning.encoder
@@ -109,22 +134,27 @@ def _read_from_hub(stage: Stage) -> Stage:
 def _hub_name(path: str) -> str:
   if hub.is_name(path):
     return path
-  found = hub.location(path)
-  if found is None or not hub.is_name(found):
+  hub_name = hub.location(path)
+  if hub_name is None or not hub.is_name(hub_name):
     raise ValueError(
       f"{path}: no published file of this name is known on the hub. Name the"
       f" source itself, as --init={SCHEME}OWNER/REPOSITORY/FILE."
     )
-  return found
+  return hub_name
 
 
 def import_stage(stage: Stage, folder: pathlib.Path) -> None:
-  """Fills a stage's folder from its `source`; complete or not there at all.
+  """Imports a stage's `source` into its folder, unless that was done before.
 
-  The checkpoint's `meta` says where the weights come from: file, size, sha256,
-  and what they have become: variant, dtype.
+  The checkpoint's `meta` says where the weights come from (file, size, sha256)
+  and what they are here (variant, dtype). It is complete, or not there at all.
+
+  Raises:
+    ValueError: the file does not fit; the folder is another config's.
   """
   part, source = stage.component, stage.source
+  if source is None:
+    raise ValueError(f"stage {folder.name} has no `source` to import.")
   config = saved.claim(folder, stage)
   if orbax_io.steps(folder / "checkpoints"):
     logging.info("%s: imported before from %s", folder.name, source)
@@ -160,12 +190,13 @@ def import_stage(stage: Stage, folder: pathlib.Path) -> None:
 def export_stage(folder: pathlib.Path, path: pathlib.Path) -> None:
   """Writes a stage's base weights in the layout they are published in.
 
-  TensorAR's own modules have no place there and stay behind.
+  TensorAR's own modules have no place there and are left out.
   """
   part = saved.stage_in(orbax_io.find(folder)).component
   module = families.family(part.kind, part.name)
   model = build.load(folder)
-  model = model.backbone if isinstance(model, TensorAR) else model
+  if isinstance(model, TensorAR):
+    model = cast(nnx.Module, model.backbone)
   tensors = torch_export.export_state_dict(
     model, module.import_rules(part.config)
   )

@@ -1,4 +1,4 @@
-"""What a work directory says of its stages: their configs and their lineage.
+"""Compares stages with what a work directory holds: their configs and lineage.
 
 Each stage has a folder there, which belongs to one config. `init` names another
 stage of the work directory, or a path.
@@ -30,26 +30,27 @@ FREE_KEYS = (
 
 
 def saved_config(stage: Stage) -> dict[str, Any]:
-  """What a stage's weights depend on, as config.json and checkpoints have it.
+  """Returns what a stage's weights depend on, as config.json stores it.
 
-  Every value is there, defaults too: a change of a default in the code changes
-  no model that was trained before.
+  It holds every value, defaults too: a changed default in the code changes no
+  model that was trained before.
   """
   names = ALWAYS + OBJECTIVES[stage.objective]
   names += () if stage.source else TRAINING
-  found = parse.as_dict(stage)
-  lacking = [n for n in names if (found[n] or {}) and _is_unnamed(found[n])]
-  if lacking:
-    raise ValueError(f"the config lacks {lacking[0]}.name.")
-  return {name: found[name] for name in names}
+  sections = parse.as_dict(stage)
+  for name in names:
+    if _is_unnamed(sections[name]):
+      raise ValueError(f"the config lacks {name}.name.")
+  return {name: sections[name] for name in names}
 
 
 def _is_unnamed(section: Any) -> bool:
+  """Whether a section names no family, source or kind."""
   return isinstance(section, dict) and section.get("name") == ""
 
 
 def read_saved(config: Mapping[str, Any], folder: pathlib.Path) -> Stage:
-  """The stage of a `saved_config`, also of one that left defaults out."""
+  """Parses a `saved_config`, also one that left defaults out."""
   try:
     return parse.stage_of(config)
   except ValueError as error:
@@ -61,15 +62,18 @@ def read_saved(config: Mapping[str, Any], folder: pathlib.Path) -> Stage:
 
 
 def stage_in(folder: pathlib.Path) -> Stage:
-  """The stage that a checkpoint folder was saved by."""
+  """Reads the stage that saved a checkpoint folder."""
   return read_saved(orbax_io.read_meta(folder)["config"], folder)
 
 
 def claim(folder: pathlib.Path, stage: Stage) -> dict[str, Any]:
   """Makes `folder` this stage's, and returns its `saved_config`.
 
-  ValueError if it holds a checkpoint of another config. FREE_KEYS may differ,
-  and a config that left a default out is the same as one that spells it out.
+  FREE_KEYS may differ, and a config that left a default out is the same as one
+  that spells it out.
+
+  Raises:
+    ValueError: the folder holds a checkpoint of another config.
   """
   config = saved_config(stage)
   orbax_io.claim(
@@ -82,7 +86,7 @@ def claim(folder: pathlib.Path, stage: Stage) -> dict[str, Any]:
 
 
 def resolve(init: str, workdir: pathlib.Path) -> pathlib.Path:
-  """The checkpoint that `init` names: a finished stage, or a path."""
+  """Finds the checkpoint that `init` names: a finished stage's, or a path."""
   sibling = workdir / init
   if not sibling.is_dir():
     if not pathlib.Path(init).exists():
@@ -93,18 +97,36 @@ def resolve(init: str, workdir: pathlib.Path) -> pathlib.Path:
     return orbax_io.find(init)
   folder = orbax_io.find(sibling)
   stage = stage_in(folder)
-  last = 0 if stage.source else stage.train.num_steps
-  if int(folder.name) != last:
+  num_steps = 0 if stage.source else stage.train.num_steps
+  if int(folder.name) != num_steps:
     raise ValueError(
-      f"stage {init} has got to step {folder.name} of {last}: finish it before"
-      " what starts from it."
+      f"stage {init} has got to step {folder.name} of {num_steps}: finish it"
+      " before what starts from it."
     )
   return folder
 
 
 def lineage(stage: Stage, workdir: pathlib.Path) -> dict[str, str]:
-  """The id of every checkpoint that a stage's weights come from."""
+  """Reads the id of every checkpoint that a stage's weights come from."""
   return {
     role: orbax_io.read_meta(resolve(init, workdir)).get("id", "")
     for role, init in parents(stage).items()
   }
+
+
+def check_lineage(stage: Stage, folder: pathlib.Path) -> dict[str, str]:
+  """Returns a stage's `lineage`, which must be that of its checkpoints.
+
+  Raises:
+    ValueError: a parent was trained again since.
+  """
+  now = lineage(stage, folder.parent)
+  if not orbax_io.steps(folder / "checkpoints"):
+    return now
+  before = orbax_io.run_meta(folder).get("lineage")
+  if before != now:
+    raise ValueError(
+      f"{folder} was trained from other weights than its parents now have:"
+      f" {before} then, {now} now. Move the folder away to train it again."
+    )
+  return now

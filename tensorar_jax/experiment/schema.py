@@ -1,4 +1,4 @@
-"""An experiment as typed parts: each section, its defaults and its checks.
+"""The typed parts of an experiment: each section, its defaults and its checks.
 
     Experiment
       stages      {name: Stage}, parents before what starts from them
@@ -30,7 +30,7 @@ SCHEDULES = ("constant", "linear", "cosine")  # of learning rates
 
 
 def choose(kind: str, name: str, known: Mapping | list | tuple) -> Any:
-  """known[name], or a ValueError that lists what there is."""
+  """Returns known[name] (of a list, name); ValueError lists what there is."""
   if name not in known:
     close = difflib.get_close_matches(str(name), list(known), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -126,7 +126,7 @@ class ConditioningConfig:
 
   @property
   def encoder(self) -> str:
-    """What turns texts into conditions; "" where nothing does."""
+    """Names what turns texts into conditions; "" where nothing does."""
     return getattr(self.options, "encoder", "")
 
 
@@ -145,9 +145,7 @@ class TensorARConfig:
 class OptimConfig:
   """AdamW with two learning rates; see `training.optimizer`."""
 
-  learning_rate: float = (
-    1e-4  # peak, of the new modules (of all, if no backbone)
-  )
+  learning_rate: float = 1e-4  # peak, of the new modules; without any, of all
   backbone_learning_rate: float | None = None  # peak; None: learning_rate
   schedule: str = "constant"  # or linear, or cosine, down to final_rate
   backbone_schedule: str | None = None  # None: as schedule
@@ -156,9 +154,8 @@ class OptimConfig:
   final_rate: float = 0.0  # after the last step, as a share of the peak
   hold: float = 0.0  # share of the steps after the warm-up that keep the peak
   weight_decay: float = 0.05  # as in AdamW
-  final_weight_decay: float | None = (
-    None  # a cosine leads to it; None: constant
-  )
+  # A cosine leads from weight_decay to it; None: the decay is constant.
+  final_weight_decay: float | None = None
   # Regular expression of the paths without decay; "" decays all. By default
   # norms, biases and gains (`gain` is [k, D], but no matrix).
   no_decay: str = r"(^|/)(scale|bias|gain|pad)$"
@@ -317,12 +314,12 @@ class Stage:
 
   @property
   def is_averaged(self) -> bool:
-    """Whether the stage is sampled with its averaged weights."""
+    """Says whether the stage is sampled with its averaged weights."""
     return not self.source and self.optim.ema_decay > 0
 
   @property
   def component(self) -> BackboneConfig | TokenizerConfig:
-    """What published files hold of it: the backbone, or the tokenizer."""
+    """Returns what published files hold: the backbone, or the tokenizer."""
     if self.objective == "classifier":
       raise ValueError(
         f"stage {self.name!r} trains a classifier: only backbones and"
@@ -348,7 +345,7 @@ OBJECTIVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """Everything that a config says."""
+  """Everything that a config holds."""
 
   name: str  # of the config file, without its suffix
   stages: Mapping[str, Stage]  # by name, parents first

@@ -1,4 +1,4 @@
-"""The stages of an experiment in order: each after those it starts from.
+"""Orders the stages of an experiment: each after those it starts from.
 
 A stage's weights come from its parents: the checkpoint that `init` names, and
 the one that its tokenizer's `init` names.
@@ -13,34 +13,38 @@ from tensorar_jax.experiment.schema import Stage
 
 
 def parents_first(stages: Mapping[str, Stage]) -> dict[str, Stage]:
-  """The stages in their order, but each after those it starts from."""
+  """Keeps the order of the stages, but puts parents before their children.
+
+  Raises:
+    ValueError: stages start from one another in a circle.
+  """
   ordered: dict[str, Stage] = {}
 
-  def place(name: str, below: tuple[str, ...] = ()) -> None:
-    if name in below:
-      raise ValueError(f"stages {[*below, name]} start from one another.")
+  def add(name: str, children: tuple[str, ...] = ()) -> None:
+    if name in children:
+      raise ValueError(f"stages {[*children, name]} start from one another.")
     for parent in parents(stages[name]).values():
       if parent in stages and parent not in ordered:
-        place(parent, (*below, name))
+        add(parent, (*children, name))
     ordered.setdefault(name, stages[name])
 
   for name in stages:
-    place(name)
+    add(name)
   return ordered
 
 
 def parents(stage: Stage) -> dict[str, str]:
-  """What a stage's weights come from: {"init": ..., "tokenizer": ...}."""
-  found = {"init": stage.init}
+  """Names what a stage's weights come from: {"init": ..., "tokenizer": ...}."""
+  named = {"init": stage.init}
   if stage.objective == "tensorar":
-    found["tokenizer"] = stage.tokenizer.init
-  return {role: init for role, init in found.items() if init}
+    named["tokenizer"] = stage.tokenizer.init
+  return {role: init for role, init in named.items() if init}
 
 
 def with_precision(
   stages: Mapping[str, Stage], precision: str
 ) -> dict[str, Stage]:
-  """The stages with backbones of the dtype that --precision asks for.
+  """Returns the stages with backbones of the dtype that --precision asks for.
 
   Args:
     stages: by name.

@@ -1,4 +1,4 @@
-"""Plain values, and texts of the command line, as the types of their fields."""
+"""Converts plain values, and texts of the command line, to a field's type."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ NAMES = {  # one of a type, and many
 
 
 class Text(str):
-  """A value as a command line has it; the type of its field says what it is."""
+  """A value as written on the command line, to be read as its field's type."""
 
 
 @functools.cache
 def fields(cls: type) -> dict[str, Any]:
-  """The type of each field of a dataclass."""
+  """Returns the type of each field of a dataclass."""
   hints = typing.get_type_hints(cls)
   return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def make(cls: type, given: collections.abc.Mapping, where: str) -> Any:
-  """cls(**given), every key and type checked; `where` is for messages."""
+  """Makes cls(**given), every key and type checked; `where` is for messages."""
   kinds = fields(cls)
   values = {
     key: convert(
@@ -48,12 +48,15 @@ def make(cls: type, given: collections.abc.Mapping, where: str) -> Any:
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-  """`value` as the type `kind`, or a ValueError that says what was expected.
+  """Converts `value` to the type `kind`.
 
   A `Text` is read first: `None`, `true`, numbers and tuples as Python writes
   them; where a text is expected, the text itself; where a tuple of any length
-  is, one value stands for a tuple of it. Whole numbers pass for numbers, lists
-  for tuples.
+  is expected, one value stands for a tuple of it. Whole numbers pass for
+  numbers, lists for tuples.
+
+  Raises:
+    ValueError: it is none of that type; it says what was expected `where`.
   """
   given = value
   value = _read(value, kind) if isinstance(value, Text) else value
@@ -64,7 +67,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def words(kind: Any, many: bool = False) -> str:
-  """What values of a type look like, for messages."""
+  """Describes the values of a type, for messages."""
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if kind in NAMES:
     return NAMES[kind][many]
@@ -82,24 +85,25 @@ def _is_union(kind) -> bool:
 
 
 def _read(text: Text, kind: Any) -> Any:
-  """The value that a text of the command line stands for."""
+  """Returns the value that a text of the command line stands for."""
   kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
-  text = str(text)
-  if text == "None" and type(None) in kinds:
+  written = str(text)
+  if written == "None" and type(None) in kinds:
     return None
-  if str in kinds and not (len(kinds) > 1 and text[:1] in ("(", "[")):
-    return text
-  if bool in kinds and text.lower() in ("true", "false"):
-    return text.lower() == "true"
+  if str in kinds and not (len(kinds) > 1 and written[:1] in ("(", "[")):
+    return written
+  if bool in kinds and written.lower() in ("true", "false"):
+    return written.lower() == "true"
   try:
-    value = ast.literal_eval(text)
+    value = ast.literal_eval(written)
   except (ValueError, SyntaxError):
-    value = text
+    value = written
   many = typing.get_origin(kind) is tuple and Ellipsis in typing.get_args(kind)
   return (value,) if many and not isinstance(value, list | tuple) else value
 
 
 def _fit(value: Any, kind: Any) -> Any:
+  """Returns a plain value as a type, or raises TypeError."""
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if kind is Any:
     return value
@@ -129,7 +133,7 @@ def _fit(value: Any, kind: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-  """NumPy's numbers and arrays, and lists, as plain numbers and tuples."""
+  """Turns NumPy's numbers and arrays, and lists, into numbers and tuples."""
   if isinstance(value, np.ndarray | np.generic):
     value = value.tolist()
   return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Images from trained models: what was asked, batches, files, pictures.
+"""Draws images from trained models: requests, batches, files, pictures.
 
-The sample mode, evaluation, the demo and ablations draw their images here.
+The modes sample, evaluate and demo, and the ablations, draw their images here.
 """

@@ -1,6 +1,6 @@
 """Labels -> images, any number, in batches of one compiled shape.
 
-The devices of a mesh share every batch; processes do not, each has its own.
+The devices of a mesh share every batch; each process has batches of its own.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -30,7 +31,7 @@ DECODED = 8  # images that a device decodes at once: activations are large
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "size", "mesh"))
 def _decode(graphdef, state, tokens, size, mesh=None):
-  def some(state, tokens):
+  def decode_all(state, tokens):
     tokenizer = nnx.merge(graphdef, state)
     images = tokenizer.decode(tokens)
     images = resize_bicubic(images, size) if size else images
@@ -38,16 +39,17 @@ def _decode(graphdef, state, tokens, size, mesh=None):
 
   def of_device(state, tokens):
     if len(tokens) <= DECODED:
-      return some(state, tokens)
-    one = lambda token: some(state, token[None])[0]
-    return jax.lax.map(one, tokens, batch_size=DECODED)
+      return decode_all(state, tokens)
+    decode_one = lambda row: decode_all(state, row[None])[0]
+    return jax.lax.map(decode_one, tokens, batch_size=DECODED)
 
   if mesh is None:
     return of_device(state, tokens)
   whole, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
-  return jax.shard_map(
-    *(of_device,), mesh=mesh, in_specs=(whole, rows), out_specs=rows
-  )(state, tokens)
+  decode_rows = jax.shard_map(
+    of_device, mesh=mesh, in_specs=(whole, rows), out_specs=rows
+  )
+  return decode_rows(state, tokens)
 
 
 def decode(
@@ -55,7 +57,7 @@ def decode(
   tokens: Int[Array | np.ndarray, "B T F"],
   size: tuple[int, int] | None = None,
 ) -> UInt8[np.ndarray, "B h w C"]:
-  """The images of tokens, on the host; bicubic to `size` if it is given."""
+  """The images of tokens, on the host; resized (bicubic) to `size` if given."""
   return np.asarray(_decode(*nnx.split(tokenizer), jnp.asarray(tokens), size))
 
 
@@ -79,7 +81,7 @@ def _encode(graphdef, state, images):
 def refinement(
   tokenizer: Tokenizer, drafts: Int[np.ndarray, "n T k F"]
 ) -> tuple[UInt8[np.ndarray, "n k h w C"], Bool[np.ndarray, "n k r c"]]:
-  """Pictures after each look, and the cells that the look has changed."""
+  """The pictures after each look, and the cells that each look changed."""
   window = drafts.shape[2]
   looks = [
     np.asarray(windows.after_looks(jnp.asarray(drafts), n))
@@ -94,7 +96,7 @@ def refinement(
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """A model and what it takes to draw the labelled images of a run.
+  """Draws the labelled images of a run with one model, any number at a time.
 
   `mesh` is of this process's devices; by default they split the rows. The model
   is kept only in the form of `sampling.prepare`.
@@ -113,13 +115,13 @@ class Sampler:
   def batches(
     self, labels: Int[np.ndarray, "n"], batch_size: int, first: int = 0
   ) -> Iterator[tuple[sampling.Samples, int]]:
-    """(samples, how many of them count) for images first, first + 1, ...
+    """Yields (samples, how many of them count) for images first, first + 1, ...
 
-    They are still on their way. A short batch is filled up, so there is one
-    compiled shape: batch_size, or the next one that the mesh splits evenly.
+    Samples may still be being computed. A short batch is filled up, so there is
+    one compiled shape: batch_size, or the next one that the mesh splits evenly.
     """
     rng, parts = jax.random.key(self.seed), sharding.row_parts(self.mesh)
-    batch_size = -(-batch_size // parts) * parts
+    batch_size = math.ceil(batch_size / parts) * parts
     for start in range(0, len(labels), batch_size):
       count = min(batch_size, len(labels) - start)
       index = start + np.arange(batch_size)
@@ -142,16 +144,19 @@ class Sampler:
     first: int = 0,
     size: tuple[int, int] | None = None,
   ) -> Iterator[tuple[UInt8[np.ndarray, "b h w C"], sampling.Samples]]:
-    """(images, samples) a batch at a time, the next one always under way."""
+    """Yields (images, samples) by batch; the next one is already started."""
     graphdef, state = nnx.split(sharding.replicate(tokenizer, self.mesh))
     started = (
       (_decode(graphdef, state, out.tokens, size, self.mesh), out, count)
       for out, count in self.batches(labels, batch_size, first)
     )
-    # The None at the end takes the last batch out.
-    ahead = itertools.pairwise(itertools.chain(started, [None]))
-    for (images, out, count), _ in ahead:
-      yield np.asarray(images)[:count], _cut(out, count)
+    # A pair's second batch is started before its first is read; the None at the
+    # end is the partner of the last batch.
+    pairs = itertools.pairwise(itertools.chain(started, [None]))
+    for batch, _ in pairs:
+      if batch is not None:
+        images, out, count = batch
+        yield np.asarray(images)[:count], _cut(out, count)
 
 
 def _cut(out: sampling.Samples, count: int) -> sampling.Samples:
@@ -168,7 +173,7 @@ def generate(
   config: sampling.SamplingConfig,
   batch_size: int,
 ) -> Iterator[sampling.Samples]:
-  """Samples for each label, a batch at a time, the last one cut to size.
+  """Yields samples for the labels, by batch, the last one cut to size.
 
   Image i of the run is the same for every batch size.
   """

@@ -1,11 +1,11 @@
-"""The folders that the scorers of text-to-image benchmarks take.
+"""The folders of images that the scorers of text-to-image benchmarks read.
 
 GenEval (Ghosh et al., arXiv:2310.11513) has a folder for each line of its
-prompt file, by the line's number from 0:
+prompt file, named by the line's number from 0:
 
   00000/metadata.jsonl      the line, an object with `tag` and `prompt`
   00000/samples/0000.png    and so on, four images
-  00000/grid.png            these in a row, for people
+  00000/grid.png            the four in a row, for people
 
 DPG-Bench (Hu et al., arXiv:2403.05135) has one picture ITEM_ID.png for each
 prompt file ITEM_ID.txt: four images, two by two, or a single one.
@@ -24,10 +24,13 @@ from jaxtyping import UInt8
 class Layout(Protocol):
   """How the images of one prompt are laid out in files.
 
-  `source` is what the benchmark says of the prompt: a line, or an id.
+  `source` identifies the prompt to the benchmark: a line of its file, or an id.
   """
 
-  counts: Collection[int]  # images of a prompt that the layout takes
+  @property
+  def counts(self) -> Collection[int]:
+    """The allowed numbers of images of a prompt."""
+    ...
 
   def names(self, number: int, source: str, count: int) -> list[str]:
     """The files of prompt `number` with `count` images."""
@@ -36,12 +39,12 @@ class Layout(Protocol):
   def contents(
     self, source: str, images: UInt8[np.ndarray, "n h w C"]
   ) -> Sequence[Any]:
-    """What each of these files holds: an image, or text."""
+    """The content of each of these files: an image, or text."""
     ...
 
 
 class GenEvalLayout:
-  """A folder a prompt: its line, its images, and these in a row."""
+  """A folder for each prompt: its line, its images, and these in a row."""
 
   counts = range(1, 10_000)
 
@@ -59,7 +62,7 @@ class GenEvalLayout:
 
 
 class DPGLayout:
-  """One picture a prompt."""
+  """One picture for each prompt."""
 
   counts = (1, 4)
 
@@ -81,18 +84,18 @@ LAYOUTS: dict[str, Layout] = {"geneval": GenEvalLayout(), "dpg": DPGLayout()}
 def parse_line(
   line: str, where: str, fields: dict[str, type]
 ) -> dict[str, Any]:
-  """A line of JSON; ValueError unless it is an object with these fields."""
+  """Reads a line of JSON; ValueError unless it is an object with `fields`."""
   try:
-    found = json.loads(line)
+    value = json.loads(line)
   except json.JSONDecodeError as error:
     raise ValueError(
-      f"{where} is no JSON ({error.msg}): {line[:60]!r}; expected an object on"
+      f"{where} is not JSON ({error.msg}): {line[:60]!r}; expected an object on"
       " each line."
     ) from error
   for name, kind in fields.items():
-    if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+    if not isinstance(value, dict) or not isinstance(value.get(name), kind):
       raise ValueError(
         f"{where}: expected an object with the key {name!r}, a"
         f" {kind.__name__}; got {line[:60]!r}."
       )
-  return found
+  return value

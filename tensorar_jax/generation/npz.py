@@ -1,11 +1,12 @@
 """Sample files of the ADM evaluation suite, never as a whole in memory.
 
-An archive, not compressed, with arr_0, the images uint8 [n, h, w, C], and
-arr_1, their classes int64 [n]: what `np.savez(path, images, labels)` writes, to
-the byte. It is put together from shards, .npy files of consecutive images.
+A sample file is an archive, not compressed, with arr_0, images uint8
+[n, h, w, C], and arr_1, their classes int64 [n]: the bytes that
+`np.savez(path, images, labels)` writes. It is joined from shards, .npy files of
+consecutive images.
 
 A reference batch is such a file, often with the mean and covariance of the
-features of a larger set beside the images: mu, sigma of `pool`, and mu_s,
+features of a larger set beside the images: mu and sigma of `pool`, mu_s and
 sigma_s of `spatial`.
 """
 
@@ -19,6 +20,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import IO
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -34,24 +36,29 @@ def write_shard(
   count: int,
   batches: Iterable[UInt8[np.ndarray, "_ h w C"]],
 ) -> None:
-  """The .npy file of `count` images that come in batches."""
+  """Writes the .npy file of `count` images that come in batches."""
   for i, images in enumerate(batches):
     if i == 0:
       _write_header(out, (count, *images.shape[1:]))
-    out.write(np.ascontiguousarray(images))
+    out.write(np.ascontiguousarray(images).data)
 
 
-def _write_header(out: io.BufferedIOBase, shape: tuple[int, ...]) -> None:
+def _write_header(
+  out: io.BufferedIOBase | IO[bytes], shape: tuple[int, ...]
+) -> None:
   header = {"descr": "|u1", "fortran_order": False, "shape": shape}
   np.lib.format.write_array_header_1_0(out, header)
 
 
-def join(
+def join_shards(
   path: pathlib.Path,
   shards: Sequence[pathlib.Path],
   labels: Int64[np.ndarray, "n"],
 ) -> tuple[int, ...]:
-  """Shards, in this order, and labels -> a sample file; its images' shape."""
+  """Writes shards, in this order, and labels to a sample file.
+
+  Returns the shape of its images.
+  """
   shape = (len(labels), *_open(shards[0]).shape[1:])
   with zipfile.ZipFile(path, "w") as archive:
     with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -76,14 +83,14 @@ def _open(shard: pathlib.Path) -> np.memmap:
 
 
 class SampleFile:
-  """The images of a sample file or reference batch, of any program.
+  """The images of a sample file or reference batch, written by any program.
 
-  ValueError if the file is neither that nor a file of statistics: no archive,
-  cut off, no `arr_0`, images that are not uint8 [n, h, w, 3], none at all.
+  ValueError if the file is neither that nor a file of statistics: it is no
+  archive or cut off, has no `arr_0`, or its images are not uint8 [n, h, w, 3].
 
   Attributes:
     path: the file.
-    shape: of its images, [n, h, w, C], or None if it holds statistics only.
+    shape: of the images, [n, h, w, C]; None if there are only statistics.
     statistics: {name: array} of STATISTICS, {} if it holds none of them.
   """
 
@@ -111,8 +118,11 @@ class SampleFile:
     return self.shape[0] if self.shape else 0
 
   def read(self, chosen: Iterable[range]) -> Iterator[UInt8[np.ndarray, "..."]]:
-    """The images of each range; they must rise, memory holds one at a time."""
-    if not self._streams:
+    """Yields the images of each range, one range in memory at a time.
+
+    Ranges must be in rising order.
+    """
+    if self.shape is None or not self._streams:
       with np.load(self.path) as arrays:
         images = np.ascontiguousarray(arrays[_IMAGES])
       yield from (images[r.start : r.stop] for r in chosen)
@@ -137,12 +147,12 @@ class SampleFile:
   def _header(self, member) -> tuple[tuple[int, ...], bool]:
     """The shape of the images, and whether they can be read in parts."""
     version = np.lib.format.read_magic(member)
-    read = {
+    read_header = {
       (1, 0): np.lib.format.read_array_header_1_0,
       (2, 0): np.lib.format.read_array_header_2_0,
     }.get(version)
-    if read:
-      shape, fortran, dtype = read(member)
+    if read_header:
+      shape, fortran, dtype = read_header(member)
     else:
       with np.load(self.path) as arrays:
         images = arrays[_IMAGES]

@@ -1,9 +1,9 @@
 """Pictures of images and of their tokens, for people.
 
-How tokens were refined comes as a strip, the pictures after 1 .. k looks, and
-as the cells that each look changed. From these two follow an image as it grew
-(a cell is cut from the picture after as many looks as it has had), and a map of
-which look was the last to change a cell.
+The refinement of tokens is given as a strip (the pictures after 1 .. k looks)
+and as the cells that each look changed. Two more pictures are made from these:
+an image as it grew, where each cell is cut from the picture after as many looks
+as it has had; and a map of the last look that changed each cell.
 
 matplotlib and PIL are imported where they are used: importing this module costs
 nothing. Tiles are laid out in whole pixels, so tiny images keep sharp edges.
@@ -23,8 +23,8 @@ from jaxtyping import UInt8
 from tensorar_jax.method import windows
 
 _TILE = 72  # smaller images are enlarged to about this many pixels
-_STRIP_TILE = 115  # in a strip
-_FRAMES = 64  # at most, of an image that grows; the last one is shown longer
+_STRIP_TILE = 115  # the same for a strip
+_FRAMES = 64  # most frames of an image that grows; the last is shown longer
 _GAP, _MARGIN = 4, 24  # pixels
 _PAGE = 1800  # panels wrap at this width
 _MARK = np.array([255, 106, 0], np.uint8)
@@ -38,7 +38,7 @@ Named = Mapping[str, Any]  # by model, stage or caption
 
 
 def _images(array: Any, name: str, rank: int) -> np.ndarray:
-  """`array` if it is a non-empty uint8 array of images, else an error."""
+  """The array; ValueError unless it is a non-empty uint8 array of images."""
   array = np.asarray(array)
   good = array.ndim == rank and array.size and array.dtype == np.uint8
   if not good or array.shape[-1] not in (1, 3):
@@ -51,44 +51,44 @@ def _images(array: Any, name: str, rank: int) -> np.ndarray:
 
 
 def _enlarge(images: np.ndarray, side: int) -> np.ndarray:
-  """RGB images `[..., h, w, 3]`, pixels repeated up to about `side` a side."""
+  """RGB images, their pixels repeated until the longer side is near `side`."""
   factor = max(1, round(side / max(images.shape[-3:-1])))
   images = np.repeat(np.repeat(images, factor, axis=-3), factor, axis=-2)
   return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
-def _places(panels: Named, left: int, top: int) -> list[tuple[int, int]]:
-  """The corner of each panel's first tile; lines of about the same width."""
+def _corners(panels: Named, left: int, top: int) -> list[tuple[int, int]]:
+  """The corner of each panel's first tile, in lines of about equal width."""
   if not panels:
     raise ValueError(
       "there are no pictures; expected a model or more: add one."
     )
-  wide = [_MARGIN + _width(name, tiles) for name, tiles in panels.items()]
-  page = sum(wide) / math.ceil(sum(wide) / _PAGE)
-  places, x, y, tall = [], 0, _MARGIN + top, 0
-  for tiles, width in zip(panels.values(), wide):
+  widths = [_MARGIN + _width(name, tiles) for name, tiles in panels.items()]
+  page = sum(widths) / math.ceil(sum(widths) / _PAGE)
+  corners, x, y, height = [], 0, _MARGIN + top, 0
+  for tiles, width in zip(panels.values(), widths):
     if x + width / 2 > page:
-      x, y, tall = 0, y + tall + _MARGIN + top, 0
-    places.append((left + x, y))
-    x, tall = x + width, max(tall, tiles.shape[0] * (tiles.shape[2] + _GAP))
-  return places
+      x, y, height = 0, y + height + _MARGIN + top, 0
+    corners.append((left + x, y))
+    x, height = x + width, max(height, tiles.shape[0] * (tiles.shape[2] + _GAP))
+  return corners
 
 
 def _width(name: str, tiles: np.ndarray) -> int:
-  """A panel is as wide as its tiles or its title."""
+  """The width of a panel: that of its tiles or its title."""
   return max(tiles.shape[1] * (tiles.shape[3] + _GAP) - _GAP, 10 * len(name))
 
 
 def _save_panels(
   path: Path_, panels: Named, columns: Named, rows: Sequence[str], legend: str
 ) -> None:
-  """Panels of tiles `[n, m, H, W, 3]` as one PNG, wrapped to a page."""
+  """Writes panels of tiles `[n, m, H, W, 3]` as one PNG, wrapped to a page."""
   from matplotlib.figure import Figure
 
   left = _MARGIN + max([10 + 9 * len(text) for text in rows], default=0)
-  places = _places(panels, left, 52 if columns else 32)
+  corners = _corners(panels, left, 52 if columns else 32)
   texts, pastes = [], []  # (x, y, text, style) and (x, y, tile)
-  for (name, tiles), (x, y) in zip(panels.items(), places):
+  for (name, tiles), (x, y) in zip(panels.items(), corners):
     bold = {"color": INK, "fontsize": 13, "weight": "bold"}
     texts.append((x, y - (40 if columns else 16), name, bold))
     tall, wide = tiles.shape[2] + _GAP, tiles.shape[3] + _GAP
@@ -99,7 +99,7 @@ def _save_panels(
     for i, text in enumerate(rows if x == left else ()):
       style = {"ha": "right", "va": "center"}
       texts.append((x - 10, y + i * tall + tall / 2, text, style))
-  width = max(x + _width(*p) for (x, _), p in zip(places, panels.items()))
+  width = max(x + _width(*p) for (x, _), p in zip(corners, panels.items()))
   height = max(y + len(tile) for _, y, tile in pastes)
   width, height = width + _MARGIN, height + _MARGIN * (2 if legend else 1)
   if legend:
@@ -119,7 +119,7 @@ def _save_panels(
 def save_sample_grids(
   path: Path_, grids: Named, row_labels: Sequence[str]
 ) -> None:
-  """A PNG with one panel of samples per model; the rows are classes."""
+  """Writes a PNG with a panel of samples per model; rows are classes."""
   panels = {}
   for name, grid in grids.items():
     grid = _images(grid, f"grid {name!r}", 5)
@@ -135,10 +135,10 @@ def save_sample_grids(
 def save_refinement(
   path: Path_, strips: Named, changed: Named | None = None
 ) -> None:
-  """A PNG of pictures after 1 .. k looks, one panel per model.
+  """Writes a PNG of the pictures after 1 .. k looks, one panel per model.
 
-  `changed[name]`, bool `[n, k, rows, columns]`, says which token of the grid is
-  not the one of the look before; those areas are outlined from look 2 on.
+  `changed[name]`, bool `[n, k, rows, columns]`, is true where a token of the
+  grid differs from the look before; those areas are outlined from look 2 on.
   """
   panels, columns = {}, {}
   for name, strip in strips.items():
@@ -155,9 +155,9 @@ def save_refinement(
 def look_tiles(
   strip: Strip, changed: Changed, side: int, name: str = ""
 ) -> Tiles:
-  """The strip enlarged, what each look changed outlined from look 2 on.
+  """Enlarges a strip and outlines what each look from the second on changed.
 
-  `name` is what errors call it.
+  Errors call the strip `name`.
   """
   tiles = _enlarge(_images(strip, f"strip {name!r}", 5), side)
   changed = _cells(changed, tiles.shape[:2], name).copy()
@@ -168,9 +168,9 @@ def look_tiles(
 def growth_tiles(
   strip: Strip, changed: Changed, side: int, name: str = ""
 ) -> Tiles:
-  """The images as they were drawn, S <= 64 steps of them, enlarged.
+  """Shows how images grew token by token, in S <= 64 enlarged frames.
 
-  What has changed since the frame before is outlined; the last frame is the
+  Cells that changed since the frame before are outlined; the last frame is the
   finished image.
   """
   strip = _images(strip, f"strip {name!r}", 5)
@@ -206,7 +206,7 @@ def heat_colors(window: int) -> UInt8[np.ndarray, "k 3"]:
 
 
 def heat_tiles(changed: Changed, size: tuple[int, int]) -> Tiles:
-  """After each look, the colour of the last one that changed a cell."""
+  """Maps, after each look, of the last look that changed a cell, in colour."""
   changed = _cells(changed, np.shape(changed)[:2], "tokens")
   look = np.arange(changed.shape[1])[:, None, None]
   last = np.maximum.accumulate(np.where(changed, look, 0), axis=1)
@@ -214,7 +214,7 @@ def heat_tiles(changed: Changed, size: tuple[int, int]) -> Tiles:
 
 
 def _cells(changed: Any, like: tuple[int, int], name: str) -> np.ndarray:
-  """`changed` if it is of `like` = (n, k) pictures, else an error."""
+  """The array; ValueError unless it is bool, of `like` = (n, k) pictures."""
   changed = np.asarray(changed)
   good = changed.dtype == bool and changed.ndim == 4 and changed.size
   if not good or changed.shape[:2] != like:
@@ -234,15 +234,15 @@ def _stretch(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _outline(tiles: np.ndarray, marked: np.ndarray) -> np.ndarray:
-  """The tiles with a line around each area of marked cells."""
-  tall, wide = tiles.shape[2:4]
-  inside = _stretch(marked, (tall, wide))  # [n, S, H, W]
+  """Draws a line around each area of marked cells, and tints its inside."""
+  height, width = tiles.shape[2:4]
+  inside = _stretch(marked, (height, width))  # [n, S, H, W]
   # A pixel is on the line if it is inside and one 2 pixels away is not.
   padded = np.pad(inside, ((0, 0), (0, 0), (2, 2), (2, 2)))
-  high = np.logical_and.reduce([padded[:, :, y : y + tall] for y in range(5)])
-  deep = np.logical_and.reduce([high[..., x : x + wide] for x in range(5)])
+  rows = np.logical_and.reduce([padded[:, :, y : y + height] for y in range(5)])
+  deep = np.logical_and.reduce([rows[..., x : x + width] for x in range(5)])
   line = inside & ~deep
-  tint = inside & ~line  # tells inside from outside
+  tint = inside & ~line  # sets the inside apart from the outside
   tiles = tiles.copy()
   tiles[line] = _MARK
   tiles[tint] = (
@@ -252,13 +252,13 @@ def _outline(tiles: np.ndarray, marked: np.ndarray) -> np.ndarray:
 
 
 def in_a_row(tiles: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "H w 3"]:
-  """Tiles side by side on white."""
+  """Lays tiles side by side on white."""
   gap = ((0, 0), (0, 0), (0, _GAP), (0, 0))
-  return np.hstack(np.pad(tiles, gap, constant_values=255))[:, :-_GAP]
+  return np.hstack(list(np.pad(tiles, gap, constant_values=255)))[:, :-_GAP]
 
 
 def save_refinement_gif(path: Path_, strips: Named, changed: Named) -> None:
-  """A GIF of images that are drawn token by token, a row for each model.
+  """Writes a GIF of images drawn token by token, a row for each model.
 
   The arguments are those of `save_refinement`.
   """
@@ -273,37 +273,42 @@ def save_refinement_gif(path: Path_, strips: Named, changed: Named) -> None:
   frames = []
   for i in range(max(tiles.shape[1] for tiles in grown)):
     rows = [in_a_row(t[:, min(i, t.shape[1] - 1)]) for t in grown]
-    wide = max(row.shape[1] for row in rows)
-    over = 26 if any(strips) else 0  # for the name
-    wides = [wide - row.shape[1] for row in rows]
+    width = max(row.shape[1] for row in rows)
+    title = 26 if any(strips) else 0  # pixels for the name above a row
     rows = [
-      np.pad(row, ((over, _GAP), (0, w), (0, 0)), constant_values=255)
-      for row, w in zip(rows, wides)
+      np.pad(
+        row,
+        ((title, _GAP), (0, width - row.shape[1]), (0, 0)),
+        constant_values=255,
+      )
+      for row in rows
     ]
     picture = Image.fromarray(np.vstack(rows))
-    pen, top = ImageDraw.Draw(picture), 0
+    pen, y = ImageDraw.Draw(picture), 0
     for name, row in zip(strips, rows):
       font = ImageFont.load_default(15)
-      pen.text((0, top + 4), name, fill=INK, font=font)
-      top += len(row)
+      pen.text((0, y + 4), name, fill=INK, font=font)
+      y += len(row)
     frames.append(np.asarray(picture))
   save_gif(path, np.stack(frames))
 
 
 def save_gif(path: Path_ | io.BytesIO, frames: UInt8[np.ndarray, "S H W 3"]):
-  """An endless GIF of about 6 s that rests on its last frame."""
+  """Writes an endless GIF of about 6 s that rests on its last frame."""
   from PIL import Image
 
-  first, *more = [Image.fromarray(f).quantize(dither=0) for f in frames]
-  # Browsers play frames of 10 ms and less slowly.
-  each = max(40, min(500, 6000 // len(frames)))
-  durations = [each] * len(more) + [2500]
+  first, *more = [
+    Image.fromarray(f).quantize(dither=Image.Dither.NONE) for f in frames
+  ]
+  # Browsers slow down frames of 10 ms and less.
+  milliseconds = max(40, min(500, 6000 // len(frames)))
+  durations = [milliseconds] * len(more) + [2500]
   options = {"save_all": True, "duration": durations, "loop": 0}
   first.save(path, format="GIF", append_images=more, **options)
 
 
 def save_image(path: Path_ | io.BytesIO, image: Any) -> None:
-  """One uint8 image [h, w, C] as a PNG, pixel for pixel."""
+  """Writes one uint8 image [h, w, C] as a PNG, pixel for pixel."""
   from PIL import Image
 
   image = _images(np.asarray(image)[None], "image", 4)[0]

@@ -1,7 +1,7 @@
-"""What `--mode=sample` is asked for: images of classes, or of prompts.
+"""Requests for images, of classes or of prompts, as `--mode=sample` takes them.
 
-Prompts are numbered, and a number is to the sampler what a class is: only
-`encode` knows that features stand behind it.
+Prompts are numbered, and the sampler treats a number as a class: only
+`Prompts.encode` knows the features that belong to it.
 """
 
 from __future__ import annotations
@@ -18,26 +18,34 @@ from jax.sharding import Mesh
 from jaxtyping import Int, Num, UInt8
 
 from tensorar_jax.conditioning import conditions
-from tensorar_jax.conditioning.conditions import TextConditioning
+from tensorar_jax.conditioning.conditions import (
+  ClassConditioning,
+  TextConditioning,
+)
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
-from tensorar_jax.experiment.schema import Stage
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation.layouts import LAYOUTS, parse_line
-from tensorar_jax.interfaces import Batch, Cond, Conditioning
+from tensorar_jax.interfaces import Batch, Cond
 
 GRID = 100  # images in the grid
-COLUMNS = 10  # of it
+COLUMNS = 10  # of the grid
 TITLE = 40  # letters of a prompt beside its row
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Which images, at `resize` pixels a side, of which checkpoint.
+  """Which images to draw, from which checkpoint.
 
-  Of `classes` in turn (None: all), `num_images` in all; or of each of `prompts`
-  `num_images`, one prompt after another; with a `layout` of LAYOUTS in its
-  files, for which `sources` has a line or an id of each prompt. `step` None is
-  the newest checkpoint.
+  Attributes:
+    num_images: in all, or with prompts of each.
+    classes: drawn in turn; None: all.
+    seed: image i depends on (seed, i).
+    resize: pixels a side of the files; None: as the tokenizer decodes them.
+    prompts: instead of classes, one prompt after another.
+    layout: a key of LAYOUTS: the files of a benchmark's scorer.
+    sources: for a layout, the line or the id of each prompt.
+    step: of the checkpoint; None: the newest.
   """
 
   num_images: int = 100
@@ -63,7 +71,7 @@ class Request:
         raise ValueError("classes and prompts: expected one or the other.")
       check_prompts(self.prompts, "prompt")
     if self.layout is not None:
-      layout = build.choose("--layout", self.layout, LAYOUTS)
+      layout = choose("--layout", self.layout, LAYOUTS)
       if len(self.sources or ()) != len(self.prompts or ()) or not self.sources:
         raise ValueError(f"layout={self.layout!r} needs --prompts, its file.")
       if self.num_images not in layout.counts:
@@ -73,7 +81,7 @@ class Request:
         )
 
   def labels(self, num_classes: int) -> Int[np.ndarray, "n"]:
-    """The class, or prompt, of each image; counts differ by one at most."""
+    """The class or prompt of each image; counts differ by at most one."""
     if self.prompts is not None:
       return np.repeat(np.arange(len(self.prompts)), self.num_images)
     chosen = range(num_classes) if self.classes is None else self.classes
@@ -81,31 +89,31 @@ class Request:
 
   @property
   def together(self) -> int:
-    """How many images are written together: all of a prompt, in a layout."""
+    """How many images are written together: in a layout, all of a prompt."""
     return self.num_images if self.layout else 1
 
   def names(self, part: range) -> list[str]:
-    """The files of the images of a part, by their positions in the run."""
+    """The names of the files of images, given by positions in the run."""
     if self.prompts is None:
       return [f"{part.start:06d}.png"]
     prompt, image = divmod(part.start, self.num_images)
-    if not self.layout:
+    if not self.layout or self.sources is None:
       return [f"prompt_{prompt:03d}_image_{image:02d}.png"]
     return LAYOUTS[self.layout].names(prompt, self.sources[prompt], len(part))
 
   def contents(
     self, part: range, images: UInt8[np.ndarray, "n h w C"]
   ) -> list[Any]:
-    """What is in the files of `names`: images, or text."""
-    if not self.layout:
+    """The contents of the files of `names`: images, or text."""
+    if not self.layout or self.sources is None:
       return list(images)
     source = self.sources[part.start // self.num_images]
-    return LAYOUTS[self.layout].contents(source, images)
+    return list(LAYOUTS[self.layout].contents(source, images))
 
   def grid(
     self, images: UInt8[np.ndarray, "n h w C"]
   ) -> tuple[UInt8[np.ndarray, "r c h w C"], list[str]]:
-    """Up to GRID of the first images, a row a prompt, and titles of rows."""
+    """Up to GRID of the first images, a row per prompt, and titles of rows."""
     if self.prompts is None:
       columns = min(COLUMNS, len(images))
       rows, step = min(GRID, len(images)) // columns, columns
@@ -119,7 +127,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """A `Conditioning` of numbered texts, of which it keeps the real rows."""
+  """A `Conditioning` of numbered texts; `rows` are their features, unpadded."""
 
   texts: TextConditioning
   rows: Sequence[Num[np.ndarray, "_ E"]]
@@ -138,7 +146,7 @@ class Prompts:
 
   def from_batch(self, batch: Batch) -> Cond:
     """The condition of a batch's "label", the numbers of prompts."""
-    return self.encode(batch["label"])
+    return self.encode(np.asarray(batch["label"]))
 
   def example(self) -> Cond:
     return self.encode(np.zeros(1, int))
@@ -146,19 +154,19 @@ class Prompts:
 
 def condition(
   request: Request, name: str, stage: Stage, mesh: Mesh | None
-) -> tuple[Conditioning, dict[str, Any]]:
-  """What the request's images are made of, and what to record of it.
+) -> tuple[ClassConditioning | Prompts, dict[str, Any]]:
+  """The conditioning of a request's images, and a description for its record.
 
-  Prompts are encoded here, and the text encoder is gone on return. ValueError
+  Prompts are encoded here, so the text encoder is freed on return. ValueError
   for classes or prompts that the stage does not know.
   """
-  reads = build.conditioning(stage.conditioning)
   if request.prompts is None:
-    check_classes(name, stage)
-    # Refused before anything is written.
-    reads.encode(np.unique(request.labels(reads.num_classes)))
-    return reads, {"num_classes": reads.num_classes}
-  if not reads.is_text:
+    conditioning = check_classes(name, stage)
+    # An unknown class is an error here, before anything is written.
+    conditioning.encode(np.unique(request.labels(conditioning.num_classes)))
+    return conditioning, {"num_classes": conditioning.num_classes}
+  conditioning = build.conditioning(stage.conditioning)
+  if not isinstance(conditioning, TextConditioning):
     raise ValueError(
       f"stage {name!r} makes images from the conditioning"
       f" {stage.conditioning.name!r}, not from prompts:"
@@ -166,28 +174,31 @@ def condition(
     )
   encode = build.text_encoder(stage.conditioning, mesh)
   rows = conditions.real_rows(*encode(request.prompts))
-  return Prompts(reads, rows), {"text_encoder": encoder.text_identity(encode)}
+  prompts = Prompts(conditioning, rows)
+  return prompts, {"text_encoder": encoder.text_identity(encode)}
 
 
-def check_classes(name: str, stage: Stage) -> None:
-  """ValueError unless images of the stage are drawn class by class."""
-  if build.conditioning(stage.conditioning).is_text:
+def check_classes(name: str, stage: Stage) -> ClassConditioning:
+  """The conditioning by classes; ValueError if images are drawn from text."""
+  reads = build.conditioning(stage.conditioning)
+  if not isinstance(reads, ClassConditioning):
     raise ValueError(
       f"stage {name!r} makes images from text, there are no classes to draw:"
       " sample it with --mode=sample and --prompts=FILE or --prompt=TEXT;"
       " --mode=evaluate --samples=FILE.npz measures what that has written."
     )
+  return reads
 
 
 def read_prompts(
   path: pathlib.Path, layout: str | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-  """The prompts of --prompts, and what their layout says of each.
+  """The prompts of --prompts, and with a layout the source of each.
 
-  Without a layout a prompt is a line of a text file; of "geneval" a line is an
-  object of JSON with `tag` and `prompt`; of "dpg" the path is a folder with a
-  text file ID.txt for each prompt, in the order of names. ValueError for what
-  is none of these.
+  Without a layout, a prompt is a line of a text file. With "geneval", a line is
+  a JSON object with `tag` and `prompt`, and the source is the line. With "dpg",
+  the path is a folder with a text file ID.txt for each prompt, in the order of
+  names, and the source is the id. ValueError for anything else.
   """
   if layout == "dpg":
     files = sorted(path.glob("*.txt"), key=lambda file: file.name)
@@ -212,20 +223,20 @@ def read_prompts(
   prompts, seen = [], {}
   for number, line in enumerate(lines, 1):
     where = f"{path}, line {number}"
-    found = parse_line(line, where, {"prompt": str, "tag": str})
-    if not found["prompt"].strip():
+    entry = parse_line(line, where, {"prompt": str, "tag": str})
+    if not entry["prompt"].strip():
       raise ValueError(f"{where}: the prompt is empty.")
     if (first := seen.setdefault(line, number)) != number:
       raise ValueError(
         f"{where} is line {first} again: the scorer would count the two as one"
         " prompt."
       )
-    prompts.append(found["prompt"])
+    prompts.append(entry["prompt"])
   return tuple(prompts), lines
 
 
 def read_text(file: pathlib.Path) -> str:
-  """A file in UTF-8; ValueError if it is none, or holds only blanks."""
+  """Reads a file in UTF-8; ValueError if it is not, or holds only blanks."""
   try:
     text = file.read_bytes().decode("utf-8-sig")
   except (FileNotFoundError, IsADirectoryError) as error:
@@ -235,7 +246,7 @@ def read_text(file: pathlib.Path) -> str:
     ) from error
   except UnicodeDecodeError as error:
     raise ValueError(
-      f"--prompts={file} is no text in UTF-8 ({error}): expected a prompt in"
+      f"--prompts={file} is not text in UTF-8 ({error}): expected a prompt in"
       " each line, or file."
     ) from error
   if not text.strip():
@@ -244,7 +255,7 @@ def read_text(file: pathlib.Path) -> str:
 
 
 def check_prompts(prompts: Sequence[str], where: str, start: int = 0) -> None:
-  """ValueError for none at all, and for the first that is no line of text."""
+  """ValueError if there are no prompts, or one is not a line of plain text."""
   if not prompts:
     raise ValueError("prompts: expected at least one.")
   for number, prompt in enumerate(prompts, start):

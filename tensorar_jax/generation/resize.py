@@ -1,10 +1,10 @@
 """Bicubic resizing as PyTorch's `interpolate` does it, for evaluation.
 
 Output pixel i lies at x = (i + 1/2) in / out - 1/2 of the input and mixes the
-four pixels around it with Keys' kernel, a = -3/4, whatever the scale: nothing
-is smoothed when the image shrinks, and the edge pixels stand for all beyond
-them. `jax.image.resize` has a = -1/2, drops what lies beyond the edge, and
-smooths. Published numbers at 384 pixels were measured on images made so.
+four pixels around x with Keys' kernel, a = -3/4, at any scale: shrinking does
+not smooth, and edge pixels are repeated outwards. `jax.image.resize` has
+a = -1/2, leaves out pixels beyond the edge, and smooths. Published numbers at
+384 pixels were measured on images resized in this way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ A = -0.75
 def resize_bicubic(
   images: Float[Array, "B h w C"], size: tuple[int, int]
 ) -> Float[Array, "B H W C"]:
-  """Images of `size` (height, width), not clipped."""
+  """Resizes images to `size` (height, width), without clipping values."""
   if min(*size, *images.shape[1:3]) < 1:
     raise ValueError(
       f"cannot resize images {images.shape} to {size}; expected positive sizes"

@@ -5,16 +5,16 @@ A folder of samples holds
   settings.json   what the images depend on; claims the folder
   images-*.npy    shards, until the run is complete
   samples.npz     arr_0 uint8 [n, h, w, C], arr_1 int64 [n], not compressed:
-                  the layout of the ADM evaluation suite; for classes read
-                  numbers of prompts where images are made from text
+                  the layout of the ADM evaluation suite; arr_1 holds classes,
+                  or numbers of prompts where images are made from text
   manifest.json   the settings, and the digest of the npz; written last
   grid.png, refinement.png and .gif, 000000.png or prompt_000_image_00.png, ...
                   or, instead of these, the files of a benchmark's layout
 
-Image i comes from (seed, i) and its class or prompt alone, so shards can be
-drawn by any process on any devices, and what is missing after a kill is drawn
-again to the same bytes. Memory holds two batches, whatever the number of
-images; the disk twice the images while the npz is put together.
+Image i depends on (seed, i) and its class or prompt alone, so any process can
+draw a shard on any devices, and shards that are missing after a kill are drawn
+again to the same bytes. Memory holds two batches, for any number of images;
+the disk holds the images twice while the npz is put together.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
+import math
 import os
 import pathlib
 import platform
@@ -39,7 +40,7 @@ from jaxtyping import Int, UInt8
 from tensorar_jax.checkpoints import files, orbax_io, resumable
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
-from tensorar_jax.experiment.schema import Stage
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import batches, npz, pictures
 from tensorar_jax.generation.requests import Request, condition
 from tensorar_jax.interfaces import Samples, Tokenizer
@@ -58,8 +59,8 @@ Overview = Callable[[Images, Int[np.ndarray, "n T k F"]], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-  """Where the files of a run are."""
+class Target:
+  """Where the files of a run go."""
 
   folder: pathlib.Path
   npz: pathlib.Path
@@ -78,110 +79,114 @@ def sample(
   output: str | os.PathLike | None = None,
   batch_size: int | None = None,
   pngs: bool | None = None,
-) -> Place:
+) -> Target:
   """Samples a trained stage into files, or goes on where that was stopped.
 
   Args:
     stages: of an experiment.
-    workdir: the folder that holds the stages'.
+    workdir: the folder that holds the stages' folders.
     request: which images.
     stage: its name; by default the last one that can be sampled.
     output: a folder, or NAME.npz with the other files in the folder NAME; by
       default `<stage>/samples/<number>`, a new number for other settings.
     batch_size: images at once, over this process's devices.
-    pngs: whether images are PNGs too; default: up to PNGS_UP_TO, and layouts.
+    pngs: whether to write PNGs too; a layout always does. By default up to
+      PNGS_UP_TO images.
   """
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected at least 1.")
   name = drawable(stages, stage)
-  chosen, home = stages[name], workdir / name
-  found = orbax_io.find(home, request.step)
+  chosen, stage_folder = stages[name], workdir / name
+  checkpoint = orbax_io.find(stage_folder, request.step)
   mesh = sharding.local_mesh(chosen.mesh)
-  conditioning, made_of = condition(request, name, chosen, mesh)
+  conditioning, described = condition(request, name, chosen, mesh)
   tokenizer = build.frozen_tokenizer(chosen, workdir)
   sampling = chosen.sampling
   labels = request.labels(conditioning.num_classes)
   settings = {
-    **{"format": FORMAT, "stage": name, "shard_size": SHARD_SIZE},
+    "format": FORMAT,
+    "stage": name,
+    "shard_size": SHARD_SIZE,
     **dataclasses.asdict(request),
-    **made_of,
+    **described,
     "sampling": dataclasses.asdict(sampling),
-    "checkpoint": _checkpoint(chosen, found),
+    "checkpoint": _checkpoint(chosen, checkpoint),
     "tokenizer": encoder.identity(tokenizer),
     "software": software(),
   }
   settings = files.as_json(settings)
-  share = jax.process_index(), jax.process_count()
-  place = choose_place(output, home / "samples", settings, share[1])
-  last = share[0] == 0
-  if not place.complete:
-    sampler = batches.Sampler(
-      build.load_stage(chosen, found, mesh),
-      conditioning,
-      sampling,
-      request.seed,
-      mesh,
-    )
+  worker = resumable.Worker.of_this_process()
+  target = choose_target(
+    output, stage_folder / "samples", settings, worker.count
+  )
+  completes = worker.is_first
+  if not target.complete:
+    model = build.load_tensorar(chosen, checkpoint, mesh)
+    sampler = batches.Sampler(model, conditioning, sampling, request.seed, mesh)
     draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
     overview = functools.partial(
-      _save_overview, place.folder, tokenizer, request
+      _save_overview, target.folder, tokenizer, request
     )
-    last = write(draw, labels, place, settings, overview=overview, share=share)
-  few = len(labels) <= PNGS_UP_TO if pngs is None else pngs
-  if last and (few or request.layout):
-    write_pngs(place, len(labels), request)
-  if place.complete:
-    print(f"{len(labels)} images of {name}: {place.npz}")
-  return place
+    completes = write(
+      draw, labels, target, settings, overview=overview, worker=worker
+    )
+  if pngs is None:
+    pngs = len(labels) <= PNGS_UP_TO
+  if completes and (pngs or request.layout):
+    write_pngs(target, len(labels), request)
+  if target.complete:
+    print(f"{len(labels)} images of {name}: {target.npz}")
+  return target
 
 
 def drawable(stages: Mapping[str, Stage], stage: str | None) -> str:
-  """The stage, by default the last one that draws images."""
+  """The name of a stage that draws images, by default of the last one."""
   known = [n for n, s in stages.items() if s.objective == "tensorar"]
-  return build.choose("--stage", stage or known[-1], known)
+  return choose("--stage", stage or known[-1], known)
 
 
 def _drawing(sampler, tokenizer, num_images, resize, batch_size) -> Draw:
-  """What draws the images of a shard, in batches of about equal size."""
-  shard = min(SHARD_SIZE, num_images)
-  most = batch_size or BATCH_PER_DEVICE * jax.local_device_count()
-  batch_size = -(-shard // -(-shard // most))
+  """A function that draws a shard, in batches of about equal size."""
+  shard_size = min(SHARD_SIZE, num_images)
+  largest = batch_size or BATCH_PER_DEVICE * jax.local_device_count()
+  num_batches = math.ceil(shard_size / largest)
+  batch_size = math.ceil(shard_size / num_batches)
   size = (resize, resize) if resize else None
-  # Once here, and not for every shard.
+  # Replicated once here, not for every shard.
   tokenizer = sharding.replicate(tokenizer, sampler.mesh)
   return lambda labels, first: sampler.images(
     tokenizer, labels, batch_size, first, size
   )
 
 
-def _checkpoint(stage: Stage, found: pathlib.Path) -> dict[str, Any]:
-  """Which weights: the metadata of the checkpoint, its step, EMA or not."""
-  own = {"step": int(found.name), "ema": stage.is_averaged}
-  return own | orbax_io.read_meta(found)
+def _checkpoint(stage: Stage, checkpoint: pathlib.Path) -> dict[str, Any]:
+  """Identifies the weights: step, EMA or not, metadata of the checkpoint."""
+  weights = {"step": int(checkpoint.name), "ema": stage.is_averaged}
+  return weights | orbax_io.read_meta(checkpoint)
 
 
 def software() -> dict[str, Any]:
-  """What else the last bits of an image, or of its features, depend on."""
+  """Versions and settings that the last bits of images and features need."""
   packages = ("jax", "jaxlib", "flax", "numpy")
   versions = {name: importlib.metadata.version(name) for name in packages}
   return {
     "python": platform.python_version(),
     **versions,
     "device": jax.local_devices()[0].device_kind,
-    "matmul_precision": jax.config.jax_default_matmul_precision,
+    "matmul_precision": jax.config.values["jax_default_matmul_precision"],
   }
 
 
 # --- files -------------------------------------------------------------------
 
 
-def choose_place(
+def choose_target(
   output: str | os.PathLike | None,
   numbered: pathlib.Path,
   settings: dict[str, Any],
   process_count: int = 1,
-) -> Place:
-  """The place of a run; ValueError if it holds anything else.
+) -> Target:
+  """Where a run goes; ValueError if anything else is there.
 
   Without `output` it is the folder of `numbered` that has these settings, or
   else a new one.
@@ -191,25 +196,27 @@ def choose_place(
       f"{process_count} processes sample together: name the folder that they"
       " share with --output."
     )
-  path = pathlib.Path(output or _number(numbered, settings))
+  path = pathlib.Path(output or _numbered_folder(numbered, settings))
   path = path.expanduser().absolute()
   is_file = path.suffix == ".npz"
   folder = path.with_suffix("") if is_file else path
-  place = Place(folder, path if is_file else folder / "samples.npz")
+  target = Target(folder, path if is_file else folder / "samples.npz")
   if not (folder / resumable.SETTINGS).exists():
-    there = [place.npz] if place.npz.exists() else folder.glob("*")
+    present = [target.npz] if target.npz.exists() else folder.glob("*")
     # Another process may be about to claim it for the same settings.
-    there = [p for p in there if not p.name.startswith(resumable.SETTINGS)]
-    if there:
+    present = [p for p in present if not p.name.startswith(resumable.SETTINGS)]
+    if present:
       raise ValueError(
-        f"{there[0]} is there already, and not from this run: name a new"
+        f"{present[0]} is there already, and not from this run: name a new"
         " --output."
       )
   resumable.claim_settings(folder, settings, "samples")
-  return place
+  return target
 
 
-def _number(parent: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
+def _numbered_folder(
+  parent: pathlib.Path, settings: dict[str, Any]
+) -> pathlib.Path:
   folders = sorted(p for p in parent.glob("*") if p.name.isdigit())
   for folder in folders:
     file = folder / resumable.SETTINGS
@@ -222,36 +229,35 @@ def _number(parent: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
 def write(
   draw: Draw,
   labels: Int[np.ndarray, "n"],
-  place: Place,
+  target: Target,
   settings: dict[str, Any],
   *,
   overview: Overview | None = None,
-  share: tuple[int, int] = (0, 1),
+  worker: resumable.Worker = resumable.Worker(),
 ) -> bool:
-  """Draws this process's shards; puts the npz together once all are there.
+  """Draws this process's shards; joins the npz once all are there.
 
   Args:
     draw: yields (images, samples) in batches.
     labels: of all images of the run.
-    place: of `choose_place`, for `settings`.
-    settings: what the manifest says, and "shard_size".
+    target: of `choose_target`, for `settings`.
+    settings: for the manifest; "shard_size" among them.
     overview: takes the first shard, and the drafts of the very first images.
-    share: (index, count) of the processes that work on the same place.
+    worker: this process, of those that work on the same run.
 
   Returns:
-    Whether this process has completed the run. Others have still to finish, or
-    have completed it, if not.
+    Whether this process has completed the run; if not, others have still to
+    finish or have completed it.
   """
-  resumable.check_share(*share)
   name, size = "images-{}.npy", settings["shard_size"]
-  shards = resumable.shards(place.folder, name, len(labels), size)
-  missing = resumable.to_do(shards, *share)
-  # Asked last: who completes a run removes its shards after that.
-  if place.complete:
-    return share[0] == 0
+  shards = resumable.shards(target.folder, name, len(labels), size)
+  missing = resumable.to_do(shards, worker)
+  # Asked last: whoever completes a run removes its shards afterwards.
+  if target.complete:
+    return worker.is_first
   logging.info(
     "%s: %d of %d shards of %d images are there, this process draws %d",
-    place.folder,
+    target.folder,
     sum(file.exists() for file in shards),
     len(shards),
     size,
@@ -265,16 +271,16 @@ def write(
     first = overview if positions.start == 0 else None
     _write_shard(file, len(positions), drawn_batches, progress, first)
   # The last to draw, or the first process where nothing was left to draw.
-  last = bool(missing) or share[0] == 0
-  if place.complete or not resumable.all_there(place.folder, list(shards)):
+  completes = bool(missing) or worker.is_first
+  if target.complete or not resumable.all_there(target.folder, list(shards)):
     return False
-  if last:
-    _complete(place, list(shards), labels, settings)
-  return last
+  if completes:
+    _complete(target, list(shards), labels, settings)
+  return completes
 
 
 def _write_shard(file, count, drawn_batches, progress, overview) -> None:
-  """One shard under its name, or nothing but a `.partial` file."""
+  """Writes one shard, or leaves a `.partial` file if it is interrupted."""
   drafts = []
 
   def images():
@@ -291,52 +297,51 @@ def _write_shard(file, count, drawn_batches, progress, overview) -> None:
       overview(np.load(partial, mmap_mode="r"), np.concatenate(drafts))
 
 
-def _complete(place, shards, labels, settings) -> None:
+def _complete(target, shards, labels, settings) -> None:
   """Joins the shards to the npz, writes the manifest, removes the shards."""
   try:
-    with files.replacing(place.npz, sync=True) as partial:
-      shape = npz.join(partial, shards, labels)
+    with files.replacing(target.npz, sync=True) as partial:
+      shape = npz.join_shards(partial, shards, labels)
       with partial.open("rb") as written:
         digest = hashlib.file_digest(written, "sha256").hexdigest()
   except FileNotFoundError:
-    if not place.complete:  # by another process, at the same moment
+    if not target.complete:  # by another process, at the same moment
       raise
     return
-  result = {"npz": place.npz.name, "sha256": digest, "shape": shape}
+  result = {"npz": target.npz.name, "sha256": digest, "shape": shape}
   if not settings.get("prompts"):
     counts = np.unique(labels, return_counts=True)[1]
     result["classes_drawn"] = len(counts)
     result["images_per_class"] = [int(counts.min()), int(counts.max())]
-  files.write_json(place.folder / MANIFEST, settings | result)
-  old = (
-    *place.folder.glob("images-*.npy*"),
-    *place.npz.parent.glob(f"{place.npz.name}.*.partial"),
-  )
-  for file in old:
+  files.write_json(target.folder / MANIFEST, settings | result)
+  shards = target.folder.glob("images-*.npy*")
+  partials = target.npz.parent.glob(f"{target.npz.name}.*.partial")
+  for file in (*shards, *partials):
     file.unlink(missing_ok=True)
 
 
 # --- pictures ----------------------------------------------------------------
 
 
-def write_pngs(place: Place, num_images: int, request: Request) -> None:
-  """The images of the npz in files of their own; those that are there stay."""
+def write_pngs(target: Target, num_images: int, request: Request) -> None:
+  """Writes the images of the npz one by one; existing files are kept."""
   parts = [
     part
     for part in resumable.positions(num_images, request.together)
-    if not all((place.folder / name).exists() for name in request.names(part))
+    if not all((target.folder / name).exists() for name in request.names(part))
   ]
   progress = resumable.Progress("PNG files", sum(map(len, parts)))
-  read = npz.SampleFile(place.npz).read(parts)
+  read = npz.SampleFile(target.npz).read(parts)
 
   def write_part(part: range, images: Images) -> None:
     contents = request.contents(part, images)
     for name, content in zip(request.names(part), contents, strict=True):
-      _write_picture(place.folder / name, content)
+      _write_picture(target.folder / name, content)
 
   with futures.ThreadPoolExecutor() as pool:
-    for some in resumable.positions(len(parts), -(-100 // request.together)):
-      chosen = parts[some.start : some.stop]
+    group_size = math.ceil(100 / request.together)
+    for group in resumable.positions(len(parts), group_size):
+      chosen = parts[group.start : group.stop]
       images = list(itertools.islice(read, len(chosen)))
       list(pool.map(write_part, chosen, images))
       progress.add(sum(map(len, chosen)))
@@ -360,13 +365,13 @@ def _save_overview(
   images: Images,
   drafts: Int[np.ndarray, "n T k F"],
 ) -> None:
-  """The grid of the first images and, for k > 1, the refinement of a few."""
+  """Draws the grid of the first images and, for k > 1, a few refinements."""
   if request.layout:
-    return  # An image there may have the name of one of these.
+    return  # an image of the layout may have the name of one of these
   grid, titles = request.grid(images)
   pictures.save_sample_grids(folder / "grid.png", {"": grid}, titles)
   if drafts.shape[2] > 1:
     strip, changed = batches.refinement(tokenizer, drafts)
-    shown = {"": strip}, {"": changed}
-    pictures.save_refinement(folder / "refinement.png", *shown)
-    pictures.save_refinement_gif(folder / "refinement.gif", *shown)
+    strips, changed = {"": strip}, {"": changed}
+    pictures.save_refinement(folder / "refinement.png", strips, changed)
+    pictures.save_refinement_gif(folder / "refinement.gif", strips, changed)

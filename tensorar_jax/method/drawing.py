@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def guidance_text(scale: Guidance) -> str:
 
 
 def guide(
-  logits: Float[Array, "both *n V"], scale: Float[Array, ""]
+  logits: Float[Array, "both *n V"], scale: Float[Array | np.ndarray, ""]
 ) -> Float[Array, "half *n V"]:
   """Returns uncond + scale (cond - uncond) of a [cond | uncond] batch.
 
@@ -229,7 +229,9 @@ class DrawingRule(Protocol):
 class InverseCDF:
   """Temperature, top-k, top-p, then the CDF inverted at a uniform number."""
 
-  looks: ClassVar[int] = 0
+  @property
+  def looks(self) -> int:
+    return 0
 
   def draw(self, f, uniform, logits, tokens, earlier, config):
     del f, tokens, earlier

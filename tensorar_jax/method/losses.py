@@ -51,7 +51,7 @@ def cross_entropy(
   logits: tuple[Float[Array, "*n _"], ...], targets: Int[Array, "*n F"]
 ) -> tuple[Float[Array, "*n"], Bool[Array, "*n"]]:
   """Returns (CE summed over sub-tokens in nats, all their argmax correct)."""
-  total, correct = 0.0, True
+  total, correct = jnp.zeros(()), jnp.ones((), bool)
   for f, scores in enumerate(logits):
     target = targets[..., f]
     scores = scores.astype(jnp.float32)
@@ -65,7 +65,7 @@ def tensor_cross_entropy(
   logits: Callable,
   hidden: Float[Array, "B T k D"],
   targets: Int[Array, "B T k F"],
-  valid: Bool[Array, "*b T k"],
+  valid: Bool[Array | np.ndarray, "*b T k"],
   weights: Float[np.ndarray, "k"],
   rng: Key | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -88,7 +88,7 @@ def tensor_cross_entropy(
       return batch * (length - j)
     return jnp.maximum(jnp.sum(valid[..., j]), 1)
 
-  loss, metrics = 0.0, {}
+  loss, metrics = jnp.zeros(()), {}
   for j in range(window):
     ce, correct = slot(
       hidden[:, :, j],

@@ -54,6 +54,8 @@ def random_rate(
   config: LossConfig, step: Int[Array, ""] | Int[np.ndarray, "n"]
 ) -> Float[Array, "..."]:
   """Returns the share of images in random order at a step."""
+  if config.random_order is None:
+    return jnp.zeros(())
   first, last = config.random_order
   return jnp.clip(1 - (step - first) / (last - first), 0, 1)
 

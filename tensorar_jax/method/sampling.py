@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.method.windows import valid_slots
 from tensorar_jax.nn import layers
-from tensorar_jax.parallel import sharding
+from tensorar_jax.parallel import sharding, weights
 
 
 @struct.dataclass
@@ -81,7 +81,8 @@ class SamplingProgram:
   Attributes:
     config: how tokens are drawn; its guidance is in the inputs' scales.
     platform: what it runs on: "cpu", "gpu" or "tpu".
-    mesh: what splits the rows; None is one device.
+    mesh: the mesh of the inputs, which splits the rows if it has several
+      devices; None is one device without a mesh.
   """
 
   config: SamplingConfig
@@ -199,19 +200,19 @@ class WindowDrawer:
 
 
 def _platform_and_mesh(cond) -> tuple[str, Mesh | None]:
-  """Returns where a condition is: (platform, mesh or None for one device)."""
+  """Returns where a condition is: (platform, its mesh if it has one)."""
   layout = getattr(jax.tree.leaves(cond)[0], "sharding", None)
   if layout is None:
     return sharding.platform(), None
   platform = sharding.platform_of(next(iter(layout.device_set)))
-  if not isinstance(layout, NamedSharding) or layout.num_devices == 1:
+  if not isinstance(layout, NamedSharding):
     return platform, None
   if layout.mesh.axis_names != sharding.AXES:
     raise ValueError(
       f"the condition is on a mesh of {layout.mesh.axis_names}: expected one of"
       f" {sharding.AXES}. Make it by sharding.make_mesh."
     )
-  return platform, layout.mesh
+  return platform, cast(Mesh, layout.mesh)  # of devices, as they are here
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "program"))
@@ -219,8 +220,8 @@ def _generate(graphdef, state, inputs: SamplingInputs, program):
   """`generate`, compiled once for each `SamplingProgram`."""
   graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
   run = functools.partial(_generate_rows, graphdef, program)
-  if not program.mesh:
-    with sharding.on_one_device(program.platform):
+  if program.mesh is None or program.mesh.size == 1:
+    with sharding.on_one_device(program.platform, program.mesh):
       return run(state, inputs)
   # Left to the partitioner, [cond | null] would be one batch to split, and the
   # halves of an image would meet across devices at every token. Rows are split
@@ -289,7 +290,7 @@ def _generate_rows(graphdef, program, state, inputs: SamplingInputs):
   return Samples(tokens=drafts[:, :, 0], drafts=drafts, logits=logits)
 
 
-def in_compute_dtype(model: nnx.Module) -> nnx.Module:
+def in_compute_dtype(model: weights.Model) -> weights.Model:
   """Returns a copy with weights in the dtype that their module computes in.
 
   The results are the same. But every step reads the weights, and some compilers
@@ -297,11 +298,13 @@ def in_compute_dtype(model: nnx.Module) -> nnx.Module:
   """
   model = nnx.merge(*nnx.split(model))
   for _, module in list(nnx.iter_modules(model)):
-    size = jnp.dtype(getattr(module, "dtype", None) or "float32").itemsize
+    dtype = jnp.dtype(getattr(module, "dtype", None) or "float32")
     for name in ("kernel", "embedding"):
       weight = getattr(module, name, None)
-      if isinstance(weight, nnx.Param) and size < weight.dtype.itemsize:
-        setattr(module, name, nnx.Param(weight[...].astype(module.dtype)))
+      if (
+        isinstance(weight, nnx.Param) and dtype.itemsize < weight.dtype.itemsize
+      ):
+        setattr(module, name, nnx.Param(weight[...].astype(dtype)))
   return model
 
 

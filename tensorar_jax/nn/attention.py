@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,9 @@ def plain(q, k, v, mask: Mask, rate: float = 0.0, rng: Key | None = None):
   return out.astype(q.dtype).reshape(b, n, m, h)
 
 
-def cudnn(q, k, v, mask: Mask, implementation: str = "cudnn"):
+def cudnn(
+  q, k, v, mask: Mask, implementation: Literal["cudnn", "xla"] = "cudnn"
+):
   """Attention of whole sequences by `jax.nn`; "xla" runs on any device."""
   # JAX trains by cuDNN on even lengths alone. No row sees the added one, and
   # what that gets is cut off again.

@@ -63,11 +63,11 @@ class Model(nnx.Module):
     self, features: Float[Array | np.ndarray, "B n"]
   ) -> Float[Array, "B c"]:
     """The class logits of features."""
-    return self.out(features)
+    return self.out(jnp.asarray(features))
 
   def loss(self, batch: Batch, rng: Key):
     """Cross-entropy with 20 % dropout on the features, and accuracy."""
-    features = self.features(batch["image"])
+    features = self.features(jnp.asarray(batch["image"]))
     keep = jax.random.bernoulli(rng, 0.8, features.shape)
     logits = self.classify(jnp.where(keep, features / 0.8, 0.0))
     label = batch["label"]

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.core
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -56,10 +57,10 @@ def _count(jaxpr: core.Jaxpr) -> int:
 def _count_equation(equation: core.JaxprEqn) -> int:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
-    left = equation.invars[0].aval.shape
+    left = _shape(equation.invars[0])
     (contracted, _), _ = params["dimension_numbers"]
     inner = math.prod(left[axis] for axis in contracted)
-    return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+    return 2 * inner * math.prod(_shape(equation.outvars[0]))
   if name == "conv_general_dilated":
     return _count_convolution(equation)
   inner = [_count(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
@@ -73,13 +74,17 @@ def _count_equation(equation: core.JaxprEqn) -> int:
   return _repeats(name, params) * sum(inner)
 
 
+def _shape(operand: core.Var | core.Literal) -> tuple[int, ...]:
+  return cast(jax.core.ShapedArray, operand.aval).shape
+
+
 def _count_convolution(equation: core.JaxprEqn) -> int:
-  kernel = equation.invars[1].aval.shape
+  kernel = _shape(equation.invars[1])
   features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
   # Of an input spread out by zeros, the zeros are not multiplied.
   spread = math.prod(equation.params["lhs_dilation"])
   inner = math.prod(kernel) // features
-  return 2 * inner * math.prod(equation.outvars[0].aval.shape) // spread
+  return 2 * inner * math.prod(_shape(equation.outvars[0])) // spread
 
 
 def _repeats(name: str, params: dict) -> int:

@@ -15,7 +15,7 @@ def from_uint8(
   images: UInt8[Array | np.ndarray, "*n h w C"],
 ) -> Float32[Array, "*n h w C"]:
   """Bytes -> [-1, 1] as x / 127.5 - 1: what is trained here."""
-  return images.astype(jnp.float32) / 127.5 - 1.0
+  return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
 
 
 def normalise(

@@ -39,6 +39,7 @@ class Levels:
 
   channels: int
   channel_multipliers: tuple[int, ...]
+  image_channels: int
 
   @property
   def widths(self) -> tuple[int, ...]:
@@ -107,9 +108,12 @@ def check_sub_tokens(tokens: Array, vocab_sizes: tuple[int, ...]) -> None:
 class ImageTokenizer(nnx.Module):
   """Encodes and decodes by a family's network and quantiser.
 
-  A family sets `config`, which has `Levels` and `image_channels`, `grid` and
-  `vocab_sizes`, and has the four methods below.
+  A family sets the attributes and has the four methods below.
   """
+
+  config: Levels
+  grid: Grid
+  vocab_sizes: tuple[int, ...]
 
   @abc.abstractmethod
   def latents(self, images: Images) -> Latents:

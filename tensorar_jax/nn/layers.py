@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from jaxtyping import Array, Float
 
 from tensorar_jax.interfaces import Cache, Key
 from tensorar_jax.nn.attention import attention, dropout
-from tensorar_jax.parallel import sharding
+from tensorar_jax.parallel import sharding, weights
+
+Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 def normal_init(rng: Key, shape, dtype=jnp.float32) -> Array:
@@ -110,10 +112,13 @@ class LayerCache:
     if self.layer is None:
       start = (0, 0, self.end, 0)
       write = jax.lax.dynamic_update_slice
-      new = self.replace(k=write(self.k, k, start), v=write(self.v, v, start))
+      new = dataclasses.replace(
+        self, k=write(self.k, k, start), v=write(self.v, v, start)
+      )
       return new, new.k, new.v
     start = (self.layer, 0, 0, self.end, 0)
-    new = self.replace(
+    new = dataclasses.replace(
+      self,
       k=jax.lax.dynamic_update_slice(self.k, k[None], start),
       v=jax.lax.dynamic_update_slice(self.v, v[None], start),
     )
@@ -141,6 +146,11 @@ REMAT = {
 }
 
 
+@runtime_checkable
+class _HasRemat(Protocol):
+  remat: str
+
+
 def set_remat(model: nnx.Module, name: str) -> None:
   """Sets the REMAT policy of every module that has a `remat`, as `Layers` has.
 
@@ -149,7 +159,7 @@ def set_remat(model: nnx.Module, name: str) -> None:
   if name not in REMAT:
     raise ValueError(f"remat={name!r}: choose one of {tuple(REMAT)}.")
   for _, module in nnx.iter_modules(model):
-    if hasattr(module, "remat"):
+    if isinstance(module, _HasRemat):
       module.remat = name
 
 
@@ -161,10 +171,18 @@ def checkpoint(function: Callable, remat: str, in_scan: bool = False):
   return jax.checkpoint(function, policy=REMAT[remat], prevent_cse=not in_scan)
 
 
-class Layers(nnx.Module):
+class Layers(nnx.Module, Generic[Layer]):
   """`num_layers` equal layers with parameters stacked on a leading axis."""
 
-  def __init__(self, make: Callable, num_layers: int, rngs: nnx.Rngs):
+  # One module with stacked weights, or one for each layer; see `for_decoding`.
+  stacked: Layer | nnx.List[Layer]
+
+  def __init__(
+    self,
+    make: Callable[[nnx.Rngs], Layer],
+    num_layers: int,
+    rngs: nnx.Rngs,
+  ):
     self.num_layers, self.remat = num_layers, "none"
     self.stacked = nnx.vmap(make)(rngs.split(num_layers))
 
@@ -196,7 +214,7 @@ class Layers(nnx.Module):
         x, view = apply(layer, x, LayerCache(k, v, cache.end))
         keys.append(view.k)
         values.append(view.v)
-      return x, cache.replace(k=tuple(keys), v=tuple(values))
+      return x, dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
     graphdef, params = nnx.split(self.stacked)
 
     def body(carry, scanned):
@@ -207,9 +225,9 @@ class Layers(nnx.Module):
 
     numbered = (params, jnp.arange(self.num_layers))
     (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), numbered)
-    return x, cache.replace(k=k, v=v)
+    return x, dataclasses.replace(cache, k=k, v=v)
 
-  def each(self) -> list[nnx.Module]:
+  def each(self) -> list[Layer]:
     """The layers one by one, with slices of the stacked parameters."""
     if self.is_single:
       return list(self.stacked)
@@ -233,7 +251,7 @@ class Layers(nnx.Module):
     return Cache(k=empty, v=empty, end=end)
 
 
-def for_decoding(model: nnx.Module, platform: str) -> nnx.Module:
+def for_decoding(model: weights.Model, platform: str) -> weights.Model:
   """Returns a copy of `model` in the form in which `platform` decodes fastest.
 
   On TPUs layers stay stacked. Elsewhere they become single, and on CPUs the
@@ -261,7 +279,7 @@ def is_for_decoding(model: nnx.Module) -> bool:
   )
 
 
-def single_layers(model: nnx.Module) -> nnx.Module:
+def single_layers(model: weights.Model) -> weights.Model:
   """Returns a copy of `model` whose layers have arrays of their own.
 
   Then no step slices the weights and the cache of a layer out of stacked ones.
@@ -291,24 +309,17 @@ def transposed_projections(model: nnx.Module) -> nnx.Module:
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-  """Sizes and rates of one `Block`; widths in features, rates in [0, 1).
-
-  `head_dim` None is width / num_heads.
-  """
+  """Sizes and rates of one `Block`; widths in features, rates in [0, 1)."""
 
   width: int
   num_heads: int
   num_kv_heads: int
+  head_dim: int
   mlp_width: int
   norm_eps: float = 1e-5
   residual_dropout: float = 0.0
   mlp_dropout: float = 0.0
   dtype: str = "float32"
-  head_dim: int | None = None
-
-  def __post_init__(self):
-    if self.head_dim is None:
-      object.__setattr__(self, "head_dim", self.width // self.num_heads)
 
 
 class Linear(nnx.Linear):
@@ -320,7 +331,7 @@ class Linear(nnx.Linear):
     With few rows a CPU multiplies 1.3 to 2 times as fast if the weights are on
     the left and both operands are contracted on their last axis.
     """
-    kernel = self.kernel[...].astype(self.dtype or self.param_dtype)
+    kernel = self.weight.astype(self.dtype or self.param_dtype)
     # Else XLA would take the transposition into the product, and back.
     self.transposed = nnx.Param(jax.lax.optimization_barrier(kernel.T))
     self.kernel = None
@@ -347,7 +358,7 @@ class Linear(nnx.Linear):
     )
     y = jax.lax.optimization_barrier(y)  # or XLA swaps the operands
     y = y.T.astype(weight.dtype)
-    return y + self.bias[...].astype(y.dtype) if self.use_bias else y
+    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def linear(

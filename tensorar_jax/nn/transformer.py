@@ -110,7 +110,7 @@ class CausalTransformer(nnx.Module):
       (x.shape[0], self.num_kv_heads, rows, self.head_dim), x.dtype
     )
     context = {n: cond[n] for n in self.cached_condition if n in cond}
-    return self._run_cached(x, cache.replace(context=context))
+    return self._run_cached(x, dataclasses.replace(cache, context=context))
 
   def decode(
     self, x: Float[Array, "B D"], cache: Cache
@@ -163,7 +163,7 @@ class CausalTransformer(nnx.Module):
 
     x, cache = self.blocks.cached(apply, x, cache)
     hidden = self.apply_final_norm(x, position)[:, -1]
-    return hidden, cache.replace(end=cache.end + length)
+    return hidden, dataclasses.replace(cache, end=cache.end + length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +220,7 @@ class RotaryConfig:
       width=self.width,
       num_heads=self.num_heads,
       num_kv_heads=self.num_kv_heads or self.num_heads,
+      head_dim=self.width // self.num_heads,
       mlp_width=rounded,
       norm_eps=self.norm_eps,
       residual_dropout=self.residual_dropout,

@@ -21,9 +21,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -82,14 +83,16 @@ class MeshConfig:
     """The axes over so many devices; ValueError if they do not use them all."""
     sizes = dataclasses.astuple(self)
     known = math.prod(size for size in sizes if size > 0)
-    sizes = tuple(devices // known if size < 0 else size for size in sizes)
-    if math.prod(sizes) != devices:
+    data, fsdp, tensor = (
+      devices // known if size < 0 else size for size in sizes
+    )
+    if data * fsdp * tensor != devices:
       raise ValueError(
         f"mesh={dataclasses.asdict(self)} does not fit {devices} devices:"
         " expected sizes whose product is that. Set config.mesh, or leave one"
         " axis at -1."
       )
-    return sizes
+    return data, fsdp, tensor
 
 
 # --- meshes ------------------------------------------------------------------
@@ -160,7 +163,11 @@ def specs(model: nnx.Module) -> dict[str, PartitionSpec]:
       " `sharding_rules` of the module that holds them, (end of the path, axes"
       " of the last dimensions)."
     )
-  return {path: PartitionSpec(*axes) for path, axes in axes_of.items()}
+  return {
+    path: PartitionSpec(*axes)
+    for path, axes in axes_of.items()
+    if axes is not None
+  }
 
 
 def fit(
@@ -174,13 +181,18 @@ def fit(
   fitted = []
   for size, axes in zip(shape, padded, strict=True):
     kept = []
-    for axis in (axes,) if isinstance(axes, str) else axes or ():
+    for axis in _names(axes):
       parts = mesh.shape[axis]
       if parts > 1 and size % parts == 0:
         kept.append(axis)
         size //= parts
     fitted.append(tuple(kept) or None)
   return PartitionSpec(*fitted)
+
+
+def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+  """Returns the axes of one dimension of a spec."""
+  return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def layout(tree: Any, model: nnx.Module, mesh: Mesh) -> Any:
@@ -209,7 +221,7 @@ def shardings(like: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf.sharding, like)
 
 
-def shard(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+def shard(model: weights_lib.Model, mesh: Mesh) -> weights_lib.Model:
   """Puts a model's arrays on the mesh, by the rules."""
   skeleton, params, frozen = weights_lib.split(model)
   arrays = {**params, **frozen}
@@ -227,7 +239,7 @@ def bytes_of(tree: Any) -> tuple[int, int]:
   """Returns a tree's bytes: (on one device of this process, in all)."""
   here = total = 0
   for array in jax.tree.leaves(tree):
-    if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
       here += math.prod(array.sharding.shard_shape(array.shape)) * (
         array.dtype.itemsize
       )
@@ -245,7 +257,7 @@ def platform() -> str:
 
 
 def platform_of(device: Any) -> str:
-  """Its platform: "cpu", "gpu" or "tpu"; it need not be there."""
+  """Returns the platform of a device: "cpu", "gpu" or "tpu"."""
   return _family(device.platform)
 
 
@@ -258,15 +270,19 @@ def as_if_plain():
   return use_abstract_mesh(_one_device("cpu"))
 
 
-def on_one_device(wanted: str):
+def on_one_device(wanted: str, mesh: Mesh | None = None):
   """A context in which programs are traced for one device of a platform.
 
-  A single device has no mesh that would say what it is, and it need not be
-  that of the default backend: it may be compiled for, or one of several kinds.
+  By default a program is traced for the default backend. But the device may be
+  one that is compiled for and not there, or one of several kinds.
+
+  Args:
+    wanted: "cpu", "gpu" or "tpu".
+    mesh: that of the program's inputs, if they have one.
   """
   if wanted == platform():
     return contextlib.nullcontext()
-  return use_abstract_mesh(_one_device(wanted))
+  return use_abstract_mesh(mesh.abstract_mesh if mesh else _one_device(wanted))
 
 
 def _one_device(name: str) -> AbstractMesh:
@@ -289,8 +305,7 @@ def spec_of(x: jax.Array, *axes: Any) -> PartitionSpec:
   """
   mesh = jax.sharding.get_abstract_mesh()
   free = _free(mesh)
-  names = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
-  names += [()] * (x.ndim - len(axes))
+  names = [_names(axis) for axis in axes] + [()] * (x.ndim - len(axes))
   kept = [tuple(axis for axis in group if axis in free) for group in names]
   return fit(PartitionSpec(*kept), x.shape, mesh)
 
@@ -310,7 +325,7 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec_of(x, *axes))
 
 
-def gather(model: nnx.Module) -> nnx.Module:
+def gather(model: weights_lib.Model) -> weights_lib.Model:
   """Gathers a model's weights, so that none is split over `fsdp` any more.
 
   Stacked layers stay as they are: each is gathered when its turn comes. Left to
@@ -322,7 +337,8 @@ def gather(model: nnx.Module) -> nnx.Module:
   if not is_split():
     return model
   skeleton, params, frozen = weights_lib.split(model)
-  weight_specs, arrays = specs(model), {**params, **frozen}
+  weight_specs = specs(model)
+  arrays = cast(dict[str, jax.Array], {**params, **frozen})  # while tracing
   for path, array in arrays.items():
     if "/stacked/" not in path:
       axes = [_without(names, "fsdp") for names in weight_specs[path]]
@@ -331,9 +347,8 @@ def gather(model: nnx.Module) -> nnx.Module:
   return skeleton.merge(arrays)
 
 
-def _without(axes: Any, name: str) -> tuple[str, ...]:
-  axes = (axes,) if isinstance(axes, str) else axes or ()
-  return tuple(axis for axis in axes if axis != name)
+def _without(axes: str | Sequence[str] | None, name: str) -> tuple[str, ...]:
+  return tuple(axis for axis in _names(axes) if axis != name)
 
 
 # --- batches -----------------------------------------------------------------
@@ -366,7 +381,7 @@ def share(mesh: Mesh) -> Share:
   """
   count = row_parts(mesh)
   indices = rows(mesh).addressable_devices_indices_map((count,)).values()
-  starts = sorted({index[0].indices(count)[0] for index in indices})
+  starts = sorted({index[0].indices(count)[0] for index in indices if index})
   edges = [s for s in starts if s - 1 not in starts]  # where a run starts
   edges += [s + 1 for s in starts if s + 1 not in starts]  # and ends
   size = math.gcd(count, *edges)

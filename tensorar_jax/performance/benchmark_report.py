@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorar_jax.evaluation import tables
 from tensorar_jax.performance.workloads import OURS, Case, Work
 from tensorar_jax.reports import plots
 
@@ -96,12 +97,12 @@ def case_record(
   limits: Sequence[Row],
   peak: float | None = None,
 ) -> dict[str, Any]:
-  """A case with all that was measured of it, and what follows.
+  """Gathers all that was measured of a case, and what follows from it.
 
   "device_bytes" are what the devices held at most until then, if this case
   raised it, and null if a case before it needed as much.
   """
-  row = {"name": case.work.name, "program": case.program}
+  row: dict[str, Any] = {"name": case.work.name, "program": case.program}
   row |= dataclasses.asdict(case.work)
   if "error" in warm:
     return row | warm
@@ -220,9 +221,7 @@ def markdown(record: Mapping[str, Any]) -> str:
   parts = ["# Benchmark", "\n".join(f"- {s}" for s in heading(record))]
   for rows in (case_rows(record), ratio_rows(record)):
     if rows:
-      lines = ["| " + " | ".join(row) + " |" for row in rows]
-      lines.insert(1, "| --- " * len(rows[0]) + "|")
-      parts.append("\n".join(lines))
+      parts.append(tables.markdown(rows))
   return "\n\n".join([*parts, "![](benchmark.png)"]) + "\n"
 
 

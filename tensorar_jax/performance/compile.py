@@ -25,7 +25,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tensorar_jax.experiment import build
-from tensorar_jax.experiment.schema import Stage
+from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.method import sampling
 from tensorar_jax.nn import flops
 from tensorar_jax.parallel import chips, sharding, weights
@@ -75,7 +75,7 @@ def train_program(stage: Stage, mesh: Mesh) -> Program:
   """The train step of `train.fit` on batches of tokens."""
   config = stage.train
   sharding.check_batch(mesh, config.batch_size, config.accumulate)
-  model = weights.abstract(lambda rngs: build.model(stage, rngs))
+  model = weights.abstract(lambda rngs: build.tensorar(stage, rngs))
   task = loop.make_task(stage, pathlib.Path(), model, images=False)
   tx, state = loop.make_layout(stage, model, mesh)
   step, count = loop.make_step(stage, model, task, tx, state)
@@ -110,7 +110,7 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
       f"--batch_size={batch_size} on a mesh of {dict(mesh.shape)}: expected a"
       f" multiple of data * fsdp = {parts}."
     )
-  model = weights.abstract(lambda rngs: build.model(stage, rngs))
+  model = weights.abstract(lambda rngs: build.tensorar(stage, rngs))
   skeleton, params, frozen = weights.split(model)
   model = skeleton.merge(sharding.layout({**params, **frozen}, model, mesh))
   conditioning = build.conditioning(stage.conditioning)
@@ -179,7 +179,7 @@ def measure(program: Program, target: targets.Target) -> dict:
   peak = getattr(stats, "peak_memory_in_bytes", 0)
   memory["peak"] = max(peak, parts - memory["alias"])
   limit = target.chip.hbm_bytes if target.chip else math.inf
-  text = hlo.parse(compiled.as_text())
+  text = hlo.parse(compiled.as_text() or "")
   collectives = hlo.collectives(text, len(target.devices))
   xla = compiled.cost_analysis() or {}
   names = {"flops": "flops", "bytes": "bytes accessed"}
@@ -278,8 +278,8 @@ def report(
   if path and path.exists():
     raise ValueError(f"--output={path} is there already: name a new file.")
   known = [n for n, s in stages.items() if s.objective == "tensorar"]
-  name = build.choose("--stage", name or known[-1], known)
-  stage, devices = stages[name], len(target.devices)
+  chosen: str = choose("--stage", name or known[-1], known)
+  stage, devices = stages[chosen], len(target.devices)
   mesh = sharding.make_mesh(stage.mesh, target.devices)
   batch_size = batch_size or IMAGES_PER_DEVICE * devices
   programs = (
@@ -287,7 +287,7 @@ def report(
     sampler_program(stage, mesh, batch_size),
   )
   found = {
-    "stage": name,
+    "stage": chosen,
     "target": target.name,
     "devices": devices,
     "device_kind": target.devices[0].device_kind,
@@ -303,8 +303,8 @@ def report(
   names = [one["program"] for one in found["programs"] if not one["fits"]]
   if names:
     raise ValueError(
-      f"{target.name}: {' and '.join(names)} of stage {name} do not fit into a"
-      " device; see above. Split more by config.mesh.fsdp or .tensor, set"
+      f"{target.name}: {' and '.join(names)} of stage {chosen} do not fit into"
+      " a device; see above. Split more by config.mesh.fsdp or .tensor, set"
       " config.train.remat and .accumulate, or take a smaller batch."
     )
   return found

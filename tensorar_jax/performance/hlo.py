@@ -120,10 +120,12 @@ class Program:
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
       return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    if condition is None:
+      return None
     bounds = {
       int(found[1])
-      for line in self.computations[condition].values()
+      for line in self.computations[condition[1]].values()
       if line.op == "constant" and line.arrays[0].dims == ()
       if (found := re.match(r"(\d+)\)", line.rest))
     }
@@ -203,7 +205,7 @@ def sent(instruction: Instruction, devices: int) -> int:
   if instruction.op == "all-gather-start":  # its operands stand there as well
     total = total * n // (n + 1)
   shares = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1}
-  return int(total * shares.get(instruction.kind, (n - 1) / n))
+  return int(total * shares.get(instruction.kind or "", (n - 1) / n))
 
 
 def collectives(program: Program, devices: int) -> list[dict]:

@@ -100,7 +100,7 @@ class Limits:
     return found
 
 
-def _best(run: Callable[[], None]) -> float:
+def _best(run: Callable[[], object]) -> float:
   """The shortest of at least three runs, in seconds."""
   times: list[float] = []
   while len(times) < 3 or sum(times) < LIMIT_SECONDS:
@@ -108,7 +108,7 @@ def _best(run: Callable[[], None]) -> float:
   return min(times)
 
 
-def seconds(run: Callable[[], None], repeats: int = 1) -> float:
+def seconds(run: Callable[[], object], repeats: int = 1) -> float:
   """How long a run takes, on average over so many."""
   started = time.perf_counter()
   for _ in range(repeats):
@@ -126,9 +126,9 @@ def compile_clock() -> Iterator[Callable[[], float]]:
   """A function that says how long JAX has traced and compiled, in seconds."""
   spent: list[float] = []
 
-  def listen(event: str, duration: float, **_):
+  def listen(event: str, duration_secs: float, **_):
     if event.startswith("/jax/core/compile/"):
-      spent.append(duration)
+      spent.append(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
@@ -153,7 +153,7 @@ def resident() -> int | None:
   return _status("VmRSS")
 
 
-def watched(run: Callable[[], None], count: int) -> dict[str, float | None]:
+def watched(run: Callable[[], object], count: int) -> dict[str, float | None]:
   """{"seconds", "extra_bytes"} of so many runs; seconds are their mean.
 
   The bytes are what the process holds at its peak beyond what it held before;
@@ -164,8 +164,11 @@ def watched(run: Callable[[], None], count: int) -> dict[str, float | None]:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
   took = seconds(run, count)
-  peak = before and _status("VmHWM")
-  return {"seconds": took, "extra_bytes": peak and max(0, peak - before)}
+  peak = _status("VmHWM")
+  extra = None
+  if before is not None and peak is not None:
+    extra = max(0, peak - before)
+  return {"seconds": took, "extra_bytes": extra}
 
 
 def device_peak() -> int | None:

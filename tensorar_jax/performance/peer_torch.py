@@ -101,6 +101,8 @@ class Peer:
       stdout=subprocess.PIPE,
       text=True,
     )
+    assert self._process.stdin and self._process.stdout  # pipes
+    self._requests, self._answers = self._process.stdin, self._process.stdout
     try:
       self.about = self._ask(
         sizes=dataclasses.asdict(sizes),
@@ -115,9 +117,9 @@ class Peer:
 
   def _ask(self, **request) -> dict[str, Any]:
     try:
-      self._process.stdin.write(json.dumps(request) + "\n")
-      self._process.stdin.flush()
-      line = self._process.stdout.readline()
+      self._requests.write(json.dumps(request) + "\n")
+      self._requests.flush()
+      line = self._answers.readline()
     except BrokenPipeError:
       line = ""
     if not line:
@@ -139,7 +141,7 @@ class Peer:
 
   def close(self) -> None:
     """Ends the process."""
-    self._process.stdin.close()
+    self._requests.close()
     try:
       self._process.wait(timeout=30)
     except subprocess.TimeoutExpired:
@@ -172,7 +174,8 @@ class Llama:
     )
     torch.zeros((), device=device)  # an error where there is no such device
     torch.manual_seed(0)
-    self.make = lambda: transformers.LlamaForCausalLM(config).to(device)
+    # Its decorator hides the arguments of `to`.
+    self.make = lambda: transformers.LlamaForCausalLM(config).to(device)  # pyright: ignore[reportArgumentType]
     self._decoder = None
 
   def decoder(self, batch: int, mode: str):
@@ -301,6 +304,8 @@ def serve(requests, answers) -> None:
     if "run" in request:
       run = runs[json.dumps(request["run"])]
       return machine.watched(run, request["count"])
+    if llama is None:
+      raise ValueError("sizes have to come first")
     size = request["prepare"]
     make = llama.decoder if size["kind"] == "decode" else llama.trainer
     run = make(size["batch"], size["mode"])

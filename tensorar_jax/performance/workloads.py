@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import build, initial_weights
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import batches
+from tensorar_jax.interfaces import Cond
 from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import flops
@@ -87,7 +88,7 @@ class Case:
   time: Callable[[int], dict[str, float | None]]
 
 
-def _case(work: Work, run: Callable[[], None]) -> Case:
+def _case(work: Work, run: Callable[[], object]) -> Case:
   """A case of this process; `run` returns when all is computed."""
 
   def warm_up():
@@ -107,14 +108,18 @@ class Workloads:
     self.workdir = workdir
     self.mesh = sharding.local_mesh(stage.mesh)
     self.conditioning = build.conditioning(stage.conditioning)
-    base = build.initial_model(self._with(1, 1), workdir, self.mesh)
-    self.backbone = base.backbone
+    self.backbone = self._initial_model(self._with(1, 1)).backbone
     self._models: dict[tuple[int, int], TensorAR] = {}
 
   def _with(self, window: int, depth: int) -> Stage:
     own = self.stage.tensorar
     own = dataclasses.replace(own, window=window, depth=depth)
     return dataclasses.replace(self.stage, tensorar=own)
+
+  def _initial_model(self, stage: Stage) -> TensorAR:
+    model = initial_weights.initial_model(stage, self.workdir, self.mesh)
+    assert isinstance(model, TensorAR)  # by the stage's objective
+    return model
 
   def model(self, window: int, depth: int) -> TensorAR:
     """The wrapped model; all share the backbone's weights."""
@@ -125,7 +130,7 @@ class Workloads:
       self._models[window, depth] = sharding.shard(wrapped, self.mesh)
     return self._models[window, depth]
 
-  def rows(self, batch: int) -> dict[str, np.ndarray]:
+  def rows(self, batch: int) -> Cond:
     """A condition of so many rows that asks the most of the backbone."""
     parts = sharding.row_parts(self.mesh)
     if batch % parts:
@@ -184,7 +189,7 @@ class Workloads:
     """
     stage, mesh = self._with(window, depth), self.mesh
     # Its own weights: the step gives them away.
-    model = build.initial_model(stage, self.workdir, mesh)
+    model = self._initial_model(stage)
     task = loop.make_task(stage, self.workdir, model, images=False)
     tx, like = loop.make_layout(stage, model, mesh)
     averaged = like.ema is not None

@@ -1,4 +1,4 @@
-"""Pages and plots of what runs have left: run, ablations, scans, progress.
+"""Draws pages and plots from result files: runs, ablations, scans, progress.
 
-Reads results; trains and measures nothing.
+It trains and measures nothing. The modes call it at their end.
 """

@@ -1,7 +1,7 @@
-"""The results of ablations as a page: a picture and tables per data set.
+"""The page of the ablations: a picture and tables for each data set.
 
-Reads nothing but the files of results, so that the page can always be drawn
-again from what is kept of a run.
+It is drawn from the files of results alone, so it can be drawn again at any
+time.
 """
 
 from __future__ import annotations
@@ -15,20 +15,12 @@ from typing import Any
 import numpy as np
 
 from tensorar_jax.checkpoints.files import read_json
+from tensorar_jax.evaluation import metrics, tables
 from tensorar_jax.reports import plots
 
 PAGE = "README.md"
 CONTROL = "k = 1, the base trained on"
-# By metric: what its column is called. The first that is there is drawn.
-COLUMNS = {
-  "frechet": "distance \u2193",
-  "fid": "FID \u2193",
-  "overall": "overall \u2191",
-  "accuracy": "class accuracy \u2191",
-  "precision": "precision \u2191",
-  "recall": "recall \u2191",
-  "entropy": "entropy",
-}
+DECIMALS = 3  # at most, of metrics: samples and seeds are few
 COMMAND = "python -m tensorar_jax.main --config=configs/ablations/{}.py{}"
 INTRODUCTION = """# Ablations
 
@@ -40,13 +32,13 @@ guidance; what differs between seeds is the order of the data, the noise, and
 how the new modules start. *k = 1* is the base model itself, trained on for as
 many steps. A variant that stands in several tables was run once.
 
-* *Distance* is Fréchet's, of samples to the training images, in the features of
-  a small classifier; *class accuracy* the share of samples that it takes for
-  what they were asked to be.
+* *Fréchet distance* is that of samples to the training images, in the features
+  of a small classifier; *class accuracy* is the share of samples that it takes
+  for what they were asked to be.
 * *Entropy* is that of what a committed token is drawn from, in nats.
-* *Distance − base's* is against k = 1 of the same training seed.
-* *Loss* is the cross-entropy of the committed slot on held-out images: behind
-  windows noised as in training / behind the model's own drafts.
+* *Fréchet distance − base's* is against k = 1 of the same training seed.
+* *Loss* is the cross-entropy of the committed slot on held-out images: given
+  windows noised as in training / given the model's own drafts.
 * *Papers' FID* is on ImageNet at 256 px. Their base model has {base}.
 
 Neither the data nor the sizes are the papers', nor is the distance: only
@@ -69,7 +61,7 @@ STYLES = {
     ls="", marker="D", color="C1", mfc="white", ms=6
   ),
 }
-TICKS = (  # the first of these that is not too much for a panel
+TICKS = (  # from fine to coarse; a panel takes the first with less than 7
   [n / 20 for n in range(10, 60)],
   [n / 10 for n in range(5, 60)],
   (0.5, 0.7, 0.8, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10),
@@ -81,15 +73,15 @@ Results = Mapping[str, Any]  # a file of results
 
 def read(folder: pathlib.Path) -> list[dict]:
   """Every file of results; ValueError if there is none."""
-  found = [read_json(p) for p in sorted(folder.glob("*.json"))]
-  found = [results for results in found if results.get("records")]
-  if not found:
+  contents = [read_json(path) for path in sorted(folder.glob("*.json"))]
+  contents = [results for results in contents if results.get("records")]
+  if not contents:
     raise ValueError(f"{folder} holds no results yet: run an ablation first.")
-  return found
+  return contents
 
 
 def records_of(results: Results, variant: str) -> dict[str, dict]:
-  """{seed: record} of what is measured of a variant."""
+  """{seed: record} of a variant, as far as it is measured."""
   split = [name.rsplit("/", 1) for name in results["records"]]
   return {
     seed: results["records"][f"{name}/{seed}"]
@@ -100,23 +92,30 @@ def records_of(results: Results, variant: str) -> dict[str, dict]:
 
 def values(results: Results, variant: str, metric: str) -> list[float]:
   """A metric of a variant, of each seed that has it."""
-  found = [r["metrics"] for r in records_of(results, variant).values()]
-  return [row[metric] for row in found if metric in row]
+  rows = [r["metrics"] for r in records_of(results, variant).values()]
+  return [row[metric] for row in rows if metric in row]
 
 
 def against_base(results: Results, variant: str, metric: str) -> np.ndarray:
   """[seeds, 2]: a variant's value and the base's, where both are measured."""
-  own = records_of(results, variant)
+  records = records_of(results, variant)
   base = records_of(results, results["base"])
-  both = [seed for seed in own if seed in base]
-  pairs = [[r[s]["metrics"][metric] for r in (own, base)] for s in both]
+  pairs = [
+    [record["metrics"][metric], base[seed]["metrics"][metric]]
+    for seed, record in records.items()
+    if seed in base
+  ]
   return np.array(pairs, float).reshape(-1, 2)
 
 
-def shown(results: Results) -> dict[str, str]:
-  """The columns of metrics that there are."""
-  one = next(iter(results["records"].values()))["metrics"]
-  return {name: head for name, head in COLUMNS.items() if name in one}
+def columns_of(results: Results) -> list[metrics.Metric]:
+  """The metrics that have a column; pictures show the first one."""
+  measured = next(iter(results["records"].values()))["metrics"]
+  return [
+    metric
+    for name, metric in metrics.METRICS.items()
+    if name in measured and not metric.is_detail
+  ]
 
 
 def time_of(results: Results, variant: str) -> Mapping | None:
@@ -127,7 +126,7 @@ def time_of(results: Results, variant: str) -> Mapping | None:
 
 
 def rows_of(results: Results, axis: Mapping) -> list[Mapping]:
-  """The rows of a table; the base, trained on, is in every one."""
+  """The rows of a table, the base (trained on) always among them."""
   rows = list(axis["rows"])
   if results["base"] not in [row["variant"] for row in rows]:
     paper = {"paper": None, "paper_seconds": None}
@@ -138,81 +137,77 @@ def rows_of(results: Results, axis: Mapping) -> list[Mapping]:
 # --- tables ------------------------------------------------------------------
 
 
-def spread(
-  found: Sequence[float] | np.ndarray, places: int, sign: str = ""
-) -> str:
-  """Mean, and the standard deviation if there is more than one value."""
-  if not len(found):
-    return ""
-  text = f"{np.mean(found):{sign}.{places}f}"
-  if len(found) > 1:
-    text += f" \u00b1 {np.std(found, ddof=1):.{places}f}"
-  return text
-
-
 def losses(results: Results, variant: str) -> str:
-  """Behind training noise / behind own drafts, means over the seeds."""
-  found = [
+  """Given training noise / given own drafts, means over the seeds."""
+  measured = [
     record["diagnostics"]["cross_entropy"]
     for record in records_of(results, variant).values()
     if "diagnostics" in record
   ]
-  kinds = ("training_noise", "own_drafts")
-  means = [np.mean([f[k][0] for f in found if k in f] or np.nan) for k in kinds]
-  return " / ".join(f"{mean:.3f}" for mean in means if not np.isnan(mean))
+  means = []
+  for windows in ("training_noise", "own_drafts"):
+    slots = [row[windows] for row in measured if windows in row]
+    if slots:
+      means.append(np.mean([slot[0] for slot in slots]))
+  return " / ".join(f"{mean:.3f}" for mean in means)
 
 
 def cells(results: Results, axis: Mapping) -> list[list[str]]:
   """The table of one axis, with its heading."""
-  columns, rows = shown(results), rows_of(results, axis)
-  first = next(iter(columns))
-  papers = any(row["paper"] is not None for row in rows)
-  head = [axis["title"], *["papers' FID \u2193"] * papers, *columns.values()]
-  head += [f"{columns[first].split()[0]} \u2212 base's", "loss"]
-  clocked = any(row["paper_seconds"] for row in rows)
-  timed = bool(axis["timed"] and results["times"])
-  head += ["time over k = 1's"] * timed
-  lines = [head + ["papers'"] * clocked]
+  columns, rows = columns_of(results), rows_of(results, axis)
+  has_papers = any(row["paper"] is not None for row in rows)
+  has_times = bool(axis["timed"] and results["times"])
+  has_papers_times = any(row["paper_seconds"] for row in rows)
+  head = [axis["title"]]
+  if has_papers:
+    head.append("papers' FID \u2193")
+  head += [metric.heading for metric in columns]
+  head += [f"{columns[0].label} \u2212 base's", "loss"]
+  if has_times:
+    head.append("time over k = 1's")
+  if has_papers_times:
+    head.append("papers'")
+  lines = [head]
   for row in rows:
     variant, paper = row["variant"], row["paper"]
     line = [row["name"] + ", the centre" * (variant == "centre")]
-    line += ["" if paper is None else f"{paper:.2f}"] * papers
+    if has_papers:
+      line.append("" if paper is None else f"{paper:.2f}")
     for metric in columns:
-      places = 2 if metric in ("frechet", "fid") else 3
-      line.append(spread(values(results, variant, metric), places))
-    pairs = against_base(results, variant, first)
+      numbers = values(results, variant, metric.name)
+      line.append(tables.mean_of(numbers, min(metric.decimals, DECIMALS)))
+    pairs = against_base(results, variant, columns[0].name)
     gaps = pairs[:, 0] - pairs[:, 1] if variant != results["base"] else []
-    line += [spread(gaps, 2, "+"), losses(results, variant)]
-    if timed:
-      time = time_of(results, variant)
-      text = "{median:.2f} [{min:.2f}, {max:.2f}]"
-      text = "1" if variant == results["base"] else text
-      line.append(text.format(**time["ratio"]) if time else "")
-    if clocked:
-      took = row["paper_seconds"]
-      base = axis["paper_base_seconds"]
-      line.append("" if took is None else f"{took / base:.2f}")
+    line += [tables.mean_of(gaps, 2, "+"), losses(results, variant)]
+    if has_times:
+      line.append(_time_cell(results, variant))
+    if has_papers_times:
+      seconds, base = row["paper_seconds"], axis["paper_base_seconds"]
+      line.append("" if seconds is None else f"{seconds / base:.2f}")
     lines.append(line)
   return lines
 
 
-def table(lines: Sequence[Sequence[str]]) -> str:
-  """Markdown of a heading and lines."""
-  head, *rest = lines
-  rows = [head, ["---"] * len(head), *rest]
-  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def _time_cell(results: Results, variant: str) -> str:
+  """The time of a step over that of k = 1: median [least, largest]."""
+  time = time_of(results, variant)
+  if time is None:
+    return ""
+  if variant == results["base"]:
+    return "1"
+  return "{median:.2f} [{min:.2f}, {max:.2f}]".format(**time["ratio"])
 
 
 def describe(results: Results) -> str:
   """How it was measured, in a sentence or two."""
   settings, records = results["settings"], results["records"]
   counts = collections.Counter(name.rsplit("/", 1)[0] for name in records)
-  few, seeds = min(counts.values()), max(counts.values())
-  numbers = f"{few} to {seeds}" if few < seeds else f"{seeds}"
+  fewest, most = min(counts.values()), max(counts.values())
+  seeds = f"{fewest} to {most}" if fewest < most else f"{most}"
   steps, images = settings["centre"]["train"], settings["evaluation"]
   scales = {f"{r['metrics'].get('guidance', 1.0):g}" for r in records.values()}
   text = (
-    f"{numbers} training seed{'s, mean ± standard deviation' * (seeds > 1)};"
+    f"{seeds} training seed{'s, mean ± standard deviation' * (most > 1)};"
     f" {steps['num_steps']:,} steps of {steps['batch_size']} images;"
     f" {images['num_images']:,} samples of each at guidance"
     f" {' or '.join(sorted(scales))}."
@@ -229,33 +224,33 @@ def describe(results: Results) -> str:
 
 
 def section(results: Results) -> str:
-  """One data set: how, the picture, and a table per axis."""
+  """One data set: how it was measured, the picture, and a table per axis."""
   data = results["data"]
   suffix = "" if data == "digits" else f":{data}"
   parts = [f"## {data}", describe(results), f"![distances]({data}.png)"]
   for name, axis in results["axes"].items():
     command = COMMAND.format(name, suffix)
     parts += [f"### {axis['title']}", f"```bash\n{command}\n```"]
-    parts.append(table(cells(results, axis)))
+    parts.append(tables.markdown(cells(results, axis)))
     if axis["source"]:
       parts.append(f"Papers: {axis['source']}.")
   return "\n\n".join(parts)
 
 
-def page(files: Sequence[Results]) -> str:
+def page(contents: Sequence[Results]) -> str:
   """The whole page as Markdown."""
-  axes = [axis for results in files for axis in results["axes"].values()]
+  axes = [axis for results in contents for axis in results["axes"].values()]
   text = INTRODUCTION.format(base=axes[0]["paper_base"])
-  return "\n\n".join([text, *map(section, files)]) + "\n"
+  return "\n\n".join([text, *map(section, contents)]) + "\n"
 
 
 # --- the picture -------------------------------------------------------------
 
 
 def save_picture(path: pathlib.Path, results: Results) -> None:
-  """A panel per axis: the first metric over the base's, beside the papers'.
+  """Draws a panel per axis: the first metric over the base's, and the papers'.
 
-  And one of the time, if that was measured.
+  One more panel shows the time, if that was measured.
   """
   from matplotlib.figure import Figure
 
@@ -266,11 +261,11 @@ def save_picture(path: pathlib.Path, results: Results) -> None:
   size = (3.3 * columns, 3.0 * lines + 0.4)
   figure = Figure(figsize=size, dpi=80, layout="constrained")
   panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-  metric, head = next(iter(shown(results).items()))
+  metric = columns_of(results)[0]
   for panel, axis in zip(panels, axes):
-    _draw(panel, results, axis, metric)
+    _draw(panel, results, axis, metric.name)
   for panel in panels[: len(axes) : columns]:
-    panel.set_ylabel(f"{head.split()[0]} over that of k = 1", fontsize=9)
+    panel.set_ylabel(f"{metric.label} over that of k = 1", fontsize=9)
   if timed:
     _draw_times(panels[len(axes)], results)
   for panel in panels[count:]:
@@ -286,24 +281,24 @@ def save_picture(path: pathlib.Path, results: Results) -> None:
 
 
 def _draw(panel, results: Results, axis: Mapping, metric: str) -> None:
-  """Each variant's seeds and their mean, over the base's of the same seed."""
+  """Draws each variant's seeds and their mean, over the base of that seed."""
   rows = [r for r in axis["rows"] if r["variant"] != results["base"]]
   mean, seeds, paper = STYLES.values()
-  for at, row in enumerate(rows):
+  for x, row in enumerate(rows):
     pairs = against_base(results, row["variant"], metric)
     ratios = pairs[:, 0] / pairs[:, 1]
     if len(ratios) > 1:
-      panel.plot([at] * len(ratios), ratios, **seeds)
+      panel.plot([x] * len(ratios), ratios, **seeds)
     if len(ratios):
-      panel.plot(at, ratios.mean(), **mean)
+      panel.plot(x, ratios.mean(), **mean)
     if row["paper"] is not None:
-      panel.plot(at, row["paper"] / axis["paper_base"], **paper)
+      panel.plot(x, row["paper"] / axis["paper_base"], **paper)
   _finish(panel, [row["name"] for row in rows], axis["title"])
   _ticks(panel)
 
 
 def _draw_times(panel, results: Results) -> None:
-  """The time of a step over that of k = 1, median and range of the rounds."""
+  """Draws the time of a step over that of k = 1: median and range."""
   rows = [
     (row, axis)
     for axis in results["axes"].values()
@@ -311,13 +306,13 @@ def _draw_times(panel, results: Results) -> None:
     if axis["timed"] and row["variant"] != results["base"]
   ]
   mean, _, paper = STYLES.values()
-  for at, (row, axis) in enumerate(rows):
+  for x, (row, axis) in enumerate(rows):
     if time := time_of(results, row["variant"]):
       low, middle, high = (time["ratio"][k] for k in ("min", "median", "max"))
-      panel.vlines(at, low, high, color=mean["color"], lw=1)
-      panel.plot(at, middle, **mean)
-    if took := row["paper_seconds"]:
-      panel.plot(at, took / axis["paper_base_seconds"], **paper)
+      panel.vlines(x, low, high, color=mean["color"], lw=1)
+      panel.plot(x, middle, **mean)
+    if seconds := row["paper_seconds"]:
+      panel.plot(x, seconds / axis["paper_base_seconds"], **paper)
   _finish(panel, [row["name"] for row, _ in rows], "time over that of k = 1")
 
 
@@ -329,25 +324,22 @@ def _finish(panel, names: Sequence[str], title: str) -> None:
 
 
 def _ticks(panel) -> None:
-  """A logarithmic scale that says plain numbers, not too many."""
+  """Sets a logarithmic scale with few ticks, labelled with plain numbers."""
   from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
   panel.set_yscale("log")
   low, high = panel.get_ylim()
-  places = next(
-    found
-    for ticks in TICKS
-    if len(found := [n for n in ticks if low <= n <= high]) < 7
-  )
-  panel.yaxis.set_major_locator(FixedLocator(places))
+  visible = ([n for n in ticks if low <= n <= high] for ticks in TICKS)
+  ticks = next(ticks for ticks in visible if len(ticks) < 7)
+  panel.yaxis.set_major_locator(FixedLocator(ticks))
   panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
   panel.yaxis.set_minor_locator(NullLocator())
 
 
 def render(folder: pathlib.Path) -> None:
   """Writes the page and <data>.png into the folder of results."""
-  files = read(folder)
-  for results in files:
+  contents = read(folder)
+  for results in contents:
     save_picture(folder / f"{results['data']}.png", results)
-  (folder / PAGE).write_text(page(files), encoding="utf-8")
+  (folder / PAGE).write_text(page(contents), encoding="utf-8")
   print(f"{folder / PAGE}")

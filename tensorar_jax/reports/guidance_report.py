@@ -6,15 +6,14 @@ import pathlib
 from collections.abc import Sequence
 
 from tensorar_jax.checkpoints import files
-from tensorar_jax.evaluation import scores
-from tensorar_jax.evaluation.protocol import NAMES
+from tensorar_jax.evaluation import metrics, protocol
 from tensorar_jax.reports import plots
 
 
 def draw(overview: pathlib.Path) -> pathlib.Path | None:
   """Draws the records of `protocol.sweep` beside their JSON file.
 
-  Nothing is drawn, and None returned, if there are less than two scales.
+  Draws nothing, and returns None, for fewer than two scales.
   """
   records = files.read_json(overview)
   if len(records) < 2:
@@ -26,13 +25,17 @@ def draw(overview: pathlib.Path) -> pathlib.Path | None:
   return picture
 
 
-def _curves(records: Sequence[dict]) -> dict[str, tuple]:
-  """What `save_scan` draws, for every metric that all records have."""
-  curves = {}
-  for name, label, higher in NAMES.values():
-    entries = [record["metrics"].get(name) for record in records]
+def _curves(records: Sequence[dict]) -> list[plots.ScanCurve]:
+  """A curve for every metric that all records have."""
+  curves = []
+  for metric in protocol.columns():
+    entries = [record["metrics"].get(metric.name) for record in records]
     if None not in entries:
-      values = [entry["value"] for entry in entries]
-      halves = [scores.Z95 * entry.get("std", 0.0) for entry in entries]
-      curves[label] = values, halves, higher
+      curves.append(
+        plots.ScanCurve(
+          metric,
+          values=[entry["value"] for entry in entries],
+          halves=[metrics.Z95 * entry.get("std", 0.0) for entry in entries],
+        )
+      )
   return curves

@@ -1,25 +1,28 @@
-"""Curves and points of a run, for people.
+"""Plots of a run: curves, points, diagnostics.
 
 matplotlib is imported where it is used: importing this module costs nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from tensorar_jax.evaluation.metrics import Metric
 from tensorar_jax.generation.pictures import INK, MUTED, Named, Path_
 
 
 def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
-  """A PNG of training curves: cross-entropies above, all other stages below."""
+  """Writes a PNG of training curves: cross-entropies above, the rest below."""
   from matplotlib.figure import Figure
+  from matplotlib.layout_engine import ConstrainedLayoutEngine
 
   if not traces:
-    raise ValueError("traces is empty; expected a stage at least: add one.")
+    raise ValueError("traces is empty; expected at least one stage.")
   base, offsets, rest = {}, {}, {}
   for name, rows in traces.items():
     columns = _columns(name, rows)
@@ -32,13 +35,15 @@ def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
       title = f"{name}: cross-entropy by offset"
       offsets[title] = {f"offset {j}": columns[f"ce/{j}"] for j in slots}
   large = ({"cross-entropy of offset 0": base} if base else {}) | offsets
-  groups = [(large, 3, 3.4), (rest, 4, 2.2)]
-  groups = [(p, math.ceil(len(p) / n), tall) for p, n, tall in groups if p]
-  heights = [lines * tall for _, lines, tall in groups]
-  figure = Figure(figsize=(14, sum(heights)), dpi=100, layout="constrained")
-  figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+  groups, heights = [], []
+  for panels, columns, height in ((large, 3, 3.4), (rest, 4, 2.2)):
+    if panels:
+      groups.append((panels, math.ceil(len(panels) / columns)))
+      heights.append(groups[-1][1] * height)
+  layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+  figure = Figure(figsize=(14, sum(heights)), dpi=100, layout=layout)
   parts = figure.subfigures(len(groups), height_ratios=heights, squeeze=False)
-  for (panels, lines, _), part in zip(groups, parts[:, 0]):
+  for (panels, lines), part in zip(groups, parts[:, 0]):
     grid = part.subplots(lines, math.ceil(len(panels) / lines), squeeze=False)
     for axes in grid.flat[len(panels) :]:
       axes.axis("off")
@@ -48,7 +53,7 @@ def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
 
 
 def _columns(name: str, rows: Sequence[dict]) -> dict[str, np.ndarray]:
-  """Per key of a trace, `[2, n]`: the steps and the values."""
+  """{key: [2, n], its steps and values} of a trace."""
   if not rows or not all("step" in row and len(row) > 1 for row in rows):
     raise ValueError(
       f"trace {name!r} has {len(rows)} rows, not all with a step and a value; "
@@ -62,7 +67,7 @@ def _columns(name: str, rows: Sequence[dict]) -> dict[str, np.ndarray]:
 
 
 def _draw(axes: Any, title: str, curves: Mapping[str, np.ndarray]) -> None:
-  """Curves on one axis: raw values pale, their running mean strong."""
+  """Draws curves on one panel: raw values pale, their running mean strong."""
   from matplotlib import colormaps
 
   offsets = next(iter(curves)).startswith("offset ")
@@ -79,7 +84,7 @@ def _draw(axes: Any, title: str, curves: Mapping[str, np.ndarray]) -> None:
     axes.plot(steps, values, color=color, marker=marker, lw=1.8, label=label)
     settled.append(values[len(values) // 4 :].max())
   if "cross-entropy" in title and np.isfinite(settled).all():
-    # The first steps from scratch would press everything else together.
+    # The first steps from scratch would flatten everything else.
     low, top = axes.get_ylim()[0], max(settled)
     axes.set_ylim(low, top + (top - low) * 0.3)
   tidy(axes, title)
@@ -90,27 +95,27 @@ def _draw(axes: Any, title: str, curves: Mapping[str, np.ndarray]) -> None:
     axes.legend(loc="upper right", fontsize=9, ncols=ncols, **style)
 
 
-def save_diagnostics(path: Path_, found: Named) -> None:
-  """A PNG of refinement diagnostics, by model: training against own drafts.
+def save_diagnostics(path: Path_, diagnostics: Named) -> None:
+  """Writes a PNG of refinement diagnostics, a line per model.
 
-  `found[name]` is what `evaluation.diagnostics.measure` returns for a window of
-  2 slots or more.
+  `diagnostics[name]` is the result of `evaluation.diagnostics.measure` for a
+  window of 2 slots or more.
   """
   from matplotlib.figure import Figure
 
-  if not found:
+  if not diagnostics:
     raise ValueError("there are no diagnostics; expected a model or more.")
   figure = Figure(figsize=(14, 3.8), dpi=100, layout="constrained")
   panels = figure.subplots(1, 3)
   titles = {
     "cross_entropy": "cross-entropy of the prediction, by offset",
     "window_accuracy": "share of right tokens in the input window, by offset",
-    "copy_rate": "committed token = the draft of so many looks before",
+    "copy_rate": "committed token = the draft of that many looks before",
   }
   for axes, (quantity, title) in zip(panels, titles.items()):
     first = 0 if quantity == "cross_entropy" else 1
-    for i, (name, own) in enumerate(found.items()):
-      curves = own[quantity]
+    for i, (name, measured) in enumerate(diagnostics.items()):
+      curves = measured[quantity]
       if isinstance(curves, list):
         curves = {"own_drafts": curves}
       for windows, values in curves.items():
@@ -119,14 +124,14 @@ def save_diagnostics(path: Path_, found: Named) -> None:
         slots = range(first, first + len(values))
         axes.plot(slots, values, color=f"C{i}", marker="o", lw=1.8, **style)
     tidy(axes, title)
-    last = max(own["window"] for own in found.values()) - 1
+    last = max(measured["window"] for measured in diagnostics.values()) - 1
     axes.set_xticks(range(first, last + 1))
     axes.set_xlim(first - 0.5, last + 0.5)
     if first:  # shares
       axes.set_ylim(0, 1)
-  panels[0].plot([], [], color=MUTED, label="behind its own drafts")
+  panels[0].plot([], [], color=MUTED, label="given its own drafts")
   style = {"ls": "--", "mfc": "white", "marker": "o"}
-  panels[0].plot([], [], color=MUTED, label="behind training noise", **style)
+  panels[0].plot([], [], color=MUTED, label="given training noise", **style)
   panels[0].legend(frameon=False, fontsize=9)
   figure.savefig(path, format="png")
 
@@ -137,12 +142,16 @@ def save_planes(
   planes: Sequence[tuple[str, str]],
   hollow: str,
 ) -> None:
-  """A PNG of models as points, a line of panels per group, a panel per plane.
+  """Writes a PNG of models as points, a panel for each group and plane.
 
-  `groups[title][name]` is a list of series, each a list of rows with the values
-  of every quantity of `planes`; a point is the mean of a series and its bars
-  the standard deviation. The first series is filled, the second hollow, which
-  stands for what `hollow` says.
+  Args:
+    path: of the PNG.
+    groups: `groups[title][name]` is a list of series, each a list of rows with
+      the values of every quantity of `planes`; a point is the mean of a series
+      and its bars the standard deviation. Points of the first series are
+      filled, those of the second hollow.
+    planes: (quantity along x, quantity along y).
+    hollow: what hollow points are, for the legend.
   """
   from matplotlib.figure import Figure
 
@@ -161,37 +170,53 @@ def save_planes(
     style = {"color": MUTED, "mfc": "white", "marker": "o", "ls": ""}
     line[0].plot([], [], label=hollow, **style)
     names = line[0].get_legend_handles_labels()
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1)}
-    line[-1].legend(*names, frameon=False, fontsize=9, **beside)
+    line[-1].legend(
+      *names,
+      frameon=False,
+      fontsize=9,
+      loc="upper left",
+      bbox_to_anchor=(1.02, 1),
+    )
   figure.savefig(path, format="png")
 
 
-def save_scan(
-  path: Path_,
-  scales: Sequence[str],
-  metrics: Mapping[str, tuple[Sequence[float], Sequence[float], bool]],
-  title: str,
-) -> None:
-  """A PNG with a panel per metric over a scan of scales.
+@dataclasses.dataclass(frozen=True)
+class ScanCurve:
+  """A metric over a scan: values, and half the widths of their intervals.
 
-  `metrics[name]` holds the value at each scale, half the width of its interval
-  (0 where it has none), and whether higher is better; the best is marked.
+  A half is 0 where a value has no interval.
+  """
+
+  metric: Metric
+  values: Sequence[float]
+  halves: Sequence[float]
+
+
+def save_scan(
+  path: Path_, scales: Sequence[str], curves: Sequence[ScanCurve], title: str
+) -> None:
+  """Writes a PNG with a panel per metric over guidance scales, the best marked.
+
+  A metric without a direction has no best.
   """
   from matplotlib.figure import Figure
 
-  if not metrics or not scales:
+  if not curves or not scales:
     raise ValueError("there is no scan; expected a scale and a metric or more.")
-  size = (3.6 * len(metrics), 3.4)
+  size = (3.6 * len(curves), 3.4)
   figure = Figure(figsize=size, dpi=110, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
-  panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-  at = np.arange(len(scales))
-  for axes, (name, (values, halves, higher)) in zip(panels, metrics.items()):
-    axes.errorbar(at, values, yerr=halves, marker="o", lw=1.2, capsize=3)
-    best = int((np.argmax if higher else np.argmin)(values))
-    axes.plot(best, values[best], "o", ms=9, mfc="none", mec="C1", mew=2)
-    tidy(axes, f"{name} {'↑' if higher else '↓'}")
-    axes.set_xticks(at, scales)
+  panels = figure.subplots(1, len(curves), squeeze=False)[0]
+  x = np.arange(len(scales))
+  for axes, curve in zip(panels, curves):
+    values = curve.values
+    axes.errorbar(x, values, yerr=curve.halves, marker="o", lw=1.2, capsize=3)
+    higher = curve.metric.higher_is_better
+    if higher is not None:
+      best = int((np.argmax if higher else np.argmin)(values))
+      axes.plot(best, values[best], "o", ms=9, mfc="none", mec="C1", mew=2)
+    tidy(axes, curve.metric.heading)
+    axes.set_xticks(x, scales)
     axes.set_xlabel("guidance scale", fontsize=9, color=MUTED)
   figure.savefig(path, format="png")
 
@@ -201,7 +226,7 @@ def save_progress(
   panels: Mapping[str, Mapping[str, Mapping[int, Mapping]]],
   title: str,
 ) -> None:
-  """A PNG with a panel per metric over training steps, a line per stage.
+  """Writes a PNG with a panel per metric over training steps, a line per stage.
 
   `panels[metric][stage][step]` is {"mean", "std" or None}.
   """
@@ -230,7 +255,7 @@ def save_progress(
 def save_throughput(
   path: Path_, groups: Mapping[str, Mapping[str, tuple]]
 ) -> None:
-  """A PNG of distance against speed, a panel per group, a point per model.
+  """Writes a PNG of distance against speed, a panel per group.
 
   `groups[title][model]` is ((median, least, most) images/s, (mean[, std])).
   """
@@ -245,9 +270,9 @@ def save_throughput(
     for i, (name, ((rate, low, high), (mean, *std))) in enumerate(
       models.items()
     ):
-      around = [[rate - low], [high - rate]]
+      bars = [[rate - low], [high - rate]]
       style = {"fmt": "o", "color": f"C{i}", "capsize": 3, "label": name}
-      axes.errorbar(rate, mean, xerr=around, yerr=sum(std), **style)
+      axes.errorbar(rate, mean, xerr=bars, yerr=sum(std), **style)
     tidy(axes, title)
     axes.set_xlabel("images/s", fontsize=9, color=MUTED)
     axes.set_ylabel(title.split(" by ")[0], fontsize=9, color=MUTED)
@@ -258,7 +283,7 @@ def save_throughput(
 
 
 def _points(axes, series, plane, color, name) -> None:
-  """The series of one model, joined by a line."""
+  """Draws the series of one model, connected by a line."""
   values = [np.array([[r[q] for q in plane] for r in s], float) for s in series]
   means = np.array([v.mean(axis=0) for v in values])
   axes.plot(*means.T, color=color, lw=0.8, alpha=0.6)
@@ -271,7 +296,7 @@ def _points(axes, series, plane, color, name) -> None:
 
 
 def tidy(axes: Any, title: str) -> None:
-  """The look of every panel with curves."""
+  """Gives a panel its title and the look of all panels with curves."""
   axes.set_title(title, loc="left", fontsize=11, color=INK)
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)

@@ -1,6 +1,6 @@
-"""The picture of training: every metric of the kept checkpoints over steps.
+"""The picture `progress.png`: every metric of the kept checkpoints over steps.
 
-`progress.png` in the work directory; `evaluation.progress` measures it.
+`evaluation.progress` measures them.
 """
 
 from __future__ import annotations
@@ -8,43 +8,45 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Mapping
 
-from tensorar_jax.evaluation.progress import Found
+from tensorar_jax.evaluation import metrics
+from tensorar_jax.evaluation.progress import Progress
 from tensorar_jax.experiment.schema import Stage
-from tensorar_jax.reports import plots, run_report
+from tensorar_jax.reports import plots
 
 PICTURE = "progress.png"
 
 
 def steps_before(stages: Mapping[str, Stage], name: str) -> int:
-  """What the stages were trained that a stage goes on from."""
+  """How many steps the ancestors of a stage were trained."""
   parent = stages[name].init
-  if parent not in stages:
+  if parent is None or parent not in stages:
     return 0
-  own = 0 if stages[parent].source else stages[parent].train.num_steps
-  return steps_before(stages, parent) + own
+  imported = stages[parent].source
+  steps = 0 if imported else stages[parent].train.num_steps
+  return steps_before(stages, parent) + steps
 
 
 def draw(
-  found: Found,
+  progress: Progress,
   stages: Mapping[str, Stage],
   workdir: pathlib.Path,
   title: str,
 ) -> None:
-  """The picture, a panel for each metric that all have.
+  """Draws a panel for each metric that all checkpoints have.
 
-  A stage stands behind the steps of the one that it goes on from.
+  The steps of a stage are counted from the start of its first ancestor.
   """
-  rows = [row for steps in found.values() for row in steps.values()]
+  rows = [row for steps in progress.values() for row in steps.values()]
   if not rows:
-    return  # another process has them
-  shared = [m for m in rows[0] if all(m in row for row in rows)]
+    return  # another process has the metrics
+  shared = [name for name in rows[0] if all(name in row for row in rows)]
   panels = {
-    run_report.metric_title(metric): {
+    metrics.find(metric).heading: {
       name: {
         steps_before(stages, name) + step: row[metric]
         for step, row in steps.items()
       }
-      for name, steps in found.items()
+      for name, steps in progress.items()
     }
     for metric in shared
   }

@@ -1,4 +1,4 @@
-"""What a work directory has to show: pictures, metrics, one page of HTML."""
+"""The report of a work directory: pictures, metrics and one page of HTML."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 
 from tensorar_jax.checkpoints.files import read_json
-from tensorar_jax.data import shapes
+from tensorar_jax.evaluation import metrics, tables
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import batches, pictures
 from tensorar_jax.reports import plots
 from tensorar_jax.training import logs
 
-_ARROWS = {True: " \u2191", False: " \u2193", None: ""}  # higher is better
-_LEGEND = """\u2191 higher is better, \u2193 lower is better; mean \u00b1
-standard deviation; marked: the best model of a column; grey: not a model."""
+_LEGEND = """↑ higher is better, ↓ lower is better; mean ± standard deviation.
+The best model of each column is highlighted; grey rows are not models."""
 # System colours follow the reader's light or dark theme.
 _STYLE = """:root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; padding: 0 1em;
@@ -42,54 +41,46 @@ img { max-width: 100%; background: #fff; border-radius: 4px }
   figure { margin: 0; max-width: 48% } img { max-height: var(--tall) }
   td, th { padding: .1em .7em } .best, .time i { print-color-adjust: exact } }
 """
-# Metric -> whether higher is better; others are shown without a verdict.
-_HIGHER = {
-  **dict.fromkeys(("frechet", "fid", "sfid"), False),
-  **dict.fromkeys(("accuracy", "precision", "recall", "inception_score"), True),
-  **dict.fromkeys(("overall", *shapes.CATEGORIES), True),
-}
 OURS = "tensorar_jax"  # what benchmark.json calls this project's programs
 CAPTIONS = {
-  "samples.png": "Samples of every model; a row is a class, or a caption.",
+  "samples.png": "Samples of every model; a row is a class or a caption.",
   "refinement.png": (
-    "The same images after each look. A picture after n looks shows every token"
-    " as it stood when it had been drawn at most n times; outlined cells"
+    "The same images after each look. The picture after n looks shows every"
+    " token as it stood after it had been drawn at most n times; outlined cells"
     " changed since the look before."
   ),
   "refinement.gif": (
-    "The same, token by token; outlined cells are revisions of this step."
+    "The same images, token by token; outlined cells are revised in this step."
   ),
-  "progress.png": "Every kept checkpoint, measured.",
+  "progress.png": "The metrics of every kept checkpoint.",
   "throughput.png": (
-    "Quality against speed, guided: by `benchmark` on this machine; the lower"
-    " and the further right the better."
+    "Quality against speed, with guidance, as `benchmark` measured it on this"
+    " machine; lower and further right is better."
   ),
   "diagnostics.png": (
-    "What models make of their own drafts. Training promises a window that is"
-    " right as often as the noise lets it be; the sampler feeds drafts."
+    "How models continue their own drafts. In training, tokens of the window"
+    " are right as often as the noise lets them be; the sampler feeds drafts."
   ),
   "curves.png": "Training: cross-entropy of the committed slot and the others.",
 }
 
 
 def draw(stages: Mapping[str, Stage], workdir: pathlib.Path, command: str):
-  """Writes the pictures and report.html from what the work directory holds."""
-  path = workdir / "metrics.json"
-  measured = read_json(path, default={})
-  found = {
+  """Writes the pictures and report.html from the files of a work directory."""
+  measured = read_json(workdir / "metrics.json", default={})
+  samples = {
     name: np.load(workdir / name / "samples.npz")
     for name in measured.get("models", {})
     if name in stages and (workdir / name / "samples.npz").exists()
   }
-  if found:
-    _draw_grids(found, workdir / "samples.png")
-    _draw_refinement(stages, found, workdir)
+  if samples:
+    _draw_grids(samples, workdir / "samples.png")
+    _draw_refinement(stages, samples, workdir)
   points = throughput_points(stages, measured, workdir)
   if points:
     plots.save_throughput(workdir / "throughput.png", points)
   if measured.get("diagnostics"):
-    path = workdir / "diagnostics.png"
-    plots.save_diagnostics(path, measured["diagnostics"])
+    plots.save_diagnostics(workdir / "diagnostics.png", measured["diagnostics"])
   traces = {
     name: logs.read_trace(workdir / name / "log.jsonl") for name in stages
   }
@@ -110,30 +101,29 @@ def draw(stages: Mapping[str, Stage], workdir: pathlib.Path, command: str):
   print(f"report: {workdir / 'report.html'}")
 
 
-def _draw_grids(found, path: pathlib.Path) -> None:
-  """Up to ten images of each class or prompt, a panel per model."""
+def _draw_grids(samples, path: pathlib.Path) -> None:
+  """Draws up to ten images of each class or prompt, a panel per model."""
   grids = {}
-  for name, data in found.items():
-    images, labels = data["images"], data["labels"]
+  for name, arrays in samples.items():
+    images, labels = arrays["images"], arrays["labels"]
     classes = sorted(set(labels.tolist()))
     rows = [images[labels == c][:10] for c in classes]
     grids[name] = np.stack([row[: min(map(len, rows))] for row in rows])
-  pictures.save_sample_grids(path, grids, data["names"][classes].tolist())
+  pictures.save_sample_grids(path, grids, arrays["names"][classes].tolist())
 
 
-def _draw_refinement(stages, found, workdir: pathlib.Path) -> None:
-  """The strip of every model that looks more than once."""
+def _draw_refinement(stages, samples, workdir: pathlib.Path) -> None:
+  """Draws the strip of every model that looks more than once."""
   strips, changed = {}, {}
-  for name, data in found.items():
-    if data["drafts"].shape[2] == 1:
+  for name, arrays in samples.items():
+    if arrays["drafts"].shape[2] == 1:
       continue
     tokenizer = build.frozen_tokenizer(stages[name], workdir)
-    drafts = data["drafts"][: batches.STRIPS]
+    drafts = arrays["drafts"][: batches.STRIPS]
     strips[name], changed[name] = batches.refinement(tokenizer, drafts)
   if strips:
     pictures.save_refinement(workdir / "refinement.png", strips, changed)
-    path = workdir / "refinement.gif"
-    pictures.save_refinement_gif(path, strips, changed)
+    pictures.save_refinement_gif(workdir / "refinement.gif", strips, changed)
 
 
 def throughput_points(
@@ -143,66 +133,57 @@ def throughput_points(
 
   Distances are those of metrics.json and of every reference that stages were
   measured against, at the best guidance; speeds are of the newest benchmark, in
-  its largest batch. What one of them lacks is left out.
+  its largest batch. A model without a distance or a speed is left out.
   """
-  files = sorted((workdir / "benchmark").glob("*/benchmark.json"))
-  if not files:
+  benchmarks = sorted((workdir / "benchmark").glob("*/benchmark.json"))
+  if not benchmarks:
     return {}
-  cases = read_json(files[-1])["cases"]
   cases = [
     row
-    for row in cases
+    for row in read_json(benchmarks[-1])["cases"]
     if row["kind"] == "decode"
     and row["guided"]
     and row["program"] == OURS
     and "error" not in row
   ]
-  most = max((row["batch"] for row in cases), default=0)
+  largest = max((row["batch"] for row in cases), default=0)
   rates = {
     (row["window"], row["depth"]): row["images_per_second"]
     for row in cases
-    if row["batch"] == most
+    if row["batch"] == largest
   }
-  found: dict[str, dict[str, tuple]] = {}
-  for name, title, spread in _distances(stages, measured, workdir):
-    section = stages[name].tensorar
-    window = section.window
-    rate = rates.get((window, section.depth if window > 1 else 1))
+  points: dict[str, dict[str, tuple]] = {}
+  for name, title, distance in _distances(stages, measured, workdir):
+    tensorar = stages[name].tensorar
+    window = tensorar.window
+    rate = rates.get((window, tensorar.depth if window > 1 else 1))
     if rate:
-      rate = tuple(rate[key] for key in ("median", "min", "max"))
-      title = f"{title} by images/s, {most} at once"
-      found.setdefault(title, {})[f"{name}, k = {window}"] = rate, spread
-  return found
+      speed = (rate["median"], rate["min"], rate["max"])
+      models = points.setdefault(f"{title} by images/s, {largest} at once", {})
+      models[f"{name}, k = {window}"] = speed, distance
+  return points
 
 
 def _distances(stages, measured, workdir):
-  """(stage, title, (mean[, std])) of every distance that was measured."""
+  """Yields (stage, title, (mean[, std])) of every distance measured."""
   for name, stage in stages.items():
     if stage.objective != "tensorar":
       continue
-    spread = _spread(
-      (measured.get("models", {}).get(name) or {}).get("frechet")
-    )
-    if spread:
-      yield name, "Frechet distance", spread
+    model = measured.get("models", {}).get(name) or {}
+    if distance := _mean_and_std(model.get("frechet")):
+      yield name, metrics.find("frechet").label, distance
     for path in sorted((workdir / name).glob("against-*.json")):
-      records = read_json(path).values()
-      best = min(
-        (r["metrics"]["fid"] for r in records), key=lambda r: r["value"]
-      )
-      words = f"FID, {path.stem.removeprefix('against-')}"
-      yield (
-        name,
-        words,
-        (best["value"], *[best[k] for k in ("std",) if k in best]),
-      )
+      entries = [r["metrics"]["fid"] for r in read_json(path).values()]
+      best = min(entries, key=lambda entry: entry["value"])
+      distance = tuple(best[key] for key in ("value", "std") if key in best)
+      yield name, f"FID, {path.stem.removeprefix('against-')}", distance
 
 
 # --- the comparison ---------------------------------------------------------
 
 
-def _spread(entry: Any) -> tuple[float, ...]:
-  """`(mean, std)`, `(mean,)` or, where the entry says nothing, `()`."""
+def _mean_and_std(entry: Any) -> tuple[float, ...]:
+  """`(mean, std)`, `(mean,)` or, where the entry has no number, `()`."""
   if not isinstance(entry, Mapping):
     entry = {"mean": entry}
   values = entry.get("values") or ()
@@ -212,140 +193,175 @@ def _spread(entry: Any) -> tuple[float, ...]:
   return tuple(itertools.takewhile(math.isfinite, numbers))
 
 
-def _text(spread: tuple[float, ...]) -> str:
-  places = max(1, 4 - len(f"{abs(spread[0]):.0f}")) if spread else 0
-  return " \u00b1 ".join(f"{x:.{places}f}" for x in spread) or "\u2013"
+def _text(number: tuple[float, ...]) -> str:
+  return tables.plus_minus(*number) if number else "\u2013"
 
 
-def _cells(metrics: dict) -> list[list[tuple[str, bool]]]:
+def _cells(measured: dict) -> list[list[tuple[str, bool]]]:
   """The lines of the comparison; each cell with whether it is the best."""
-  models = metrics.get("models") or {}
-  rows = [*models.items(), *(metrics.get("reference") or {}).items()]
-  found = dict.fromkeys(metric for _, row in rows for metric in row or ())
-  names = [m for m in _HIGHER if m in found]
-  names += [m for m in found if m not in _HIGHER]
-  heads = list(map(metric_title, names))
-  lines = [[("", False), *((head, False) for head in heads)]]
-  lines += [[(name, False)] for name, _ in rows]
-  for metric in names:
-    spreads = [_spread((row or {}).get(metric)) for _, row in rows]
-    means = [spread[0] for spread in spreads[: len(models)] if spread]
-    pick = {True: max, False: min}.get(_HIGHER.get(metric))
-    best = pick(means) if pick and len(means) > 1 else None
-    for i, (line, spread) in enumerate(zip(lines[1:], spreads)):
-      wins = bool(spread) and i < len(models) and spread[0] == best
-      line.append((_text(spread), wins))
-  return lines
+  models = measured.get("models") or {}
+  rows = [*models.items(), *(measured.get("reference") or {}).items()]
+  names = dict.fromkeys(name for _, row in rows for name in row or ())
+  columns = metrics.in_order(names)
+  head = [("", False)] + [(metric.heading, False) for metric in columns]
+  lines = [[(name, False)] for name, _ in rows]
+  for metric in columns:
+    numbers = [_mean_and_std((row or {}).get(metric.name)) for _, row in rows]
+    means = [number[0] for number in numbers[: len(models)] if number]
+    best = None
+    if metric.higher_is_better is not None and len(means) > 1:
+      best = max(means) if metric.higher_is_better else min(means)
+    for i, (line, number) in enumerate(zip(lines, numbers)):
+      is_best = bool(number) and i < len(models) and number[0] == best
+      line.append((_text(number), is_best))
+  return [head, *lines]
 
 
-def metric_title(metric: str) -> str:
-  """A metric in words, with an arrow where more or less of it is better."""
-  return metric.replace("_", " ") + _ARROWS[_HIGHER.get(metric)]
-
-
-def table(metrics: dict) -> str:
+def table(measured: dict) -> str:
   """The comparison as plain text; `*` marks the best model of a column."""
-  lines = [[t + " *" * best for t, best in line] for line in _cells(metrics)]
+  lines = [[t + " *" * best for t, best in line] for line in _cells(measured)]
   widths = [max(map(len, column)) for column in zip(*lines)]
   lines.insert(1, ["-" * width for width in widths])
   lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-  return "\n".join([*lines, *verdicts(metrics)])
+  return "\n".join([*lines, *verdicts(measured)])
 
 
-def verdicts(metrics: dict) -> list[str]:
+def verdicts(measured: dict) -> list[str]:
   """One sentence per TensorAR model on how it compares with "continued".
 
   That is every model but "base" and "continued". Within the spread means: the
   difference is smaller than the root of the sum of both variances.
   """
-  models = dict(metrics.get("models") or {})
+  models = dict(measured.get("models") or {})
   continued = models.pop("continued", None) or {}
   models.pop("base", None)
   sentences = []
   for name, row in models.items() if continued else ():
-    words: dict[str, list[str]] = {}
-    for metric, higher in _HIGHER.items():
-      mine, theirs = (_spread((x or {}).get(metric)) for x in (row, continued))
-      if not mine or not theirs:
+    compared: dict[str, list[str]] = {}  # by verdict
+    for metric in metrics.METRICS.values():
+      ours = _mean_and_std((row or {}).get(metric.name))
+      theirs = _mean_and_std(continued.get(metric.name))
+      if metric.higher_is_better is None or not ours or not theirs:
         continue
-      gain = (mine[0] - theirs[0]) * (1 if higher else -1)
-      word = "better" if gain > 0 else "worse" if gain < 0 else "equal"
-      if abs(gain) < math.hypot(*mine[1:], *theirs[1:]):
-        word = "within the spread"
-      elif not mine[1:] + theirs[1:]:
-        word += " (spread not measured)"
-      values = f"{_text(mine[:1])} against {_text(theirs[:1])}"
-      said = f"{metric.replace('_', ' ')} ({values})"
-      words.setdefault(word, []).append(said)
-    said = "; ".join(f"{w} in {', '.join(m)}" for w, m in words.items())
-    said = said or "no metric in common"
-    sentences.append(f"{name} compared with continued: {said}.")
+      verdict = _verdict(metric, ours, theirs)
+      values = f"{_text(ours[:1])} against {_text(theirs[:1])}"
+      compared.setdefault(verdict, []).append(f"{metric.label} ({values})")
+    parts = [f"{verdict} in {', '.join(m)}" for verdict, m in compared.items()]
+    result = "; ".join(parts) or "no metric in common"
+    sentences.append(f"{name} compared with continued: {result}.")
   return sentences
 
 
-def refinement_lines(metrics: dict) -> list[list[str]]:
+def _verdict(
+  metric: metrics.Metric, ours: tuple[float, ...], theirs: tuple[float, ...]
+) -> str:
+  """Whether a mean is better than another, each with its std if known."""
+  gain = (ours[0] - theirs[0]) * (1 if metric.higher_is_better else -1)
+  if abs(gain) < math.hypot(*ours[1:], *theirs[1:]):
+    return "within the spread"
+  verdict = "better" if gain > 0 else "worse" if gain < 0 else "equal"
+  has_spread = len(ours) > 1 or len(theirs) > 1
+  return verdict if has_spread else f"{verdict} (spread not measured)"
+
+
+def refinement_lines(measured: dict) -> list[list[str]]:
   """A heading and a line per model and slot: training noise / own drafts."""
   both = "training noise / own drafts"
-  heads = [f"{n} behind {both}" for n in ("cross-entropy", "accuracy")]
-  heads += [f"window right, {both}", "committed = the draft of slot looks ago"]
-  lines = [["", "slot", *heads]]
-  for name, found in (metrics.get("diagnostics") or {}).items():
-    for j in range(found["window"]):
+  head = ["", "slot", f"cross-entropy, {both}", f"accuracy, {both}"]
+  head += [f"right tokens in the window, {both}"]
+  head += ["committed = the draft of that many looks before"]
+  lines = [head]
+  for name, diagnostics in (measured.get("diagnostics") or {}).items():
+    for j in range(diagnostics["window"]):
       cells = [
-        " / ".join(_text((kind[j],)) for kind in found[quantity].values())
-        for quantity in ("cross_entropy", "accuracy")
+        " / ".join(_text((slots[j],)) for slots in diagnostics[key].values())
+        for key in ("cross_entropy", "accuracy")
       ]
-      shown = [kind[j - 1] for kind in found["window_accuracy"].values()]
-      cells += [" / ".join(_text((x,)) for x in shown) if j else ""]
-      cells += [_text((found["copy_rate"][j - 1],)) if j else ""]
+      if j:
+        right = [s[j - 1] for s in diagnostics["window_accuracy"].values()]
+        cells.append(" / ".join(_text((share,)) for share in right))
+        cells.append(_text((diagnostics["copy_rate"][j - 1],)))
+      else:  # the committed slot is no draft
+        cells += ["", ""]
       lines.append([name, str(j), *cells])
   return lines
+
+
+# --- the page ----------------------------------------------------------------
+
+
+def _html_rows(lines: list[list[tuple[str, bool]]], models: int) -> str:
+  """The rows of a table; cells marked True stand out, rows after `models` fade.
+
+  The first line is the heading.
+  """
+  rows = []
+  for i, line in enumerate(lines):
+    tag = "td" if i else "th"
+    cells = [
+      f"<{tag}{' class=best' * is_best}>{html.escape(text)}</{tag}>"
+      for text, is_best in line
+    ]
+    rows.append(f"<tr{' class=muted' * (i > models)}>{''.join(cells)}</tr>")
+  return "".join(rows)
+
+
+def _html_times(seconds: Mapping[str, float]) -> str:
+  """The rows of the table of wall times, each with a bar."""
+  longest = max(seconds.values(), default=0)
+  rows = []
+  for stage, s in seconds.items():
+    bar = f"<td class=time><i style='width:{100 * s / longest:.1f}%'></i>"
+    name = html.escape(stage)
+    rows.append(f"<tr><td>{name}</td><td>{s:.1f} s</td>{bar}</td></tr>")
+  return "".join(rows)
+
+
+def _html_figure(caption: str, picture: str | pathlib.Path) -> str:
+  picture = pathlib.Path(picture)
+  data = base64.b64encode(picture.read_bytes()).decode()
+  source = f"data:image/{picture.suffix[1:]};base64,{data}"
+  caption = f"<figcaption>{html.escape(caption)}</figcaption>"
+  return f"<figure>{caption}<img alt='' src='{source}'></figure>"
 
 
 def write_report(
   path: str | pathlib.Path,
   title: str,
-  metrics: dict,
+  measured: dict,
   images: Mapping[str, Any],
   command: str,
 ) -> None:
-  """One HTML file, pictures inside: what was run and what came of it."""
+  """Writes one HTML file with everything inside: settings, metrics, pictures.
+
+  Args:
+    path: of the file.
+    title: of the page.
+    measured: the content of metrics.json; anything in it may be missing.
+    images: caption -> path of a picture.
+    command: which made the run.
+  """
   text = html.escape
-  models = len(metrics.get("models") or {})
-  rows = []
-  for i, line in enumerate(_cells(metrics)):
-    kind = "td" if i else "th"
-    cells = (f"<{kind}{' class=best' * b}>{text(t)}</{kind}>" for t, b in line)
-    rows.append(f"<tr{' class=muted' * (i > models)}>{''.join(cells)}</tr>")
-  slots = []
-  for i, line in enumerate(refinement_lines(metrics)):
-    kind = "td" if i else "th"
-    slots.append("<tr>" + "".join(f"<{kind}>{text(t)}</{kind}>" for t in line))
-  looks = "<h2>Behind its own drafts</h2><table>" + "".join(slots) + "</table>"
-  looks = looks if metrics.get("diagnostics") else ""
-  seconds = {k: v for k, v in (metrics.get("seconds") or {}).items() if v}
-  longest, total = max(seconds.values(), default=0), sum(seconds.values())
-  times = []
-  for stage, s in seconds.items():
-    bar = f"<td class=time><i style='width:{100 * s / longest:.1f}%'></i>"
-    times.append(f"<tr><td>{text(stage)}</td><td>{s:.1f} s</td>{bar}</td></tr>")
-  settings = [f"{k} {v}" for k, v in (metrics.get("settings") or {}).items()]
-  items = [verdicts(metrics), metrics.get("notes") or []]
-  said, notes = ("".join(f"<li>{text(x)}" for x in part) for part in items)
-  figures = []
-  for caption, picture in images.items():
-    data = base64.b64encode(pathlib.Path(picture).read_bytes()).decode()
-    source = f"data:image/{pathlib.Path(picture).suffix[1:]};base64,{data}"
-    caption = f"<figcaption>{text(caption)}</figcaption>"
-    figures.append(f"<figure>{caption}<img alt='' src='{source}'></figure>")
+  items = lambda lines: "".join(f"<li>{text(line)}</li>" for line in lines)
+  models = len(measured.get("models") or {})
+  looks = ""
+  if measured.get("diagnostics"):
+    lines = [[(t, False) for t in line] for line in refinement_lines(measured)]
+    looks = "<h2>Given its own drafts</h2>"
+    looks += f"<table>{_html_rows(lines, len(lines))}</table>"
+  seconds = {k: v for k, v in (measured.get("seconds") or {}).items() if v}
+  settings = [f"{k} {v}" for k, v in (measured.get("settings") or {}).items()]
+  figures = [_html_figure(caption, file) for caption, file in images.items()]
   tall = 140 // max(1, math.ceil(len(figures) / 2))
   page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>{text(title)}</title><style>{_STYLE}img {{ --tall: {tall}mm }}</style>
 <h1>{text(title)}</h1><p>Made by <code>{text(command)}</code></p>
 <p class=muted>{text(", ".join(settings))}</p><h2>Comparison</h2>
-<table>{"".join(rows)}</table><p class=muted>{_LEGEND}</p><ul>{said}</ul>{looks}
+<table>{_html_rows(_cells(measured), models)}</table>
+<p class=muted>{_LEGEND}</p><ul>{items(verdicts(measured))}</ul>{looks}
 <h2>Pictures</h2><div class=figures>{"".join(figures)}</div>
-<h2>Wall time: {total:.1f} s</h2><table>{"".join(times)}</table>
-<ul class=muted>{notes}</ul></html>"""
+<h2>Wall time: {sum(seconds.values()):.1f} s</h2>
+<table>{_html_times(seconds)}</table>
+<ul class=muted>{items(measured.get("notes") or [])}</ul></html>"""
   pathlib.Path(path).write_text(page, encoding="utf-8")

@@ -235,6 +235,8 @@ class Level(nnx.Module):
 
   def steps(self, codes: Latents | None) -> Steps:
     if self.norm is not None:
+      if codes is None:
+        raise ValueError("the norms of a decoder read codes: steps(codes).")
       yield "norm", functools.partial(self.norm, codes=codes)
     for i, block in enumerate(self.blocks):
       yield f"blocks/{i}", block
@@ -294,6 +296,8 @@ class Model(ImageTokenizer):
   """The tokenizer; see `interfaces.Tokenizer` and `interfaces.Trainable`."""
 
   uint8_offset = 127.5  # bytes are truncated, not rounded
+
+  config: Config
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config

@@ -156,6 +156,8 @@ class Model(CodebookTokenizer):
 
   uint8_offset = 127.5  # Bytes are truncated, not rounded, as published.
 
+  config: Config
+
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
     self.grid = config.grid_of(*config.image_size)

@@ -122,9 +122,11 @@ class AttentionBlock(nnx.Module):
 
   def __init__(self, width: int, config: Config, rngs: nnx.Rngs):
     self.norm = GroupNorm(width, config.norm_groups, rngs=rngs)
-    for name in ("q", "k", "v", "proj_out"):
-      conv = Conv(width, width, 1, dtype=config.dtype, rngs=rngs)
-      setattr(self, name, conv)
+    conv = functools.partial(Conv, width, width, 1, dtype=config.dtype)
+    self.q = conv(rngs=rngs)
+    self.k = conv(rngs=rngs)
+    self.v = conv(rngs=rngs)
+    self.proj_out = conv(rngs=rngs)
 
   def __call__(self, x: Array) -> Array:
     h = self.norm(x)
@@ -229,6 +231,8 @@ class Quantizer(Codebook):
 
 class Model(CodebookTokenizer):
   """The tokenizer; see `interfaces.Tokenizer` and `interfaces.Trainable`."""
+
+  config: Config
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config

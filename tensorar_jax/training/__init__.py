@@ -1,4 +1,5 @@
-"""The one train loop, and what a step needs: optimizer, logs, throughput.
+"""The one training loop, and what a step needs: optimiser, logs, throughput.
 
-`loop.fit` trains any stage: models, tokenizers, classifiers.
+`loop.fit` trains any stage: models, tokenizers, classifiers. The command line,
+ablations and studies call it.
 """

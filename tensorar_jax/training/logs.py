@@ -19,18 +19,19 @@ from tensorar_jax.checkpoints import files
 
 
 def log_to_console() -> None:
-  """A time and a message a line, of this project's and the user's own logs."""
+  """Prints logs, but not the libraries', as lines of a time and a message."""
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
-  line = py_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-  handler.setFormatter(line)
+  handler.setFormatter(
+    py_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+  )
   # Orbax reports every file it touches, JAX every backend it does not find.
   handler.addFilter(
     lambda record: not re.search(r"orbax/|jax/_src", record.pathname)
   )
 
 
-# How the console says each of the speeds, of `throughput` and the ETA.
+# How the console shows each speed of `throughput.Meter`, and the ETA.
 SPEEDS = {
   "step_seconds": lambda value: f"{1000 * value:,.1f} ms/step",
   "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
@@ -45,7 +46,7 @@ SPEEDS = {
 def console_line(
   stage: str, step: int, num_steps: int, scalars: dict[str, float]
 ) -> str:
-  """Progress, scalars, speed and ETA of a row, for a console."""
+  """Writes progress, scalars, speeds and ETA of a row on one line."""
   shown = " ".join(
     f"{name}={value:.4g}"
     for name, value in scalars.items()
@@ -63,9 +64,9 @@ def console_line(
 class TrainLog:
   """Writes one row per log step; a resumed run continues the same files.
 
-  `log.jsonl` holds nothing but what training computed, so that the trace of an
-  interrupted run equals an uninterrupted one's byte for byte; speeds and ETA go
-  to the console and to TensorBoard.
+  `log.jsonl` holds only what training computed, so that of an interrupted run
+  equals that of an uninterrupted one byte for byte. Speeds and ETA go to the
+  console and to TensorBoard.
   """
 
   def __init__(self, folder: pathlib.Path, num_steps: int):
@@ -76,7 +77,7 @@ class TrainLog:
     self._writer = summary.Writer(str(folder / "tensorboard"))
 
   def resume(self, step: int) -> None:
-    """Forgets rows after `step`, which will be computed again."""
+    """Removes the rows after `step`, which will be computed again."""
     rows = [row for row in read_trace(self._path) if row["step"] <= step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     with files.replacing(self._path) as partial:
@@ -85,7 +86,7 @@ class TrainLog:
   def write(
     self, step: int, scalars: dict[str, float], speeds: dict[str, float]
   ) -> None:
-    """One row; `speeds` are what `throughput.Meter` reads."""
+    """Writes a row; `speeds` are those of `throughput.Meter.read`."""
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **scalars}) + "\n")
     eta = speeds["step_seconds"] * (self._num_steps - step)
@@ -100,33 +101,34 @@ class TrainLog:
     logging.info("%s", console_line(self._stage, step, self._num_steps, row))
 
   def close(self) -> None:
+    """Closes the files."""
     self._writer.close()
 
 
 class NoLog:
-  """Takes what a `TrainLog` does, and writes nothing."""
+  """A `TrainLog` that writes nothing."""
 
   def resume(self, step: int) -> None:
-    """Nothing."""
+    """Does nothing."""
 
   def write(
     self, step: int, scalars: dict[str, float], speeds: dict[str, float]
   ) -> None:
-    """Nothing."""
+    """Does nothing."""
 
   def close(self) -> None:
-    """Nothing."""
+    """Does nothing."""
 
 
 def train_log(
   folder: pathlib.Path, num_steps: int, writes: bool
 ) -> TrainLog | NoLog:
-  """The log of a stage; of several processes one writes it."""
+  """Makes the log of a stage; one of several processes `writes` it."""
   return TrainLog(folder, num_steps) if writes else NoLog()
 
 
 def read_trace(path: pathlib.Path) -> list[dict]:
-  """The complete rows of a `log.jsonl`, oldest first."""
+  """Reads the complete rows of a `log.jsonl`, oldest first."""
   if not path.exists():
     return []
   lines = path.read_text().split("\n")
@@ -136,7 +138,16 @@ def read_trace(path: pathlib.Path) -> list[dict]:
 def floats(
   pending: list[dict], step: int, folder: pathlib.Path
 ) -> list[dict[str, float]]:
-  """Scalars of the steps up to `step`; ValueError if a loss is not finite."""
+  """Fetches the scalars of the newest steps from the devices.
+
+  Args:
+    pending: those of each step.
+    step: the newest one.
+    folder: of the stage, for the message.
+
+  Raises:
+    ValueError: a loss, or the norm of a gradient, is not finite.
+  """
   pending = jax.device_get(pending)
   for offset, scalars in enumerate(pending):
     if not np.isfinite([scalars["loss"], scalars["grad_norm"]]).all():
@@ -152,7 +163,7 @@ def floats(
 
 
 def means(pending: list[dict[str, float]]) -> dict[str, float]:
-  """The mean of each scalar over some steps."""
+  """Averages each scalar over some steps."""
   return {
     name: float(np.mean([scalars[name] for scalars in pending]))
     for name in pending[0]
@@ -160,7 +171,7 @@ def means(pending: list[dict[str, float]]) -> dict[str, float]:
 
 
 def duration(seconds: float) -> str:
-  """Seconds as people say them: 45s, 3m20s, 5h07m."""
+  """Writes seconds for people: 45s, 3m20s, 5h07m."""
   seconds = int(round(seconds))
   if seconds < 60:
     return f"{seconds}s"

@@ -1,4 +1,4 @@
-"""The one train loop: anything with a loss, deterministic and resumable.
+"""The one training loop: for anything with a loss, deterministic and resumable.
 
 A step is a pure function of (state, batch); the key of step n is derived from
 the run's key and n; the data order from (seed, position). So a run that was
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,11 +27,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tensorar_jax.checkpoints import orbax_io, torch_import
+from tensorar_jax.conditioning.conditions import TextConditioning
 from tensorar_jax.data import codes, pipeline, sources
-from tensorar_jax.experiment import build, published, saved
-from tensorar_jax.experiment.schema import Stage
-from tensorar_jax.interfaces import Batch
+from tensorar_jax.experiment import build, initial_weights, published, saved
+from tensorar_jax.experiment.schema import Stage, TrainConfig
+from tensorar_jax.interfaces import Batch, Tokenizer
 from tensorar_jax.method import objective
+from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn import layers
 from tensorar_jax.nn.image_bytes import from_uint8
 from tensorar_jax.parallel import preemption, processes, sharding, weights
@@ -41,9 +44,11 @@ from tensorar_jax.training import logs, optimizer, throughput, train_step
 class Task:
   """What a stage trains on.
 
-  `loss(model, context, batch, rng, step) -> (loss, metrics)`; `context` are
-  frozen modules that it reads (the tokenizer); `prepare` makes its batch from
-  the pipeline's; `tokens` is the number of predictions in one image.
+  Attributes:
+    loss: (model, context, batch, rng, step) -> (loss, metrics).
+    context: frozen modules that the loss reads, such as the tokenizer.
+    prepare: makes the loss's batch from the pipeline's.
+    tokens: predictions in one image.
   """
 
   loss: Callable
@@ -52,24 +57,92 @@ class Task:
   tokens: int
 
 
+@dataclasses.dataclass
+class Training:
+  """A stage's training under way: what its steps need, and how far it is.
+
+  Attributes:
+    folder: of the stage.
+    config: when to stop, to log and to save.
+    mesh: that its arrays are split over.
+    task: what it trains on.
+    data: endless iterator over this process's part of the batches.
+    meter: runs the steps and times them.
+    checkpoints: where it saves.
+    origin: what every checkpoint says of it: its config, its parents' ids.
+    began: `time.monotonic()` at its start, had it never been interrupted.
+    state: after the newest step.
+    pending: metrics of each step since the last row of the log.
+  """
+
+  folder: pathlib.Path
+  config: TrainConfig
+  mesh: Mesh
+  task: Task
+  data: grain.DatasetIterator
+  meter: throughput.Meter
+  checkpoints: orbax_io.Checkpoints
+  origin: dict
+  began: float
+  state: train_step.TrainState
+  pending: list[dict]
+
+  def run(self, stop_asked: Callable[[], bool]) -> None:
+    """Steps, logs and saves until `num_steps`, or until asked to stop."""
+    config, images = self.config, self.config.batch_size
+    log = logs.train_log(self.folder, config.num_steps, processes.is_first())
+    first = int(self.state.step)
+    log.resume(first)
+    try:
+      for step in range(first + 1, config.num_steps + 1):
+        self._take_step()
+        last, stop = step == config.num_steps, stop_asked()
+        if step % config.log_every == 0 or last:
+          row = logs.means(logs.floats(self.pending, step, self.folder))
+          speeds = self.meter.read(images, images * self.task.tokens)
+          log.write(step, row, speeds)
+          self.pending = []
+        if step % config.checkpoint_every == 0 or last or stop:
+          self._save(step)
+        if stop:
+          break
+    finally:
+      log.close()
+
+  def _take_step(self) -> None:
+    batch = self.meter.fetch(lambda: self.task.prepare(next(self.data)))
+    self.state, scalars = self.meter.step(self.state, self.task.context, batch)
+    # Were the devices given more at once, a save would have to wait for it.
+    jax.block_until_ready(self.pending[-1:])
+    self.pending.append(scalars)
+
+  def _save(self, step: int) -> None:
+    meta = {
+      **self.origin,
+      "pending": logs.floats(self.pending, step, self.folder),
+      "seconds": time.monotonic() - self.began,
+    }
+    self.checkpoints.save(step, self.state, self.data.get_state(), meta)
+
+
 def make_task(
   stage: Stage, workdir: pathlib.Path, model: nnx.Module, *, images: bool
 ) -> Task:
-  """The task of a stage's objective on batches of images, or of tokens."""
-  if stage.objective != "tensorar":
+  """Makes the task of a stage's objective, on batches of images or tokens."""
+  if not isinstance(model, TensorAR):
     # Tokenizers and classifiers are `Trainable`: they carry their own loss.
     def own_loss(model, context, batch, rng, step):
       return model.loss(batch, rng)
 
-    def images_only(batch):  # no device holds a caption
-      return {n: value for n, value in batch.items() if n != "caption"}
+    def without_captions(batch):  # no device holds one
+      return {name: a for name, a in batch.items() if name != "caption"}
 
-    return Task(own_loss, None, images_only, 1)
+    return Task(loss=own_loss, context=None, prepare=without_captions, tokens=1)
   tokenizer = build.frozen_tokenizer(stage, workdir) if images else None
   conditioning = build.conditioning(stage.conditioning)
-  encode = None  # what has tokens on disk has features there, too
+  encode_text = None  # data that has tokens on disk has features there, too
   if images and conditioning.is_text:
-    encode = build.text_encoder(stage.conditioning)
+    encode_text = build.text_encoder(stage.conditioning)
   noise, config = stage.noise, stage.loss
 
   def loss(model, tokenizer, batch, rng, step):
@@ -88,13 +161,15 @@ def make_task(
     return objective.tensorar_loss(model, cond, tokens, rng, noise, config)
 
   def prepare(batch):
-    read = {name: batch[name] for name in ("image", "tokens") if name in batch}
-    if encode and "caption" in batch:
-      text, mask = encode(batch["caption"].tolist())
+    inputs = {n: batch[n] for n in ("image", "tokens") if n in batch}
+    if encode_text and "caption" in batch:
+      text, mask = encode_text(batch["caption"].tolist())
       batch = {**batch, "text": text, "text_mask": mask}
-    return {**read, "cond": conditioning.from_batch(batch)}
+    return {**inputs, "cond": conditioning.from_batch(batch)}
 
-  return Task(loss, tokenizer, prepare, model.num_tokens)
+  return Task(
+    loss=loss, context=tokenizer, prepare=prepare, tokens=model.num_tokens
+  )
 
 
 def check(stage: Stage) -> None:
@@ -104,10 +179,10 @@ def check(stage: Stage) -> None:
   """
   saved.saved_config(stage)
   torch_import.check_dtype(stage.source_dtype)
-  model = weights.abstract(lambda rngs: build.model(stage, rngs))
-  if stage.objective != "tensorar":
+  model = build.abstract_model(stage)
+  if not isinstance(model, TensorAR):
     return
-  tokenizer = build.abstract(stage.tokenizer)
+  tokenizer: Tokenizer = build.abstract(stage.tokenizer)
   rows, cols = tokenizer.grid
   made = (rows * cols, tuple(tokenizer.vocab_sizes))
   read = (model.num_tokens, tuple(model.vocab_sizes))
@@ -139,7 +214,7 @@ def fit(
   """Trains a stage in `folder`, from its newest checkpoint if there is one.
 
   Args:
-    stage: of an experiment.
+    stage: of an experiment; one with a `source` is imported instead.
     folder: `<workdir>/<stage name>`.
     profile: the steps of this start to trace into `<folder>/profile`.
 
@@ -150,54 +225,115 @@ def fit(
   if stage.source:
     published.import_stage(stage, folder)
     return
+  training = _prepare(stage, folder, profile)
+  if training is None:
+    logging.info("%s: done, %d steps", folder.name, stage.train.num_steps)
+    return
+  with preemption.watch(folder.name) as stop_asked:
+    with (
+      contextlib.closing(training.checkpoints),
+      contextlib.closing(training.meter),
+      jax.set_mesh(training.mesh),
+    ):
+      training.run(stop_asked)
+    processes.wait_for_all(folder.name)
+
+
+def _prepare(
+  stage: Stage, folder: pathlib.Path, profile: throughput.Steps | None
+) -> Training | None:
+  """Restores a stage's training, or begins it; None if it is complete."""
   config = stage.train
-  saved_config = saved.claim(folder, stage)
-  lineage = _lineage(stage, folder)
+  origin = {
+    "config": saved.claim(folder, stage),
+    "lineage": saved.check_lineage(stage, folder),
+  }
+  model = build.abstract_model(stage)
   mesh = sharding.make_mesh(stage.mesh)
   sharding.check_batch(mesh, config.batch_size, config.accumulate)
-  model = weights.abstract(lambda rngs: build.model(stage, rngs))
-  tx, like = make_layout(stage, model, mesh)
+  tx, layout = make_layout(stage, model, mesh)
   checkpoints = orbax_io.Checkpoints(
     folder / "checkpoints", config.keep, config.keep_every
   )
-  found = checkpoints.restore(like)
-  if found and found[0].step == config.num_steps:
+  restored = checkpoints.restore(layout)
+  if restored and restored[0].step == config.num_steps:
     checkpoints.close()
-    logging.info("%s: done, %d steps", folder.name, config.num_steps)
-    return
+    return None
   task, data = _task_and_data(stage, folder, model, mesh)
-  if found:
-    state, position, meta = found
+  if restored:
+    state, position, meta = restored
     data.set_state(position)
     logging.info("%s: continues from step %d", folder.name, state.step)
   else:
-    model = build.initial_model(stage, folder.parent, mesh)
-    averaged = like.ema is not None
+    model = initial_weights.initial_model(stage, folder.parent, mesh)
+    averaged = layout.ema is not None
     _, state = train_step.init_state(model, tx, stage.seed, averaged, mesh)
     meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
-  step, flops = make_step(stage, model, task, tx, like)
+  step, count_flops = make_step(stage, model, task, tx, layout)
   dtype = model.backbone.dtype if hasattr(model, "backbone") else "float32"
-  meter = throughput.Meter(folder, step, flops, profile, dtype)
-  started = time.monotonic() - meta["seconds"]
+  return Training(
+    folder=folder,
+    config=config,
+    mesh=mesh,
+    task=task,
+    data=data,
+    meter=throughput.Meter(folder, step, count_flops, profile, dtype),
+    checkpoints=checkpoints,
+    origin=origin,
+    began=time.monotonic() - meta["seconds"],
+    state=state,
+    pending=meta["pending"],
+  )
 
-  def save(state, pending):
-    meta = {"config": saved_config, "lineage": lineage, "pending": pending}
-    meta["seconds"] = time.monotonic() - started
-    checkpoints.save(int(state.step), state, data.get_state(), meta)
 
-  start = state, meta["pending"]
-  with preemption.watch(folder.name) as asked:
-    closing = contextlib.closing
-    with closing(checkpoints), closing(meter), jax.set_mesh(mesh):
-      _loop(start, data, task, meter, config, folder, save, asked)
-    processes.wait_for_all(folder.name)
+def _task_and_data(
+  stage: Stage, folder: pathlib.Path, model: nnx.Module, mesh: Mesh
+) -> tuple[Task, grain.DatasetIterator]:
+  """Makes what to train on, and the iterator over this process's part of it."""
+  config = stage.data
+  source = sources.load(
+    config.name, config.train_split, data_dir=config.data_dir
+  )
+  images = not isinstance(source, codes.TokenSource)
+  if not images:
+    if not isinstance(model, TensorAR):
+      raise ValueError(
+        f"data.name={config.name!r} holds tokens: a {stage.objective} is"
+        " trained on images. Name a data set of images."
+      )
+    conditioning = build.conditioning(stage.conditioning)
+    text = None
+    if isinstance(conditioning, TextConditioning):
+      text = conditioning.width, conditioning.length
+    source = codes.expect(
+      source,
+      num_tokens=model.num_tokens,
+      vocab_sizes=model.vocab_sizes,
+      num_classes=getattr(conditioning, "num_classes", None),
+      text=text,
+    )
+  share = sharding.share(mesh)
+  data = pipeline.train_iterator(
+    source,
+    batch_size=stage.train.batch_size,
+    seed=stage.seed,
+    flip=config.flip,
+    share=share,
+  )
+  task = make_task(stage, folder.parent, model, images=images)
+
+  def prepare(batch):
+    return sharding.global_batch(task.prepare(batch), mesh, share)
+
+  context = sharding.replicate(task.context, mesh)
+  return dataclasses.replace(task, context=context, prepare=prepare), data
 
 
 def make_layout(
   stage: Stage, model: nnx.Module, mesh: Mesh
 ) -> tuple[optax.GradientTransformation, train_step.TrainState]:
-  """(optimiser, layout of the state) of a stage's training.
+  """Makes a stage's optimiser, and the layout of the state of its training.
 
   The model may be abstract, and the mesh of devices that are not there.
   """
@@ -207,102 +343,38 @@ def make_layout(
 
 
 def make_step(
-  stage: Stage, model: nnx.Module, task: Task, tx, like
+  stage: Stage,
+  model: nnx.Module,
+  task: Task,
+  tx: optax.GradientTransformation,
+  layout: train_step.TrainState,
 ) -> tuple[Callable, Callable]:
-  """(jitted step, its model FLOPs at the same arguments); see `make_layout`."""
+  """Makes the jitted step, and what counts its model FLOPs.
+
+  Both take (state, context, batch); `tx` and `layout` are of `make_layout`.
+  """
   layers.set_remat(model, stage.train.remat)
   skeleton, _, _ = weights.split(model)
-  decay, accumulate = stage.optim.ema_decay, stage.train.accumulate
-  return (
-    train_step.make_train_step(
-      skeleton, task.loss, tx, decay, like, accumulate
-    ),
-    functools.partial(train_step.model_flops, skeleton, task.loss),
+  step = train_step.make_train_step(
+    skeleton,
+    task.loss,
+    tx,
+    ema_decay=stage.optim.ema_decay,
+    layout=layout,
+    accumulate=stage.train.accumulate,
   )
+  return step, functools.partial(train_step.model_flops, skeleton, task.loss)
 
 
-def _log_sizes(name, state, mesh):
-  """How large the model is, and what of the state a device has."""
+def _log_sizes(name: str, state: train_step.TrainState, mesh: Mesh) -> None:
+  """Logs how large the model is, and what of the state a device holds."""
   count = parameter_overview.count_parameters(state.params)
   here, total = sharding.bytes_of(state)
   logging.info("%s: %s parameters", name, f"{count:,}")
   logging.info(
     "%s: mesh %s; a device holds %.4g of the state's %.4g MB",
-    *(name, dict(mesh.shape), here / 1e6, total / 1e6),
+    name,
+    dict(mesh.shape),
+    here / 1e6,
+    total / 1e6,
   )
-
-
-def _task_and_data(
-  stage: Stage, folder: pathlib.Path, model: nnx.Module, mesh: Mesh
-):
-  """What to train on, and the endless iterator over this process's part."""
-  read = stage.data
-  source = sources.load(read.name, read.train_split, data_dir=read.data_dir)
-  tokens = isinstance(source, codes.TokenSource)
-  if tokens:
-    reads = build.conditioning(stage.conditioning)
-    source = codes.expect(
-      source,
-      num_tokens=model.num_tokens,
-      vocab_sizes=model.vocab_sizes,
-      num_classes=getattr(reads, "num_classes", None),
-      text=(reads.width, reads.length) if reads.is_text else None,
-    )
-  share = sharding.share(mesh)
-  data = pipeline.train_iterator(
-    source,
-    batch_size=stage.train.batch_size,
-    seed=stage.seed,
-    flip=read.flip,
-    share=share,
-  )
-  task = make_task(stage, folder.parent, model, images=not tokens)
-
-  def prepare(batch):
-    return sharding.global_batch(task.prepare(batch), mesh, share)
-
-  context = sharding.replicate(task.context, mesh)
-  return dataclasses.replace(task, context=context, prepare=prepare), data
-
-
-def _lineage(stage: Stage, folder: pathlib.Path) -> dict[str, str]:
-  """The ids of the parents' weights; refuses others than it went on from."""
-  lineage = saved.lineage(stage, folder.parent)
-  if not orbax_io.steps(folder / "checkpoints"):
-    return lineage
-  before = orbax_io.run_meta(folder).get("lineage")
-  if before != lineage:
-    raise ValueError(
-      f"{folder} was trained from other weights than its parents now have:"
-      f" {before} then, {lineage} now. Move the folder away to train it again."
-    )
-  return lineage
-
-
-def _loop(start, data, task, meter, config, folder, save, asked):
-  """Steps, rows and checkpoints until `num_steps`, or until `asked` to stop.
-
-  `start` is (state, the metrics of each step since the last row of the log).
-  """
-  log = logs.train_log(folder, config.num_steps, processes.is_first())
-  state, pending = start
-  first, images = int(state.step), config.batch_size
-  log.resume(first)
-  try:
-    for step in range(first + 1, config.num_steps + 1):
-      batch = meter.fetch(lambda: task.prepare(next(data)))
-      state, scalars = meter.step(state, task.context, batch)
-      # Were the devices given more at once, a save would have to wait for it.
-      jax.block_until_ready(pending[-1:])
-      pending.append(scalars)
-      last, stop = step == config.num_steps, asked()
-      if step % config.log_every == 0 or last:
-        row = logs.means(logs.floats(pending, step, folder))
-        log.write(step, row, meter.read(images, images * task.tokens))
-        pending = []
-      if step % config.checkpoint_every == 0 or last or stop:
-        save(state, logs.floats(pending, step, folder))
-      if stop:
-        break
-  finally:
-    log.close()

@@ -6,6 +6,7 @@ See docs/method.md, section 7.
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 
 import jax.numpy as jnp
 import optax
@@ -13,7 +14,7 @@ import optax
 from tensorar_jax.experiment.schema import OptimConfig
 from tensorar_jax.parallel.weights import Weights
 
-# What is left of the rate after a share x of the decay.
+# Which share of the rate is left after a share x of the decay.
 SCHEDULES = {
   "constant": lambda x: jnp.ones_like(x),
   "linear": lambda x: 1 - x,
@@ -22,11 +23,9 @@ SCHEDULES = {
 
 
 def _schedule(config: OptimConfig, peak: float, kind: str, num_steps: int):
-  warmup, start, final = (
-    config.warmup_steps,
-    config.warmup_start,
-    config.final_rate,
-  )
+  """Makes a schedule: the warm-up to the peak, then a `kind` of decay."""
+  warmup, start = config.warmup_steps, config.warmup_start
+  final = config.final_rate
 
   def rate(step):
     rise = start + (1 - start) * step / max(warmup, 1)
@@ -41,7 +40,7 @@ def _schedule(config: OptimConfig, peak: float, kind: str, num_steps: int):
 def decay_schedule(
   config: OptimConfig, num_steps: int
 ) -> float | optax.Schedule:
-  """The weight decay over the steps."""
+  """Returns the weight decay, or the schedule that it follows."""
   first, last = config.weight_decay, config.final_weight_decay
   if last is None:
     return first
@@ -54,7 +53,7 @@ def decay_schedule(
 
 
 def schedules(config: OptimConfig, num_steps: int) -> dict[str, optax.Schedule]:
-  """The learning rate of each group over the steps."""
+  """Makes the schedule of each group's learning rate."""
   backbone_rate = config.backbone_learning_rate
   if backbone_rate is None:
     backbone_rate = config.learning_rate
@@ -66,18 +65,18 @@ def schedules(config: OptimConfig, num_steps: int) -> dict[str, optax.Schedule]:
 
 
 def group(path: str) -> str:
-  """The learning-rate group of a weight: "backbone" or "new"."""
+  """Returns the learning-rate group of a weight: "backbone" or "new"."""
   return "backbone" if path.startswith("backbone/") else "new"
 
 
 def decays(path: str, config: OptimConfig) -> bool:
-  """Whether weight decay applies to the weight at `path`."""
+  """Returns whether weight decay applies to the weight at `path`."""
   return not (config.no_decay and re.search(config.no_decay, path))
 
 
 def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-  """clip -> Adam -> decay -> each group's learning rate."""
-  rates = {
+  """Makes the optimiser: clip -> Adam -> decay -> each group's rate."""
+  rates: dict[Hashable, optax.GradientTransformation] = {
     name: optax.scale_by_learning_rate(schedule)
     for name, schedule in schedules(config, num_steps).items()
   }
@@ -88,10 +87,11 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
   def mask(params: Weights):
     return {path: decays(path, config) for path in params}
 
+  clip = optax.identity()
+  if config.clip_norm:
+    clip = optax.clip_by_global_norm(config.clip_norm)
   return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm)
-    if config.clip_norm
-    else optax.identity(),
+    clip,
     optax.scale_by_adam(config.beta1, config.beta2, config.eps),
     optax.add_decayed_weights(decay_schedule(config, num_steps), mask),
     optax.multi_transform(rates, labels),

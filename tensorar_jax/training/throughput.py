@@ -1,19 +1,19 @@
-"""What the time of a training run goes into: steps, input, compilation.
+"""Where the time of a training run goes: steps, input, compilation.
 
 | scalar                 | over the steps since the last row of the log        |
 | ---------------------- | --------------------------------------------------- |
-| `step_seconds`         | wall time a step; logs and checkpoints are in it    |
+| `step_seconds`         | wall time a step; includes logs and checkpoints    |
 | `tokens_per_second`    | image tokens of the global batch                    |
 | `images_per_second`    | the same in images                                  |
 | `tflops_per_second`    | model TFLOP/s of all devices together, see `flops`  |
-| `mfu`                  | that, of what the chips could do; of known chips    |
-| `data_wait`            | share of the time that the devices had no batch     |
+| `mfu`                  | its share of the chips' peak; for known chips       |
+| `data_wait`            | share of the time that the devices lacked a batch   |
 
-The host runs ahead of the devices: while a step runs the next batch is fetched,
-and a fetch costs nothing until the step before it has ended. So a thread notes
-when each step ends, and what remains of the fetch from then on is waiting. (A
-fetch that never lets go of Python's lock hides up to 5 ms of it, the time
-between two switches of thread.) The first call, which compiles, is timed alone.
+The host runs ahead of the devices: it fetches the next batch while a step runs,
+so a fetch costs nothing until that step has ended. A thread notes when each
+step ends; the rest of the fetch from then on counts as waiting. (A fetch that
+never releases Python's lock hides up to 5 ms of it, the time between two
+switches of thread.) The first call, which compiles, is timed separately.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from absl import logging
 
 from tensorar_jax.parallel import chips, processes
 
-STARVED = 0.05  # the share of waiting that is worth a warning,
-JUDGED_SECONDS = 1.0  # of an interval that lasted so long: less is chance
+STARVED = 0.05  # the share of waiting that is worth a warning
+JUDGED_SECONDS = 1.0  # no warning after shorter intervals, which vary by chance
 
 Steps = tuple[int, int]  # the first and the last, counted from this start
 
 
 def parse_profile(text: str | None) -> Steps | None:
-  """The steps that --profile=FIRST:LAST names; None of None."""
+  """Reads the steps of --profile=FIRST:LAST; None gives None."""
   if text is None:
     return None
   match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -57,25 +57,26 @@ class Trace:
   """
 
   def __init__(self, folder: pathlib.Path, steps: Steps | None = None):
-    wanted = steps and processes.is_first()
-    self._first, self._last = steps if wanted else (0, 0)
+    self._first, self._last = 0, 0
+    if steps and processes.is_first():
+      self._first, self._last = steps
     self._folder, self._runs = folder, False
 
   def before(self, step: int, newest: Any) -> None:
-    """To be called before a batch is fetched; `newest` is the last result."""
+    """Is called before a batch is fetched; `newest` is the last result."""
     if step == self._first:
       jax.block_until_ready(newest)
       jax.profiler.start_trace(str(self._folder))
       self._runs = True
 
   def after(self, step: int, result: Any) -> None:
-    """To be called when a step that makes `result` is on its way."""
+    """Is called when a step that makes `result` has been dispatched."""
     if step == self._last:
       jax.block_until_ready(result)
       self.close()
 
   def close(self) -> None:
-    """Writes what there is; nothing more will come."""
+    """Ends the trace, if it runs, and writes it."""
     if self._runs:
       jax.profiler.stop_trace()
       logging.info("the trace is in %s", self._folder)
@@ -85,12 +86,14 @@ class Trace:
 
 
 class Meter:
-  """Fetches batches, runs steps, and times both without holding them up.
+  """Fetches batches, runs steps, and times both without delaying them.
 
-  `train_step(state, context, batch)` returns (state, scalars) with a "loss";
-  `count_flops` takes the same and returns the step's model FLOPs. The steps of
-  `profile` are traced into `<folder>/profile`. `dtype` is that of the arrays
-  that are multiplied: chips have a peak for each.
+  Args:
+    folder: of the stage.
+    train_step: (state, context, batch) -> (state, scalars) with a "loss".
+    count_flops: the same arguments -> model FLOPs of the step.
+    profile: steps to trace into `<folder>/profile`.
+    dtype: of the arrays that are multiplied; chips have a peak for each.
   """
 
   def __init__(
@@ -107,7 +110,7 @@ class Meter:
     self._trace = Trace(folder / "profile", profile)
     self._watcher = futures.ThreadPoolExecutor(1, "end of step")
     self._loss: Any = None  # of the newest step
-    self._end: futures.Future | None = None  # when that is there
+    self._end: futures.Future | None = None  # the time at which it ended
     self._flops: int | None = None
     self._steps = 0
     self._mark = (0.0, 0)  # time and steps at the last reading
@@ -115,7 +118,7 @@ class Meter:
     self._warned = STARVED / 2
 
   def fetch(self, read: Callable[[], Any]) -> Any:
-    """The batch that `read()` returns."""
+    """Returns the batch of `read()`."""
     self._trace.before(self._steps + 1, self._loss)
     begin = time.monotonic()
     with jax.profiler.TraceAnnotation("fetch"):
@@ -126,7 +129,7 @@ class Meter:
     return batch
 
   def step(self, state: Any, context: Any, batch: Any) -> tuple[Any, dict]:
-    """(state, scalars) of the step, which may still be running."""
+    """Starts a step and returns its (state, scalars), not yet computed."""
     run = self._train_step if self._steps else self._first_step
     self._steps += 1
     with jax.profiler.StepTraceAnnotation("train", step_num=self._steps):
@@ -151,10 +154,13 @@ class Meter:
     return result
 
   def read(self, images: int, tokens: int) -> dict[str, float]:
-    """The scalars above since the last reading; warns if input was short.
+    """Returns the scalars above since the last reading; warns of slow input.
 
-    `images` and `tokens` are of one global batch. To be called when the newest
-    step has ended.
+    Is called when the newest step has ended.
+
+    Args:
+      images: of one global batch.
+      tokens: of one global batch.
     """
     now, (then, before) = time.monotonic(), self._mark
     count = self._steps - before
@@ -179,7 +185,7 @@ class Meter:
     return speeds
 
   def _warn(self, data_wait, count):
-    """Once, and again whenever it is twice as bad."""
+    """Warns of slow input: once, and again whenever it is twice as bad."""
     if data_wait < max(STARVED, 2 * self._warned):
       return
     self._warned = data_wait
@@ -188,7 +194,10 @@ class Meter:
       " of the last %d steps. Make the tokens beforehand (--mode=tokenize),"
       " put the data on a faster disk, or give the process more CPU cores;"
       " what the time goes into shows --profile=FIRST:LAST.",
-      *(self._name, jax.process_index(), 100 * data_wait, count),
+      self._name,
+      jax.process_index(),
+      100 * data_wait,
+      count,
     )
 
   def close(self) -> None:
@@ -198,5 +207,6 @@ class Meter:
 
 
 def _end_of(loss: Any) -> float:
+  """Waits for a step and returns the time at which it ended."""
   jax.block_until_ready(loss)
   return time.monotonic()

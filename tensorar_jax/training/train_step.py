@@ -1,11 +1,12 @@
 """One step of training, as a pure function, and the state that it takes.
 
-The state has a place for each of its arrays on a mesh before it exists: it is
-made there, or read from a checkpoint, part by part.
+The layout of a state says where on a mesh each of its arrays lies, before there
+is one: they are made there, or read from a checkpoint, part by part.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,13 +27,13 @@ from tensorar_jax.parallel import sharding, weights
 class TrainState:
   """Everything a checkpoint holds.
 
-  The leaves are arrays; JAX also puts shapes and shardings in their place.
+  Its leaves are arrays; those of a layout are shapes with shardings.
 
   Attributes:
     step: int32 [], completed steps.
     params: trained weights by path, float32.
     frozen: saved but untrained weights by path.
-    opt_state: of `optim.make`.
+    opt_state: of `optimizer.make`.
     ema: average of params, or None.
     rng: the run's key; step n uses fold_in(rng, n).
   """
@@ -59,10 +60,10 @@ def _first_state(params, frozen, tx, seed, ema) -> TrainState:
 def state_layout(
   model: nnx.Module, tx: optax.GradientTransformation, ema: bool, mesh: Mesh
 ) -> TrainState:
-  """Shapes and shardings of the state; the model may be abstract."""
+  """Makes the layout of the state; the model may be abstract."""
   _, params, frozen = weights.split(model)
   state = jax.eval_shape(
-    lambda *arrays: _first_state(*arrays, tx, 0, ema), params, frozen
+    lambda p, f: _first_state(p, f, tx, 0, ema), params, frozen
   )
   return sharding.layout(state, model, mesh)
 
@@ -74,22 +75,30 @@ def init_state(
   ema: bool,
   mesh: Mesh | None = None,
 ) -> tuple[weights.Skeleton, TrainState]:
-  """(skeleton, state before the first step) on a mesh, by default of one."""
+  """Makes the skeleton of a model, and the state before the first step.
+
+  Args:
+    model: with its initial weights.
+    tx: the optimiser.
+    seed: of the run's key.
+    ema: whether to keep an average of the weights.
+    mesh: where the state lies; by default one device has it all.
+  """
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   skeleton, params, frozen = weights.split(model)
   # An initialiser may leave a weak type, which the first update makes strong.
   params = {path: jnp.asarray(p, p.dtype) for path, p in params.items()}
-  place = sharding.shardings(state_layout(model, tx, ema, mesh))
+  shardings = sharding.shardings(state_layout(model, tx, ema, mesh))
   # Weights that are in their place already stay there, uncopied.
-  params = jax.device_put(params, place.params)
-  frozen = jax.device_put(frozen, place.frozen)
+  params = jax.device_put(params, shardings.params)
+  frozen = jax.device_put(frozen, shardings.frozen)
 
-  def others(params):
+  def all_but_weights(params):
     state = _first_state(params, {}, tx, seed, ema)
-    return state.replace(params=None, frozen=None)
+    return dataclasses.replace(state, params=None, frozen=None)
 
-  place = place.replace(params=None, frozen=None)
-  state = jax.jit(others, out_shardings=place)(params)
+  shardings = shardings.replace(params=None, frozen=None)
+  state = jax.jit(all_but_weights, out_shardings=shardings)(params)
   return skeleton, state.replace(params=params, frozen=frozen)
 
 
@@ -98,17 +107,26 @@ def make_train_step(
   loss: Callable,
   tx: optax.GradientTransformation,
   ema_decay: float,
-  like: TrainState | None = None,
+  layout: TrainState | None = None,
   accumulate: int = 1,
 ) -> Callable:
-  """The jitted (state, context, batch) -> (state, metrics); donates state.
+  """Makes the jitted step (state, context, batch) -> (state, metrics).
 
-  `like`, of `state_layout`, keeps the new state where the old one is; metrics
-  are on all devices. Without it the compiler chooses. `accumulate` is the
-  number of parts of a batch that are computed one after another, each with the
-  memory of its part; loss and gradients are the means over them.
+  It donates the state. Metrics are scalars: "loss", "grad_norm", the loss's.
+
+  Args:
+    skeleton: of the model.
+    loss: (model, context, batch, rng, step) -> (loss, metrics).
+    tx: the optimiser.
+    ema_decay: of the average of the weights, if the state keeps one.
+    layout: of `state_layout`; keeps the new state where the old one is, and
+      metrics on all devices. Without it the compiler chooses.
+    accumulate: parts of a batch that are computed one after another, each with
+      the memory of its part; loss and gradients are the means over them.
   """
-  place = like and (sharding.shardings(like), like.step.sharding)
+  out_shardings = None
+  if layout is not None:
+    out_shardings = sharding.shardings(layout), layout.step.sharding
 
   def gradients(state, context, batch, rng):
     def compute(params):
@@ -118,17 +136,18 @@ def make_train_step(
     (value, scalars), grads = jax.value_and_grad(compute, has_aux=True)(
       state.params
     )
-    if place:  # summed over the devices into the parts that they have
-      grads = jax.lax.with_sharding_constraint(grads, place[0].params)
+    if out_shardings:  # summed over the devices into the parts that they have
+      state_shardings, _ = out_shardings
+      grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
     return {"loss": value, **scalars}, grads
 
   def train_step(state: TrainState, context, batch):
     rng = jax.random.fold_in(state.rng, state.step)
-    of = functools.partial(gradients, state, context)
+    gradients_of = functools.partial(gradients, state, context)
     if accumulate == 1:
-      scalars, grads = of(batch, rng)
+      scalars, grads = gradients_of(batch, rng)
     else:
-      scalars, grads = _mean_over_parts(of, batch, rng, accumulate)
+      scalars, grads = _mean_over_parts(gradients_of, batch, rng, accumulate)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
@@ -136,20 +155,26 @@ def make_train_step(
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
     scalars = {**scalars, "grad_norm": optax.tree.norm(grads)}
-    state = state.replace(
-      step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      ema=ema,
     )
     return state, scalars
 
   # Batches have one shape: a second trace would be a bug, and a slow one. chex
-  # counts by source line, so every stage's step counts afresh.
+  # counts by source line, so the count starts again for every stage.
   chex.clear_trace_counter()
   once = chex.assert_max_traces(train_step, n=1)
-  return jax.jit(once, donate_argnums=0, out_shardings=place)
+  return jax.jit(once, donate_argnums=0, out_shardings=out_shardings)
 
 
-def _mean_over_parts(of: Callable, batch: Any, rng: Key, parts: int) -> Any:
-  """The mean of `of(part, rng)` over `parts` equal parts of a batch."""
+def _mean_over_parts(
+  compute: Callable, batch: Any, rng: Key, parts: int
+) -> Any:
+  """Averages `compute(part, rng)` over `parts` equal parts of a batch."""
 
   def split(array):
     # Part i is every parts-th row: all devices have rows of every part.
@@ -158,14 +183,13 @@ def _mean_over_parts(of: Callable, batch: Any, rng: Key, parts: int) -> Any:
 
   def add(total, numbered):
     i, part = numbered
-    found = of(part, jax.random.fold_in(rng, i))
-    return jax.tree.map(lambda t, f: t + f / parts, total, found), None
+    values = compute(part, jax.random.fold_in(rng, i))
+    return jax.tree.map(lambda t, v: t + v / parts, total, values), None
 
   batch = jax.tree.map(split, batch)
-  one = jax.tree.map(lambda a: a[0], batch)
-  zeros = jax.tree.map(
-    lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, one, rng)
-  )
+  first_part = jax.tree.map(lambda a: a[0], batch)
+  shapes = jax.eval_shape(compute, first_part, rng)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   return jax.lax.scan(add, zeros, (jnp.arange(parts), batch))[0]
 
 
@@ -176,10 +200,10 @@ def model_flops(
   context: Any,
   batch: Any,
 ) -> int:
-  """Model FLOPs of one step on these arrays, or their shapes; see `flops`.
+  """Counts the model FLOPs of one step; see `flops`.
 
-  They are those of the plain program, on any hardware: what kernels compute
-  cannot be looked into.
+  They are those of the program without hand-written kernels, whose FLOPs
+  cannot be counted, on any hardware. Arrays may be their shapes.
   """
 
   def compute(params, frozen, context, batch, rng, step):

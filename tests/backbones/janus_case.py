@@ -29,7 +29,7 @@ _LANGUAGE = {
 
 
 def sizes(folder):
-  """(fields of the backbone, fields of the tokenizer) of a config.json."""
+  """Reads a config.json as fields of our backbone, and of our tokenizer."""
   content = json.loads((folder / "config.json").read_text())
   language = content.get("language_config") or content["text_config"]
   language = {**language, **language.get("rope_parameters", {})}
@@ -42,12 +42,12 @@ def sizes(folder):
       "code_dim": vq["embed_dim"],
       "vocab_size": vq["num_embeddings"],
     }
-    network = [
-      vq["base_channels"],
-      vq["channel_multiplier"],
-      vq["num_res_blocks"],
-      vq["latent_channels"],
-    ]
+    network = {
+      "channels": vq["base_channels"],
+      "channel_multipliers": tuple(vq["channel_multiplier"]),
+      "num_res_blocks": vq["num_res_blocks"],
+      "latent_channels": vq["latent_channels"],
+    }
   else:
     part = lambda name: content[f"gen_{name}_config"]["params"]
     ends = {
@@ -57,10 +57,12 @@ def sizes(folder):
       "vocab_size": part("vision")["image_token_size"],
     }
     vq = content["gen_vision_config"]["fixture_params"]
-    network = [vq[n] for n in ("ch", "ch_mult", "num_res_blocks", "z_channels")]
-  names = ("channels", "channel_multipliers", "num_res_blocks")
-  network = dict(zip((*names, "latent_channels"), network))
-  network["channel_multipliers"] = tuple(network["channel_multipliers"])
+    network = {
+      "channels": vq["ch"],
+      "channel_multipliers": tuple(vq["ch_mult"]),
+      "num_res_blocks": vq["num_res_blocks"],
+      "latent_channels": vq["z_channels"],
+    }
   code = {"code_dim": ends["code_dim"], "codebook_size": ends["vocab_size"]}
   return fields | ends, network | code
 
@@ -139,7 +141,7 @@ def compare(got, want, tolerance, name):
 
 
 def divide(tensors: dict, path: pathlib.Path, suffix: str) -> pathlib.Path:
-  """Tensors in two files behind an index; the path of the index."""
+  """Writes tensors in two files and their index; returns the index's path."""
   stem = "model" if suffix == "safetensors" else "pytorch_model"
   names, files = sorted(tensors), {}
   for number in (0, 1):

@@ -1,6 +1,7 @@
 """One fixture folder of the family: arrays, settings, our model of it."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,37 @@ import numpy as np
 import tensorar_jax as tj
 from tensorar_jax.conditioning import conditions
 from tests import programs
+
+# Settings that a fixture may leave to the reference's defaults -> fields.
+_OPTIONAL = {
+  "multiple_of": "mlp_multiple",
+  "ffn_dim_multiplier": "mlp_scale",
+  "rope_base": "rope_base",
+  "norm_eps": "norm_eps",
+  "n_kv_head": "num_kv_heads",
+  "caption_dim": "text_width",
+  "cls_token_num": "text_length",
+}
+
+
+def backbone_fields(folder) -> dict:
+  """Reads the settings of a fixture's meta.json as fields of our Config."""
+  c = json.loads((folder / "meta.json").read_text())["config"]
+  side = math.isqrt(c["block_size"])
+  fields = dict(
+    vocab_size=c["vocab_size"],
+    grid=(side, side),
+    width=c["dim"],
+    num_layers=c["n_layer"],
+    num_heads=c["n_head"],
+    num_classes=c["num_classes"],
+  )
+  for name, field in _OPTIONAL.items():
+    if c.get(name) is not None:
+      fields[field] = c[name]
+  if "rope_base" in fields:
+    fields["rope_base"] = float(fields["rope_base"])
+  return fields
 
 
 class Case:
@@ -19,32 +51,11 @@ class Case:
     self.io = np.load(folder / "io.npz")
     self.meta = json.loads((folder / "meta.json").read_text())
     c = self.meta["config"]
-    fields = {
-      "mlp_multiple": c.get("multiple_of"),
-      "mlp_scale": c.get("ffn_dim_multiplier"),
-      "rope_base": c.get("rope_base"),
-      "norm_eps": c.get("norm_eps"),
-      "num_kv_heads": c.get("n_kv_head"),
-      "text_width": c.get("caption_dim"),
-    }
-    fields = {k: type(v)(v) for k, v in fields.items() if v is not None}
-    if "rope_base" in fields:
-      fields["rope_base"] = float(fields["rope_base"])
     self.model = tj.import_backbone(
-      "llamagen",
-      str(self.file),
-      vocab_size=c["vocab_size"],
-      grid=(self.meta["grid"],) * 2,
-      width=c["dim"],
-      num_layers=c["n_layer"],
-      num_heads=c["n_head"],
-      num_classes=c["num_classes"],
-      text_length=c["cls_token_num"],
-      **fields,
-      **options,
+      "llamagen", str(self.file), **backbone_fields(folder), **options
     )
     self.tokens = jnp.asarray(self.io["token_ids"], jnp.int32)[..., None]
-    if "text_width" in fields:
+    if self.model.config.text_width:
       texts = tj.TextConditioning(c["caption_dim"], c["cls_token_num"])
       right = self.io["t5_feats_right"], self.io["t5_mask_right"]
       self.cond = texts.encode(right)

@@ -163,7 +163,7 @@ def test_new_models_start_as_published():
   config = llamagen.Config(
     width=16, num_layers=1, num_heads=2, text_width=64, text_length=50
   )
-  embed = llamagen.TextEmbed(config, rngs=nnx.Rngs(0))
+  embed = llamagen.TextEmbed(config, config.text_width, rngs=nnx.Rngs(0))
   null = embed.null[...]
   assert null.shape == (50, 64)
   np.testing.assert_allclose(null.std(), 64**-0.5, rtol=0.05)

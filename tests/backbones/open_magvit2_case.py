@@ -10,32 +10,57 @@ import tensorar_jax as tj
 from tests import programs
 
 
+def settings(folder):
+  """Reads what the reference says of its model."""
+  return json.loads((folder / "config.json").read_text())
+
+
+def backbone_fields(folder) -> dict:
+  """Returns the fixture's settings as fields of our Config."""
+  c = settings(folder)["transformer_defaults_in_effect"]
+  side = math.isqrt(c["block_size"])
+  return dict(
+    vocab_sizes=tuple(2**bits for bits in c["factorized_bits"]),
+    grid=(side, side),
+    width=c["dim"],
+    num_layers=c["spatial_n_layer"],
+    num_inner_layers=c["factorized_n_layer"],
+    num_heads=c["n_head"],
+    num_kv_heads=c["n_kv_head"],
+    num_classes=c["class_num"],
+    mlp_multiple=c["multiple_of"],
+    mlp_scale=c["ffn_dim_multiplier"],
+    rope_base=c["rope_base"],
+    norm_eps=c["norm_eps"],
+  )
+
+
+def tokenizer_fields(folder) -> dict:
+  """Returns those of the tokenizer in the same file, as fields of `lfq`."""
+  c = settings(folder)["model_init_args"]["first_stage_config"]["params"]
+  network = c["ddconfig"]
+  return dict(
+    weights="first_stage",
+    bits=tuple(c["factorized_bits"]),
+    channels=network["ch"],
+    channel_multipliers=tuple(network["ch_mult"]),
+    num_res_blocks=network["num_res_blocks"],
+    image_channels=network["in_channels"],
+    image_size=(network["resolution"],) * 2,
+  )
+
+
 class Case:
   """The fixture's arrays and settings, and our model with its weights."""
 
   def __init__(self, folder):
     self.folder = folder
     self.io = np.load(folder / "io.npz")
-    self.meta = json.loads((folder / "config.json").read_text())
+    self.meta = settings(folder)
     self.read = set()  # inputs that some group has used
-    c = self.meta["transformer_defaults_in_effect"]
-    side = math.isqrt(c["block_size"])
-    self.fields = dict(
-      vocab_sizes=tuple(2**bits for bits in c["factorized_bits"]),
-      grid=(side, side),
-      width=c["dim"],
-      num_layers=c["spatial_n_layer"],
-      num_inner_layers=c["factorized_n_layer"],
-      num_heads=c["n_head"],
-      num_kv_heads=c["n_kv_head"],
-      num_classes=c["class_num"],
-      mlp_multiple=c["multiple_of"],
-      mlp_scale=c["ffn_dim_multiplier"],
-      rope_base=c["rope_base"],
-      norm_eps=c["norm_eps"],
-    )
+    self.fields = backbone_fields(folder)
     self.model = self.load(folder / "model.ckpt")
-    self.classes = tj.ClassConditioning(c["class_num"])
+    self.classes = tj.ClassConditioning(self.fields["num_classes"])
     self.cond = self.classes.encode(self.input("class_ids"))
     self.null = self.classes.null(self.cond)
     self.tokens = self.pair("in/tokens")

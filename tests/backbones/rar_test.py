@@ -16,25 +16,8 @@ from tensorar_jax.conditioning import conditions
 from tensorar_jax.method import losses
 from tensorar_jax.parallel import weights
 from tests import programs, tiny
+from tests.backbones import rar_case
 from tests.contract import families
-
-
-def settings(folder):
-  """(config.json as published, the same in our names)."""
-  c = json.loads((folder / "config.json").read_text())
-  side = round(c["image_seq_len"] ** 0.5)
-  return c, dict(
-    vocab_size=c["codebook_size"],
-    grid=(side, side),
-    width=c["hidden_size"],
-    num_layers=c["num_hidden_layers"],
-    num_heads=c["num_attention_heads"],
-    num_classes=c["condition_num_classes"],
-    mlp_width=c["intermediate_size"],
-    attention_dropout=c["attn_drop"],
-    residual_dropout=c["dropout"],
-    mlp_dropout=c["dropout"],
-  )
 
 
 class Case:
@@ -42,10 +25,10 @@ class Case:
 
   def __init__(self, folder):
     self.io = np.load(folder / "io.npz")
-    self.meta, fields = settings(folder)
-    self.model = tj.import_backbone("rar", str(folder / "rar_b.bin"), **fields)
+    self.meta = rar_case.settings(folder / "rar_b.bin")
+    self.model = rar_case.load(folder / "rar_b.bin")
     self.rules = rar.import_rules(self.model.config)
-    self.classes = tj.ClassConditioning(fields["num_classes"])
+    self.classes = tj.ClassConditioning(self.model.config.num_classes)
     self.raster = self.classes.encode(self.io["class_ids"])
     self.null = self.classes.null(self.raster)
     self.order = jnp.asarray(self.io["orders"], jnp.int32)

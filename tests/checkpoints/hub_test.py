@@ -220,6 +220,9 @@ def test_init_says_what_a_stage_starts_from():
   assert found["base"].source == "local/Janus-Pro-1B"
   with pytest.raises(ValueError, match="--stage of --init 'bas' is unknown"):
     published.start_from(stages, "a.pt", "bas")
+  wrapped = {"tensorar": stages["tensorar"]}
+  with pytest.raises(ValueError, match="--stage; stages: tensorar"):
+    published.start_from(wrapped, "a.pt")
 
 
 def test_init_can_name_all_published_files():

@@ -36,13 +36,16 @@ def test_every_shard_is_one_process_s(tmp_path):
   ]
   assert [i for positions in files.values() for i in positions] == [*range(23)]
   for count in (1, 2, 3, 7):
-    shares = [resumable.to_do(files, i, count) for i in range(count)]
+    shares = [
+      resumable.to_do(files, resumable.Worker(index, count))
+      for index in range(count)
+    ]
     assert sorted(f for share in shares for f in share) == sorted(files)
   next(iter(files)).touch()
-  assert len(resumable.to_do(files, 0, 1)) == 4
+  assert len(resumable.to_do(files, resumable.Worker())) == 4
   assert not resumable.all_there(tmp_path, list(files))
-  with pytest.raises(ValueError, match="process_index=2: expected 0 to 1"):
-    resumable.check_share(2, 2)
+  with pytest.raises(ValueError, match="process 2 of 2: expected 0 to 1"):
+    resumable.Worker(2, 2)
 
 
 def test_a_claimed_folder_is_of_one_set_of_settings(tmp_path):

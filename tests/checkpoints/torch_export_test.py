@@ -18,6 +18,7 @@ from tensorar_jax.interfaces import Rule
 from tensorar_jax.parallel import weights
 from tensorar_jax.tokenizers import vq
 from tests import tiny
+from tests.backbones import llamagen_case
 from tests.tokenizers import common
 
 RULES = llamagen.import_rules(tiny.CONFIG)
@@ -26,22 +27,7 @@ UNUSED = re.compile(r"quantize\.codebook_used|freqs_cis|.*kv_cache.*")
 
 def gpt(folder):
   """(model class, config, rules) of a fixture of the GPT."""
-  c = json.loads((folder / "meta.json").read_text())["config"]
-  fields = {
-    "mlp_scale": c.get("ffn_dim_multiplier"),
-    "num_kv_heads": c.get("n_kv_head"),
-    "mlp_multiple": c.get("multiple_of"),
-  }
-  side = round(c["block_size"] ** 0.5)
-  config = llamagen.Config(
-    vocab_size=c["vocab_size"],
-    grid=(side, side),
-    width=c["dim"],
-    num_layers=c["n_layer"],
-    num_heads=c["n_head"],
-    num_classes=c["num_classes"],
-    **{name: value for name, value in fields.items() if value is not None},
-  )
+  config = llamagen.Config(**llamagen_case.backbone_fields(folder))
   return llamagen.Model, config, llamagen.import_rules(config)
 
 

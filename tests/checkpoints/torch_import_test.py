@@ -19,6 +19,7 @@ from tensorar_jax.backbones import llamagen
 from tensorar_jax.checkpoints import torch_import
 from tensorar_jax.parallel import weights
 from tests import tiny
+from tests.backbones.llamagen_case import backbone_fields
 
 RULES = llamagen.import_rules(tiny.CONFIG)
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,20 +67,6 @@ def containers(parity):
   return parity / "llamagen" / "containers"
 
 
-def fields(folder):
-  c = json.loads((folder / "meta.json").read_text())["config"]
-  side = round(c["block_size"] ** 0.5)
-  return dict(
-    vocab_size=c["vocab_size"],
-    grid=(side, side),
-    width=c["dim"],
-    num_layers=c["n_layer"],
-    num_heads=c["n_head"],
-    num_classes=c["num_classes"],
-    mlp_multiple=c["multiple_of"],
-  )
-
-
 def assert_logits(model, folder, name):
   io = np.load(folder / "io.npz")
   cond = tj.ClassConditioning(model.config.num_classes).encode(io["class_ids"])
@@ -97,7 +84,9 @@ def test_every_container_of_the_fixtures_is_known(containers):
 @pytest.mark.parametrize("file", CONTAINERS)
 def test_a_container_gives_the_published_logits(file, containers):
   path = containers / file
-  model = tj.import_backbone("llamagen", str(path), **fields(containers))
+  model = tj.import_backbone(
+    "llamagen", str(path), **backbone_fields(containers)
+  )
   bf16 = "_bf16_weights_fp32_math" if "bf16" in file else ""
   assert_logits(model, containers, f"eval_logits{bf16}")
   assert torch_import.describe(path)["container"] == CONTAINERS[file]
@@ -107,7 +96,7 @@ def test_a_container_gives_the_published_logits(file, containers):
   "file", ["ddp_model_only.pt", "fsdp_consolidated_bf16.pth"]
 )
 def test_weights_stay_or_become_bfloat16(file, containers):
-  config = llamagen.Config(**fields(containers))
+  config = llamagen.Config(**backbone_fields(containers))
   tensors = torch_import.load_state_dict(containers / file)
   rules = llamagen.import_rules(config)
   model = torch_import.fill(abstract(config), rules, tensors, "bfloat16")
@@ -117,7 +106,7 @@ def test_weights_stay_or_become_bfloat16(file, containers):
 
 
 def test_the_average_is_read_on_request_only(containers):
-  config = llamagen.Config(**fields(containers))
+  config = llamagen.Config(**backbone_fields(containers))
   path = containers / "ddp_training.pt"
   tensors = torch_import.load_state_dict(path, key="ema")
   rules = llamagen.import_rules(config)

@@ -86,8 +86,16 @@ def test_defaults_are_those_of_the_dataclasses():
 
 def test_values_of_the_config_are_kept_as_written():
   command = parse(
-    *("--mode", "train", DIGITS, "--config.a.b=1,2", "--config.c", "x y"),
-    *("--config.d", "--noconfig.e", "--config.f=", "--config.a.b=3"),
+    "--mode",
+    "train",
+    DIGITS,
+    "--config.a.b=1,2",
+    "--config.c",
+    "x y",
+    "--config.d",
+    "--noconfig.e",
+    "--config.f=",
+    "--config.a.b=3",
   )
   assert command.mode == "train"
   want = {"a.b": "3", "c": "x y", "d": "true", "e": "false", "f": ""}

@@ -99,21 +99,12 @@ _TINY_TOKENIZERS = {
     image_size=(6, 6),
   ),
   "pixels": dict(image_size=(3, 3), levels=11),
-  "vq": dict(
-    channels=8,
-    channel_multipliers=(1, 2),
-    num_res_blocks=1,
-    latent_channels=8,
-    code_dim=4,
-    codebook_size=11,
-    norm_groups=4,
-    image_size=(6, 6),
-  ),
+  "vq": tiny.VQ,
 }
 
 
 def module_of(name: str):
-  """The family's module of an entry of BACKBONES."""
+  """Returns the family's module of an entry of BACKBONES."""
   return family("backbones", name.split(":")[0])
 
 
@@ -122,7 +113,7 @@ def is_text(name: str) -> bool:
 
 
 def published(name: str) -> dict:
-  """The VARIANTS that an entry stands for: those of its kind of condition."""
+  """Returns the VARIANTS that make images from what the entry does."""
   variants = module_of(name).VARIANTS.items()
   if name in PROMPTED:
     return dict(variants)
@@ -131,7 +122,7 @@ def published(name: str) -> dict:
 
 
 def cond(name: str, numbers=(0, 1)) -> dict:
-  """A condition for each of these classes, or as many texts of their own."""
+  """Makes a condition of each of these classes, or of as many texts."""
   if name in PROMPTED:
     return tiny.prompts(numbers)
   if not is_text(name):
@@ -140,10 +131,10 @@ def cond(name: str, numbers=(0, 1)) -> dict:
 
 
 def manifest(parity: pathlib.Path, name: str, file: str) -> dict[str, tuple]:
-  """Tensor name -> shape of a published file, by its manifest.
+  """Reads the manifest of a published file: tensor name -> shape.
 
-  That of a file in a folder has the folder's name, as Python would write it,
-  with "_hf" if it is the conversion for transformers, in safetensors.
+  The manifest of a file in a folder is named after the folder, as Python would
+  write it, with "_hf" for the conversion for transformers, in safetensors.
   """
   folder = FOLDERS.get(name, name.split(":")[0])
   folder = parity / folder / "real_checkpoint_manifest"
@@ -157,14 +148,14 @@ def manifest(parity: pathlib.Path, name: str, file: str) -> dict[str, tuple]:
 
 
 def count(model: nnx.Module) -> int:
-  """How many trained numbers a model has; it may be abstract."""
+  """Counts the trained numbers of a model, which may be abstract."""
   return parameter_overview.count_parameters(weights.split(model)[1])
 
 
 def backbone(
   name: str, seed: int = 0, dropout: bool = False, dtype: str = "float32"
 ) -> nnx.Module:
-  """A random tiny backbone; `dropout` keeps the family's own rates."""
+  """Makes a random tiny backbone; `dropout` keeps the family's own rates."""
   module = module_of(name)
   config = dataclasses.replace(_TINY_BACKBONES[name], dtype=dtype)
   if dropout:
@@ -179,7 +170,7 @@ def backbone(
 
 
 def tokenizer(name: str) -> nnx.Module:
-  """A tiny tokenizer of the family on a 3 x 3 grid."""
+  """Makes a tiny tokenizer of the family on a 3 x 3 grid."""
   module = family("tokenizers", name)
   config = module.Config(**_TINY_TOKENIZERS[name])
   make = lambda rngs: module.Model(config, rngs=rngs)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from tensorar_jax.checkpoints import resumable
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import codes, images, sources, tokenize
 from tensorar_jax.data.sources import webdataset
@@ -236,8 +237,10 @@ def test_texts_are_stored_without_padding(folder, tokenizer, tmp_path):
   options = OPTIONS | dict(text=Letters())
   # As two processes; the second has nothing left to do when it runs again.
   for index in (0, 1, 1):
-    share = dict(process_index=index, process_count=2)
-    manifest = tokenize.tokenize(source, tokenizer, out, **options, **share)
+    worker = resumable.Worker(index, 2)
+    manifest = tokenize.tokenize(
+      source, tokenizer, out, worker=worker, **options
+    )
   assert manifest["num_images"] == len(GOOD)
   assert [one["position"] for one in manifest["skipped"]] == list(BROKEN)
   assert manifest["damaged_files"][0]["name"] == "c.tar"

@@ -83,7 +83,7 @@ def test_trained_stages_can_be_chosen(studio):
 
 
 def test_images_are_those_of_any_other_batch(studio):
-  drawn = studio.draw(service.Asked("wrapped", 4, "", 7, "1.5", 2))
+  drawn = studio.draw(service.DemoRequest("wrapped", 4, "", 7, "1.5", 2))
   loaded = load("wrapped")
   config = sampling.SamplingConfig(guidance=1.5)
   (out,) = batches.generate(
@@ -99,7 +99,7 @@ def test_images_are_those_of_any_other_batch(studio):
 def test_a_prompt_is_what_images_are_made_from(studio, monkeypatch):
   monkeypatch.setattr(studio, "load", load_texts)
   cat, same, other = [
-    studio.draw(service.Asked("texts", None, prompt, 0, "1", 2)).strip
+    studio.draw(service.DemoRequest("texts", None, prompt, 0, "1", 2)).strip
     for prompt in ("a cat", "a dog", "something much longer")
   ]
   np.testing.assert_array_equal(cat, same)  # of one length
@@ -107,13 +107,13 @@ def test_a_prompt_is_what_images_are_made_from(studio, monkeypatch):
 
 
 def test_no_request_compiles_anew(studio):
-  studio.draw(service.Asked("wrapped", 0, "", 0, "2", 3))
+  studio.draw(service.DemoRequest("wrapped", 0, "", 0, "2", 3))
   programs = (sampling._generate, batches._decode)
   before = [program._cache_size() for program in programs]
   for asked in (
-    service.Asked("wrapped", 1, "", 0, "2", 3),
-    service.Asked("wrapped", 1, "", 9, "2", 1),
-    service.Asked("wrapped", 1, "", 9, "7.5", 2),
+    service.DemoRequest("wrapped", 1, "", 0, "2", 3),
+    service.DemoRequest("wrapped", 1, "", 9, "2", 1),
+    service.DemoRequest("wrapped", 1, "", 9, "7.5", 2),
   ):
     studio.draw(asked)
   assert [program._cache_size() for program in programs] == before
@@ -147,7 +147,7 @@ def test_no_request_compiles_anew(studio):
 def test_a_bad_request_is_refused_in_words(studio, change, message):
   fields = dict(stage="wrapped", label=0, prompt="", seed=0, guidance="1")
   with pytest.raises(ValueError, match=message):
-    studio.draw(service.Asked(**{**fields, **change}))
+    studio.draw(service.DemoRequest(**{**fields, **change}))
 
 
 def test_a_checkpoint_that_is_gone_is_named(tmp_path):
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_gone_is_named(tmp_path):
   studio = service.Studio(STAGES, tmp_path)
   folder.rmdir()
   with pytest.raises(ValueError, match="base: found no checkpoint"):
-    studio.draw(service.Asked("base"))
+    studio.draw(service.DemoRequest("base"))
 
 
 def test_a_demo_without_anything_to_show_does_not_start(tmp_path):
@@ -170,15 +170,17 @@ def test_a_demo_without_anything_to_show_does_not_start(tmp_path):
 
 
 def test_every_look_is_on_the_page(studio):
-  drawn = studio.draw(service.Asked("wrapped", num_images=2))
+  drawn = studio.draw(service.DemoRequest("wrapped", num_images=2))
   html = page.looks_html(drawn)
   assert re.findall("class=look data-look=([0-9])( hidden)?>", html) == [
-    *(("1", " hidden"), ("2", " hidden"), ("3", "")),
+    ("1", " hidden"),
+    ("2", " hidden"),
+    ("3", ""),
   ]
   share = drawn.changed[:, 2].mean()
   assert 0 < share < 1 and f"Look 3 changed {share:.0%} of the tokens" in html
   assert html.count("data:image/png;base64,") == 6
-  base = studio.draw(service.Asked("base"))
+  base = studio.draw(service.DemoRequest("base"))
   assert "k = 1: this model draws every token once" in page.looks_html(base)
   assert "data:image/gif;base64," in page.growth_html(base)
   # Only what the html was given: nothing that a browser would fetch.

@@ -4,27 +4,24 @@ import base64
 import io
 import json
 import os
-import pathlib
 import re
 import shutil
 import socket
 import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 from tensorar_jax.experiment import parse
 from tensorar_jax.training import loop
-from tests.e2e import tiny_digits
+from tests.e2e import commands, tiny_digits
 
-ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 60  # that a page may take, on a busy machine
 
 
 @pytest.fixture(scope="module")
 def browser():
-  """Debian's chromium without a window; absent, never skipped under CI."""
+  """Debian's chromium without a window; CI fails where there is none."""
   if not (shutil.which("chromium") and shutil.which("chromedriver")):
     message = "no chromium: apt-get install chromium chromium-driver"
     if os.environ.get("CI"):
@@ -54,15 +51,19 @@ def address(tmp_path_factory):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  command = [
-    *(sys.executable, "-m", "tensorar_jax.main", "--mode=demo"),
-    *("--config=tests/e2e/tiny_digits.py", f"--workdir={workdir}"),
-    *("--num_images=3", f"--port={port}"),
-  ]
   serving = subprocess.Popen(
-    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    commands.words(
+      "--mode=demo",
+      "--config=tests/e2e/tiny_digits.py",
+      f"--workdir={workdir}",
+      "--num_images=3",
+      f"--port={port}",
+    ),
+    cwd=commands.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
     text=True,
-  )  # fmt: skip
+  )
   lines = []
   for line in serving.stdout:  # ends when the process does
     lines.append(line)
@@ -92,7 +93,7 @@ def draw(browser, stage):
   box.click()
   wait(browser, lambda b: find(b, "[role=option]", stage))[0].click()
   browser.find_element("id", "draw").click()
-  wait(browser, lambda b: find(b, "#said", f"{stage} (k"))
+  wait(browser, lambda b: find(b, "#status", f"{stage} (k"))
 
 
 def picture(browser, css):

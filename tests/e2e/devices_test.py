@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def rows():
-  """What `meshes.py` found, by (family, mesh)."""
+  """The results of `meshes.py` by (family, mesh)."""
   # Unoptimised programs: most of the time goes into compiling them.
   flags = (
     f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
@@ -28,9 +28,9 @@ def rows():
     text=True,
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  found = [json.loads(line) for line in done.stdout.splitlines()]
+  rows = [json.loads(line) for line in done.stdout.splitlines()]
   return {
-    (row["family"], row["mesh"] and tuple(row["mesh"])): row for row in found
+    (row["family"], row["mesh"] and tuple(row["mesh"])): row for row in rows
   }
 
 
@@ -48,10 +48,10 @@ def test_training_is_the_same_on_every_mesh(rows):
 
 def test_images_are_the_same_on_every_mesh(rows):
   for (_, mesh), row in rows.items():
-    if found := row.get("sample"):
-      assert found["difference"]["drafts"] == 0, mesh
-      assert found["difference"]["logits"] < 1e-4, mesh
-      assert found["devices"] == (8 if mesh else 1)
+    if sample := row.get("sample"):
+      assert sample["difference"]["drafts"] == 0, mesh
+      assert sample["difference"]["logits"] < 1e-4, mesh
+      assert sample["devices"] == (8 if mesh else 1)
 
 
 def test_a_device_holds_its_part_and_no_more_from_the_start(rows):

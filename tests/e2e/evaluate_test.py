@@ -1,15 +1,12 @@
 """--mode=evaluate on the command line: a trained stage, and a file."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.e2e import commands
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +18,12 @@ def run(parity, tmp_path_factory):
   torch.save(tensors, root / "inception.pth")
 
   def run(*flags, reference="real.npz"):
-    command = [sys.executable, "-m", "tensorar_jax.main", *flags]
     if "--mode=evaluate" in flags:
-      command += [
+      flags += (
         f"--inception={root / 'inception.pth'}",
         f"--reference={root / reference}",
-      ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+      )
+    return commands.run(*flags)
 
   run.root = root
   return run
@@ -47,7 +43,9 @@ def test_a_stage_is_sampled_and_measured(run, parity):
   done = run(*flags, *sample)
   assert done.returncode == 0, done.stderr[-3000:]
   evaluate = (
-    *("--mode=evaluate", "--num_images=12", "--guidance=1,3:9"),
+    "--mode=evaluate",
+    "--num_images=12",
+    "--guidance=1,3:9",
     "--bootstrap=0",
   )
   done = run(*flags, *evaluate)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from tensorar_jax.conditioning import captions, encoders, t5
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import initial_weights
 from tensorar_jax.method import sampling
 from tensorar_jax.nn import attention, layers
 from tensorar_jax.parallel import sharding, weights
@@ -41,7 +41,7 @@ STEPS = 3
 
 
 def largest_array() -> int:
-  """The most bytes that any live array has on one device."""
+  """Returns the most bytes that any live array has on one device."""
   arrays = [
     array
     for array in jax.live_arrays()
@@ -57,7 +57,7 @@ def collectives(compiled) -> dict[str, int]:
 
 
 def train_on(family, mesh) -> dict:
-  """Losses, weights, bytes and collectives of a few steps."""
+  """Trains a few steps: losses, weights, bytes and collectives."""
   config = tiny_configs.stage(
     STEPS,
     tensorar=dict(window=2),
@@ -67,17 +67,22 @@ def train_on(family, mesh) -> dict:
   tx = optimizer.make(
     optimizer.OptimConfig(learning_rate=1e-2, eps=1e-3), STEPS
   )
-  model = build.initial_model(config, pathlib.Path(), mesh)
-  skeleton, state = train_step.init_state(model, tx, 0, True, mesh)
+  model = initial_weights.initial_model(config, pathlib.Path(), mesh)
+  skeleton, state = train_step.init_state(model, tx, 0, ema=True, mesh=mesh)
   largest = largest_array()
   # All weights random: a zero head would hide mistakes.
   model = sharding.shard(tiny.redraw(model), mesh)
   layers.set_remat(model, REMAT[family])
-  skeleton, state = train_step.init_state(model, tx, 0, True, mesh)
-  like = train_step.state_layout(model, tx, True, mesh)
+  skeleton, state = train_step.init_state(model, tx, 0, ema=True, mesh=mesh)
+  layout = train_step.state_layout(model, tx, ema=True, mesh=mesh)
   task = loop.make_task(config, pathlib.Path(), model, images=False)
   step = train_step.make_train_step(
-    *(skeleton, task.loss, tx, 0.9, like, ACCUMULATE[family])
+    skeleton,
+    task.loss,
+    tx,
+    ema_decay=0.9,
+    layout=layout,
+    accumulate=ACCUMULATE[family],
   )
   rng, losses = np.random.default_rng(0), []
   with jax.set_mesh(mesh):
@@ -92,7 +97,7 @@ def train_on(family, mesh) -> dict:
         step = step.lower(state, None, batch).compile()
       state, scalars = step(state, None, batch)
       losses.append(float(scalars["loss"]))
-  same = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, like)
+  same = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, layout)
   here, total = sharding.bytes_of((state.params, state.opt_state, state.ema))
   return {
     "losses": losses,
@@ -105,7 +110,7 @@ def train_on(family, mesh) -> dict:
 
 
 def sample_on(mesh) -> dict:
-  """Guided samples of eight images, their logits, and what devices say."""
+  """Draws eight images with guidance: tokens, logits and collectives."""
   model, cond = tiny.wrapped(3), tiny.cond(8)
   null = tiny.CLASSES.null(cond)
   config = sampling.SamplingConfig(guidance=1.5, return_logits=True)
@@ -132,20 +137,27 @@ def sample_on(mesh) -> dict:
 
 
 def attend_on(mesh) -> float:
-  """The TPU's kernel, interpreted on a mesh, against plain attention."""
-  arrays, how = attention_test.heads(groups=4, rows=128), attention_test.mask
-  how = how(True, 128)
-  want = attention_test.compiled(attention.plain, arrays, how)
+  """Compares the TPU's kernel, interpreted on a mesh, with plain attention."""
+  arrays = attention_test.heads(groups=4, rows=128)
+  mask = attention_test.mask(True, 128)
+  want = attention_test.compiled(attention.plain, arrays, mask)
   with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
-    got = attention_test.compiled(attention.flash, arrays, how)
+    got = attention_test.compiled(attention.flash, arrays, mask)
   pairs = zip(got, want, strict=True)
   return max(float(np.abs(np.array(a) - np.array(b)).max()) for a, b in pairs)
 
 
 def encode_on(mesh) -> dict:
-  """Captions' features on a mesh against one device's; who holds what."""
-  sizes = dict(width=16, num_layers=2, num_heads=4, head_dim=4, mlp_width=32)
-  config = t5.Config(vocab_size=64, dtype="float32", **sizes)
+  """Compares captions' features on a mesh with one device's."""
+  config = t5.Config(
+    vocab_size=64,
+    width=16,
+    num_layers=2,
+    num_heads=4,
+    head_dim=4,
+    mlp_width=32,
+    dtype="float32",
+  )
   make = lambda rngs: t5.Model(config, rngs=rngs)
   model = tiny.redraw(weights.abstract(make))
   with tempfile.TemporaryDirectory() as folder:

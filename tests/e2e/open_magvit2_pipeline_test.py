@@ -11,8 +11,7 @@ import pytest
 import tensorar_jax as tj
 from tensorar_jax.generation import batches
 from tensorar_jax.method import losses
-from tests.backbones.open_magvit2_case import Case
-from tests.e2e import tiny_factorised
+from tests.backbones.open_magvit2_case import Case, tokenizer_fields
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +20,8 @@ def case(parity):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(case, parity):
-  fields = tiny_factorised.get_config(str(parity)).tokenizer.to_dict()
-  del fields["name"], fields["init"]
+def tokenizer(case):
+  fields = tokenizer_fields(case.folder)
   source = str(case.folder / "model.ckpt")
   return tj.import_tokenizer("lfq", source, **fields)
 

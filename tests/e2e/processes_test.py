@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tensorar_jax.parallel import preemption
+from tests.e2e import commands
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 4
 
 
@@ -22,13 +22,17 @@ def start(workdir, devices, *flags, processes=1, mode="train"):
   """The command line in processes of its own with so many devices each."""
   count = f"--xla_force_host_platform_device_count={devices}"
   command = [
-    *("launch/local.sh", f"--processes={processes}"),
-    *("tests/e2e/tiny_digits.py", f"--mode={mode}", "--stage=base"),
-    *(f"--workdir={workdir}", *flags),
+    "launch/local.sh",
+    f"--processes={processes}",
+    "tests/e2e/tiny_digits.py",
+    f"--mode={mode}",
+    "--stage=base",
+    f"--workdir={workdir}",
+    *flags,
   ]
   return subprocess.Popen(
     command,
-    cwd=ROOT,
+    cwd=commands.ROOT,
     env={**os.environ, "XLA_FLAGS": count, "PYTHON": sys.executable},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -37,7 +41,7 @@ def start(workdir, devices, *flags, processes=1, mode="train"):
 
 
 def finish(process, code: int = 0) -> tuple[str, str]:
-  """What its first process prints, and the second; all exit with the code."""
+  """Waits until all exit with the code: (what the first prints, the second)."""
   try:
     text = process.communicate(timeout=300)[0]
   finally:
@@ -111,7 +115,7 @@ def pid_of(index, workdir) -> int:
   raise AssertionError(f"no process {wanted}")
 
 
-def test_sigterm_to_one_of_two_processes_stops_both_behind_one_step(tmp_path):
+def test_sigterm_to_one_of_two_processes_stops_both_after_one_step(tmp_path):
   flags = (
     "--config.train.checkpoint_every=100000",
     "--config.stages.base.train.num_steps=100000",

@@ -14,7 +14,6 @@ from tensorar_jax.tokenizers import vq
 from tests import tiny
 from tests.backbones.janus_case import divide
 from tests.conditioning import tiny_chat
-from tests.data.captioned_test import png, write_tar
 from tests.e2e import in_process
 
 LENGTH = 12  # ids of a prompt at most
@@ -28,16 +27,6 @@ SIZES = dict(
   mlp_width=24,
   code_dim=4,
 )
-NETWORK = dict(
-  channels=8,
-  channel_multipliers=(1, 2),
-  num_res_blocks=1,
-  latent_channels=8,
-  code_dim=4,
-  codebook_size=11,
-  norm_groups=4,
-  image_size=(6, 6),
-)
 
 
 def write_model(folder):
@@ -45,7 +34,7 @@ def write_model(folder):
   tensors = {}
   for module, made in (
     (janus, janus.Config(**SIZES)),
-    (vq, dataclasses.replace(vq.VARIANTS["janus"], **NETWORK)),
+    (vq, dataclasses.replace(vq.VARIANTS["janus"], **tiny.VQ)),
   ):
     make = lambda rngs, m=module, c=made: m.Model(c, rngs=rngs)
     model = tiny.redraw(weights.abstract(make))
@@ -55,17 +44,18 @@ def write_model(folder):
 
 
 def config(source, tokens) -> ConfigDict:
-  prompts = dict(name="prompt", length=LENGTH, vocab_size=13)
   return ConfigDict(
     dict(
-      seed=0,
       source_dtype="bfloat16",
-      data=dict(name=f"tokens:{tokens}", train_split="train"),
-      tokenizer=dict(name="vq", variant="janus", init="tokenizer", **NETWORK),
-      conditioning=dict(**prompts, encoder=str(source.parent)),
+      data=dict(name=f"tokens:{tokens}"),
+      tokenizer=dict(name="vq", variant="janus", init="tokenizer", **tiny.VQ),
+      conditioning=dict(
+        name="prompt",
+        length=LENGTH,
+        vocab_size=13,
+        encoder=str(source.parent),
+      ),
       backbone=dict(name="janus", **SIZES),
-      tensorar=dict(window=1),
-      noise=dict(kind="categorical"),
       loss=dict(condition_dropout=0.5),
       optim=dict(learning_rate=1e-3),
       train=dict(batch_size=2, num_steps=2, log_every=1, checkpoint_every=2),
@@ -81,48 +71,38 @@ def config(source, tokens) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-  """(run(mode=..., **options), work directory, root) of a trained model."""
+  """A trained model, and its project."""
   root = tmp_path_factory.mktemp("prompts")
   source = write_model(root / "model")
-  members = {}
-  for i in range(4):
-    members |= {f"{i}.png": png(i), f"{i}.txt": b"A red cat on a mat"}
-  write_tar(root / "tars" / "000.tar", members | {"3.txt": b"a cat"})
-
-  def run(**given):
-    in_process.run(config(source, root / "tokens"), root / "run", **given)
-
-  run(mode="import")
-  run(
-    mode="tokenize",
-    images=f"webdataset:{root / 'tars'}",
-    output=str(root / "tokens"),
-    recipe="center",
+  made = in_process.CaptionedProject(
+    root,
+    captions=3 * ["A red cat on a mat"] + ["a cat"],
+    config=config(source, root / "tokens"),
   )
-  run(mode="train")
-  return run, root / "run", root
+  made.run("import")
+  made.tokenize(recipe="center")
+  made.run("train")
+  return made
 
 
 def test_prompts_are_stored_as_ids_and_trained_on(project):
-  _, workdir, root = project
-  manifest = json.loads((root / "tokens" / "manifest.json").read_text())
+  manifest = json.loads((project.root / "tokens" / "manifest.json").read_text())
   assert manifest["num_images"] == 4
   text = manifest["text"]
   assert (text["width"], text["length"], text["dtype"]) == (2, LENGTH, "int32")
   assert len(text["encoder"]["tokenizer"]) == 64
-  rows = (workdir / "tensorar" / "log.jsonl").read_text().splitlines()
+  rows = (project.workdir / "tensorar" / "log.jsonl").read_text().splitlines()
   assert len(rows) == 2 and np.isfinite(json.loads(rows[1])["loss"])
 
 
 def test_prompts_become_images(project):
-  run, workdir, root = project
   asked = dict(mode="sample", num_images=1, seed=3)
-  run(**asked, prompt=("a cat",) + 2 * ("a red cat on a mat",))
-  folder = workdir / "tensorar" / "samples" / "000"
+  project.run(**asked, prompt=("a cat",) + 2 * ("a red cat on a mat",))
+  folder = project.workdir / "tensorar" / "samples" / "000"
   images = np.load(folder / "samples.npz")["arr_0"]
   assert images.shape == (3, 6, 6, 3)
   # The image depends on its prompt, seed and number alone.
-  run(**asked, prompt=("a cat", "a red mat", "a"))
+  project.run(**asked, prompt=("a cat", "a red mat", "a"))
   other = np.load(folder.parent / "001" / "samples.npz")["arr_0"]
   np.testing.assert_array_equal(other[0], images[0])
   manifest = json.loads((folder / "manifest.json").read_text())
@@ -130,8 +110,7 @@ def test_prompts_become_images(project):
 
 
 def test_what_cannot_be_drawn_is_refused(project):
-  run, _, root = project
   with pytest.raises(ValueError, match="from text, there are no classes"):
-    run(mode="sample")
+    project.run("sample")
   with pytest.raises(ValueError, match="prompt 0 is empty"):
-    run(mode="sample", prompt=(" ",))
+    project.run("sample", prompt=(" ",))

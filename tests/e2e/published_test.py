@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.e2e import commands
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,11 @@ def project(parity, tmp_path_factory):
     np.save(root / "data" / "imagenet64_labels" / f"{i}.npy", label)
 
   def run(*flags):
-    command = [
-      *(sys.executable, "-m", "tensorar_jax.main"),
+    return commands.run(
       f"--config=tests/e2e/tiny_published.py:{parity}",
       f"--config.data.name=codes:{root / 'data'}",
       f"--workdir={root / 'run'}",
-    ]
-    return subprocess.run(
-      [*command, *flags], cwd=ROOT, capture_output=True, text=True
+      *flags,
     )
 
   return run, root / "run"
@@ -130,7 +127,7 @@ def test_an_interrupted_import_leaves_nothing_that_looks_complete(
     f"--workdir={workdir}",
   ]
   done = subprocess.run(
-    [sys.executable, "-c", KILLED, "--mode=import", *flags], cwd=ROOT
+    [sys.executable, "-c", KILLED, "--mode=import", *flags], cwd=commands.ROOT
   )
   assert done.returncode == 9
   written = [p.name for p in (workdir / "base" / "checkpoints").iterdir()]

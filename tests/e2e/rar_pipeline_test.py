@@ -14,6 +14,7 @@ import pytest
 import tensorar_jax as tj
 from tensorar_jax.generation import batches
 from tensorar_jax.nn import image_bytes
+from tests.backbones import rar_case
 from tests.tokenizers import common
 
 
@@ -30,26 +31,6 @@ def io(folder):
 @pytest.fixture(scope="module")
 def settings(folder):
   return json.loads((folder / "config.json").read_text())
-
-
-def sizes(path):
-  return json.loads((path.parent / "config.json").read_text())
-
-
-def import_backbone(path):
-  meta = sizes(path)
-  side = round(meta["image_seq_len"] ** 0.5)
-  return tj.import_backbone(
-    "rar",
-    str(path),
-    vocab_size=meta["codebook_size"],
-    grid=(side, side),
-    width=meta["hidden_size"],
-    num_layers=meta["num_hidden_layers"],
-    num_heads=meta["num_attention_heads"],
-    mlp_width=meta["intermediate_size"],
-    num_classes=meta["condition_num_classes"],
-  )
 
 
 def assert_bytes_agree(got, want):
@@ -69,11 +50,9 @@ def test_bytes_of_the_decoded_images(folder, io, settings):
 
 
 def test_class_ids_to_images(folder, io, settings):
-  backbone = import_backbone(folder / settings["generator"])
+  backbone = rar_case.load(folder / settings["generator"])
   tokenizer = common.published_maskgit_vq(folder / settings["tokenizer"])
-  classes = tj.ClassConditioning(
-    sizes(folder / settings["generator"])["condition_num_classes"]
-  )
+  classes = tj.ClassConditioning(backbone.config.num_classes)
   cond = classes.encode(io["class_ids"])
   config = tj.SamplingConfig(
     temperature=0.0,  # argmax, which no other temperature changes

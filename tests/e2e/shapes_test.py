@@ -1,32 +1,21 @@
 """Text to image in small: the command of configs/shapes_t2i.py."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from tensorar_jax.data import shapes
 from tensorar_jax.data.sources.shapes import open_shapes
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run(workdir, *flags):
-  command = [
-    *(sys.executable, "-m", "tensorar_jax.main"),
-    *("--config=tests/e2e/tiny_shapes.py", f"--workdir={workdir}", *flags),
-  ]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+from tests.e2e import commands
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("shapes") / "run"
-  done = run(workdir)
-  assert done.returncode == 0, done.stderr[-3000:]
+  done = commands.succeed(
+    "--config=tests/e2e/tiny_shapes.py", f"--workdir={workdir}"
+  )
   return workdir, done
 
 

@@ -1,9 +1,6 @@
 """The whole story in small: train, kill, resume, sample, measure, report."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,22 +10,13 @@ import tensorar_jax as tj
 from studies import soak
 from tensorar_jax.backbones import llamagen
 from tensorar_jax.tokenizers import pixels
+from tests.e2e import commands
 
-ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "tests/e2e/tiny_digits.py"
 
 
-def command(workdir, *flags):
-  return [
-    *(sys.executable, "-m", "tensorar_jax.main", f"--config={CONFIG}"),
-    *(f"--workdir={workdir}", *flags),
-  ]
-
-
-def run(workdir, *flags) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    command(workdir, *flags), cwd=ROOT, capture_output=True, text=True
-  )
+def run(workdir, *flags):
+  return commands.run(f"--config={CONFIG}", f"--workdir={workdir}", *flags)
 
 
 def trace(workdir, stage) -> str:
@@ -64,7 +52,7 @@ def test_everything_promised_is_there(finished):
     assert found["base_entropy"] == metrics["models"]["base"]["entropy"]
     noise = found["cross_entropy"]["training_noise"]
     assert noise[0] == metrics["models"][name]["cross_entropy"]
-  assert "Behind its own drafts" in (workdir / "report.html").read_text()
+  assert "Given its own drafts" in (workdir / "report.html").read_text()
   assert "continued" in done.stdout and "report.html" in done.stdout
   assert "ETA" in done.stderr and "tokens/s" in done.stderr
   assert list((workdir / "tensorar" / "tensorboard").iterdir())
@@ -118,7 +106,7 @@ def test_the_python_of_the_page_runs(finished, parity, monkeypatch):
     pixels.Config(image_size=(4, 4), levels=96), rngs=nnx.Rngs(0)
   )
   monkeypatch.setattr(tj, "import_tokenizer", lambda *_, **__: made)
-  page = (ROOT / "README.md").read_text().split("## From Python")[1]
+  page = (commands.ROOT / "README.md").read_text().split("## From Python")[1]
   code = page.split("```python\n")[1].split("```")[0]
   for name, here in (
     ("c2i_B_256.pt", str(case / "checkpoint.pt")),
@@ -178,12 +166,7 @@ def test_a_bad_value_ends_in_one_clear_line(tmp_path, flag, words):
 
 @pytest.mark.parametrize("words", [[], ["--mode=sample"]])
 def test_help_teaches(words):
-  done = subprocess.run(
-    [sys.executable, "-m", "tensorar_jax.main", *words, "--help"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0 and not done.stderr
+  done = commands.succeed(*words, "--help")
+  assert not done.stderr
   assert "--config=configs/digits.py --mode=sample" in done.stdout
   assert "--num_images" in done.stdout

@@ -10,42 +10,26 @@ from PIL import Image
 
 from tensorar_jax import main
 from tensorar_jax.generation import pictures
+from tests import tiny, tiny_configs
 from tests.conditioning import tiny_text
-from tests.data.captioned_test import png, write_tar
 from tests.e2e import in_process
 
 
 def config(text, tokens) -> ConfigDict:
   return ConfigDict(
     dict(
-      seed=0,
-      data=dict(name=f"tokens:{tokens}", train_split="train"),
-      tokenizer=dict(
-        name="vq",
-        channels=8,
-        channel_multipliers=(1, 2),
-        num_res_blocks=1,
-        latent_channels=8,
-        code_dim=4,
-        codebook_size=11,
-        norm_groups=4,
-        image_size=(6, 6),
-      ),
+      data=dict(name=f"tokens:{tokens}"),
+      tokenizer=dict(name="vq", **tiny.VQ),
       conditioning=dict(name="text", width=64, length=7, encoder=str(text)),
       backbone=dict(
         name="llamagen",
         vocab_size=11,
         grid=(3, 3),
-        width=16,
-        num_layers=2,
-        num_heads=2,
-        mlp_multiple=8,
         text_width=64,
         text_length=7,
+        **tiny_configs.SIZES,
       ),
       tensorar=dict(window=2),
-      noise=dict(kind="categorical"),
-      loss=dict(condition_dropout=0.1),
       optim=dict(learning_rate=1e-3),
       train=dict(batch_size=2, num_steps=2, log_every=1, checkpoint_every=2),
       sampling=dict(guidance=2.0),
@@ -56,43 +40,33 @@ def config(text, tokens) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def project(parity, tmp_path_factory):
-  """(run(mode=..., **options), work directory, root), tokenized and trained."""
+  """A tokenized and trained project."""
   root = tmp_path_factory.mktemp("text_to_image")
   text = tiny_text.folder(parity, root / "t5")
-  members = {}
-  for i in range(5):
-    members |= {f"{i}.png": png(i), f"{i}.txt": b"A red cat on a mat"}
-  members["3.txt"] = b"A cat"
-  members["4.txt"] = b"(###)"  # nothing is left of it
-  write_tar(root / "tars" / "000.tar", members)
-
-  def run(**given):
-    in_process.run(config(text, root / "tokens"), root / "run", **given)
-
-  run(
-    mode="tokenize",
-    images=f"webdataset:{root / 'tars'}",
-    output=str(root / "tokens"),
-    recipe="flip",
+  made = in_process.CaptionedProject(
+    root,
+    # Nothing is left of the last one.
+    captions=3 * ["A red cat on a mat"] + ["A cat", "(###)"],
+    config=config(text, root / "tokens"),
   )
-  run(mode="train")
-  return run, root / "run", root
+  made.tokenize(recipe="flip")
+  made.run("train")
+  return made
 
 
 def test_captions_become_features_and_are_trained_on(project):
-  _, workdir, root = project
-  manifest = json.loads((root / "tokens" / "manifest.json").read_text())
+  manifest = json.loads((project.root / "tokens" / "manifest.json").read_text())
   assert manifest["num_images"] == 4
   assert "'(###)' has no words" in manifest["skipped"][0]["reason"]
   assert manifest["text"]["dtype"] == "bfloat16"
   encoder = manifest["text"]["encoder"]
   assert len(encoder["weights"]["sha256"]) == len(encoder["tokenizer"]) == 64
-  rows = (workdir / "tensorar" / "log.jsonl").read_text().splitlines()
+  rows = (project.workdir / "tensorar" / "log.jsonl").read_text().splitlines()
   assert len(rows) == 2 and np.isfinite(json.loads(rows[1])["loss"])
 
 
 def test_prompts_become_images(project, caplog):
-  run, workdir, root = project
+  run, workdir, root = project.run, project.workdir, project.root
   (root / "prompts.txt").write_text("A cat\na red cat on a red mat on a cat\n")
   asked = dict(
     mode="sample", prompts=str(root / "prompts.txt"), num_images=2, seed=3
@@ -127,7 +101,7 @@ def test_prompts_become_images(project, caplog):
 
 
 def test_what_cannot_be_drawn_is_refused(project, tmp_path):
-  run, workdir, root = project
+  run, workdir, root = project.run, project.workdir, project.root
   before = sorted(workdir.rglob("*"))
   for given, words in (
     (dict(), "images from text, there are no classes.*--prompts=FILE"),
@@ -170,7 +144,7 @@ class Killed(BaseException):
 def test_prompts_of_a_benchmark_become_its_folders(
   project, tmp_path, monkeypatch, layout
 ):
-  run, _, _ = project
+  run = project.run
   lines = [
     json.dumps({"tag": "colors", "include": [], "prompt": prompt})
     for prompt in ("A cat", "a red mat", "a red cat")
@@ -239,7 +213,9 @@ def test_a_scorer_s_file_becomes_a_table(parity, tmp_path, capsys):
     capsys.readouterr().out
   )
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
-    *("settings.json", "metrics.json", "metrics.md"),
+    "settings.json",
+    "metrics.json",
+    "metrics.md",
   }
   with pytest.raises(SystemExit, match="it belongs to --mode=evaluate"):
     main.main(["main", "--mode=sample", *words])

@@ -1,6 +1,7 @@
 """Two axes on tiny digits: a shared centre, and one that is not trained."""
 
 from configs.ablations import common, draft_temperature, loss
+from tests import tiny_configs
 
 
 def get_config():
@@ -11,7 +12,7 @@ def get_config():
   axes.loss.rows = axes.loss.rows[:1]  # the centre
   axes.draft_temperature.rows = axes.draft_temperature.rows[1:3]
   config.ablation.seeds = 2
-  config.backbone.update(width=16, num_layers=1, num_heads=2, mlp_multiple=8)
+  config.backbone.update(tiny_configs.SIZES, num_layers=1)
   config.stages.tensorar.tensorar.window = 2
   config.train.update(batch_size=8, log_every=1)
   config.stages.tensorar.train = dict(num_steps=2, batch_size=8)

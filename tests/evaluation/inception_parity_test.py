@@ -20,11 +20,24 @@ from tensorar_jax.evaluation import inception
 
 SIZES = ("64x64", "32x32", "37x53", "256x256", "299x299", "320x416")
 TAPS = (
-  *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1"),
-  *("Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
-  *("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a"),
-  *("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
-  *("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+  "Conv2d_1a_3x3",
+  "Conv2d_2a_3x3",
+  "Conv2d_2b_3x3",
+  "MaxPool_1",
+  "Conv2d_3b_1x1",
+  "Conv2d_4a_3x3",
+  "MaxPool_2",
+  "Mixed_5b",
+  "Mixed_5c",
+  "Mixed_5d",
+  "Mixed_6a",
+  "Mixed_6b",
+  "Mixed_6c",
+  "Mixed_6d",
+  "Mixed_6e",
+  "Mixed_7a",
+  "Mixed_7b",
+  "Mixed_7c",
 )
 BLOCKS = {  # of the fixture -> the part of its sizes
   "InceptionA": "Mixed_5b",

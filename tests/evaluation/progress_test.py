@@ -39,7 +39,7 @@ class Brightness:
   @staticmethod
   def measure(sets, labels):
     (images,) = sets
-    return {"frechet": yardsticks.spread([float(images.mean())])}
+    return {"frechet": yardsticks.over_seeds([float(images.mean())])}
 
 
 def test_every_checkpoint_is_measured_once(trained, monkeypatch):
@@ -53,10 +53,10 @@ def test_every_checkpoint_is_measured_once(trained, monkeypatch):
   assert list(found["wrapped"]) == [2, 4] and means[0] != means[1]
   # The newest is what the stage is measured as otherwise.
   subject = evaluate.Subject("wrapped", stages["wrapped"], workdir / "wrapped")
-  drawn = evaluate.Sampler(subject, 10).draw(1.0, 0, np.arange(10))
+  drawn = evaluate.LoadedSubject(subject, 10).draw(1.0, 0, np.arange(10))
   assert means[1] == drawn["images"].mean()
   with monkeypatch.context() as once:
-    once.setattr(evaluate, "Sampler", None)
+    once.setattr(evaluate, "LoadedSubject", None)
     again = progress.by_yardstick(stages, settings, workdir, ["wrapped"])
   assert again == found
   progress_report.draw(found, stages, workdir, "10 images")
@@ -77,7 +77,7 @@ def test_a_reference_measures_every_checkpoint(trained, monkeypatch):
 
   monkeypatch.setattr(protocol, "measure_stage", measure_stage)
   found = progress.by_reference(
-    *(judge, stages, workdir, sample_files.Request(12)), name="wrapped"
+    judge, stages, workdir, sample_files.Request(12), name="wrapped"
   )
   assert found == {
     "wrapped": {
@@ -93,7 +93,7 @@ def test_samples_of_a_checkpoint_on_the_way(trained):
   stages, workdir = trained
   places = [
     sample_files.sample(
-      *(stages, workdir, sample_files.Request(3, step=step)), pngs=False
+      stages, workdir, sample_files.Request(3, step=step), pngs=False
     )
     for step in (None, 2)
   ]

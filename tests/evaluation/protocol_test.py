@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from tensorar_jax.checkpoints import resumable
 from tensorar_jax.evaluation import protocol
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import npz, sample_files
@@ -102,7 +103,7 @@ def test_statistics_in_a_file_count(folder, network, expected, tmp_path):
   want = expected["layout_stats"]
   for name in ("fid", "sfid"):
     assert found[name] == pytest.approx(want[name], rel=1e-6)
-  assert found.keys() == {k for k, _, _ in protocol.NAMES.values()}
+  assert found.keys() == {metric.name for metric in protocol.columns()}
 
 
 def test_numbers_depend_on_nothing_but_the_images(
@@ -113,7 +114,10 @@ def test_numbers_depend_on_nothing_but_the_images(
   reference, samples = (few(file, 70) for file in files)
   whole = judge(reference, network, batch_size=50)
   want = values(whole.measure(samples, tmp_path / "whole"))
-  two = [judge(reference, network, batch_size=17, share=(i, 2)) for i in (1, 0)]
+  two = [
+    judge(reference, network, batch_size=17, worker=resumable.Worker(i, 2))
+    for i in (1, 0)
+  ]
   for folder in reference.parent.glob("*.features-*"):
     folder.rename(folder.with_suffix(".gone"))
   assert two[0].measure(samples, tmp_path / "two") is None
@@ -257,13 +261,13 @@ def test_a_scan_measures_every_scale(quick, good, tmp_path, monkeypatch):
     digest = protocol._identity(place / "samples.npz")["sha256"]
     manifest = {"sha256": digest, "seed": request.seed}
     (place / sample_files.MANIFEST).write_text(json.dumps(manifest))
-    return sample_files.Place(place, place / "samples.npz")
+    return sample_files.Target(place, place / "samples.npz")
 
   monkeypatch.setattr(sample_files, "sample", sample)
   stages = {"base": Stage(sampling=SamplingConfig(top_k=7))}
   request = sample_files.Request(12, seed=5)
   records = protocol.sweep(
-    *(good, stages, tmp_path, request), stage="base", scales=[1.5, (4.0, 6.0)]
+    good, stages, tmp_path, request, stage="base", scales=[1.5, (4.0, 6.0)]
   )
   assert [d[:2] for d in drawn] == [(1.5, 7), ((4.0, 6.0), 7)]
   assert list(records) == ["guidance 1.5", "guidance 4:6"]

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.evaluation import evaluate, yardsticks
@@ -16,6 +17,7 @@ from tensorar_jax.experiment.schema import (
 )
 from tensorar_jax.experiment.stages import with_precision
 from tensorar_jax.generation import requests, sample_files
+from tensorar_jax.parallel import weights
 from tests import tiny_configs
 
 
@@ -85,6 +87,24 @@ def test_a_measurement_belongs_to_one_set_of_weights(tmp_path):
   assert fingerprint("a") == fingerprint("a")
   assert fingerprint("a") != fingerprint("b")
   assert fingerprint("a") != fingerprint("a", classifier="d")
+
+
+def test_what_is_loaded_is_what_is_asked_for(tmp_path):
+  config = tiny_configs.stage(objective="classifier", optim=dict(ema_decay=0.0))
+  _, params, _ = weights.split(build.model(config, nnx.Rngs(0)))
+  checkpoints = orbax_io.Checkpoints(tmp_path / "a" / "checkpoints")
+  meta = {"config": saved.saved_config(config)}
+  checkpoints.save(6, {"params": params}, {}, meta)
+  checkpoints.close()
+  with pytest.raises(ValueError, match="holds no EMA: train with"):
+    build.load(tmp_path / "a", ema=True)
+  with pytest.raises(ValueError, match="a classifier: images are drawn by"):
+    build.load_tensorar(config, tmp_path / "a")
+  reader = tiny_configs.stage(tokenizer=dict(init=str(tmp_path / "a")))
+  with pytest.raises(ValueError, match="holds no tokenizer: name a stage"):
+    build.frozen_tokenizer(reader, tmp_path)
+  with pytest.raises(ValueError, match="'class': expected one that reads text"):
+    build.text_conditioning(config.conditioning)
 
 
 def test_precision_sets_the_dtype_of_every_backbone():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from tensorar_jax.evaluation import metrics
 from tensorar_jax.generation import pictures
 from tensorar_jax.method import windows
 from tensorar_jax.reports import plots
@@ -274,17 +275,21 @@ def test_planes_take_pairs_and_single_models(tmp_path):
 
 def test_a_scan_is_a_panel_per_metric(tmp_path):
   path = tmp_path / "scan.png"
-  metrics = {
-    "FID": ([4.0, 3.0, 5.0], [0.1, 0.1, 0.0], False),
-    "IS": ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], True),
-  }
-  plots.save_scan(path, ["1", "2", "4:6"], metrics, "base")
+  curves = [
+    plots.ScanCurve(metrics.find(name), values, halves)
+    for name, values, halves in (
+      ("fid", [4.0, 3.0, 5.0], [0.1, 0.1, 0.0]),
+      ("inception_score", [1.0, 2.0, 3.0], [0.0, 0.0, 0.0]),
+    )
+  ]
+  plots.save_scan(path, ["1", "2", "4:6"], curves, "base")
   one = tmp_path / "one.png"
-  plots.save_scan(one, ["1"], {"FID": ([4.0], [0.1], False)}, "base")
+  single = plots.ScanCurve(metrics.find("fid"), [4.0], [0.1])
+  plots.save_scan(one, ["1"], [single], "base")
   with Image.open(path) as wide, Image.open(one) as narrow:
     assert wide.width == 2 * narrow.width
   with pytest.raises(ValueError, match="no scan"):
-    plots.save_scan(path, [], {}, "base")
+    plots.save_scan(path, [], [], "base")
 
 
 def test_progress_is_a_panel_per_metric(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.checkpoints import orbax_io, resumable
 from tensorar_jax.generation import batches, npz, sample_files
 from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.tokenizers import pixels
@@ -53,13 +53,15 @@ def never(labels, first):
 
 
 def write(folder, how=draw, **options) -> bool:
-  place = sample_files.choose_place(folder, folder, SETTINGS)
+  target = sample_files.choose_target(folder, folder, SETTINGS)
   show = functools.partial(
-    *(sample_files._save_overview, folder, parts()[1]),
+    sample_files._save_overview,
+    folder,
+    parts()[1],
     sample_files.Request(NUM_IMAGES),
   )
   return sample_files.write(
-    how, LABELS, place, SETTINGS, overview=show, **options
+    how, LABELS, target, SETTINGS, overview=show, **options
   )
 
 
@@ -116,28 +118,28 @@ def test_a_killed_run_continues(whole, tmp_path, die_at):
   assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize("step", ["join", "write_json"])
+@pytest.mark.parametrize("step", ["join_shards", "write_json"])
 def test_killed_while_it_is_put_together(whole, tmp_path, monkeypatch, step):
   def die(*args):
     raise Killed
 
-  place = sample_files.choose_place(tmp_path, tmp_path, SETTINGS)
+  target = sample_files.choose_target(tmp_path, tmp_path, SETTINGS)
   with monkeypatch.context() as patch:
-    where = {"join": npz, "write_json": sample_files.files}[step]
+    where = {"join_shards": npz, "write_json": sample_files.files}[step]
     patch.setattr(where, step, die)
     with pytest.raises(Killed):
       write(tmp_path)
-  assert len(list(tmp_path.glob("images-*.npy"))) == 4 and not place.complete
+  assert len(list(tmp_path.glob("images-*.npy"))) == 4 and not target.complete
   # Nothing is left to draw, and one process only does the rest.
-  assert not write(tmp_path, never, share=(1, 2))
-  assert write(tmp_path, never, share=(0, 2))
+  assert not write(tmp_path, never, worker=resumable.Worker(1, 2))
+  assert write(tmp_path, never, worker=resumable.Worker(0, 2))
   assert contents(tmp_path) == contents(whole)
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_any_number_of_processes_writes_the_same(whole, tmp_path, count):
   for index in range(count):
-    done = write(tmp_path, share=(index, count))
+    done = write(tmp_path, worker=resumable.Worker(index, count))
     assert done == (index == min(count, 4) - 1)
   assert contents(tmp_path) == contents(whole)
 
@@ -146,14 +148,14 @@ def test_two_processes_may_finish_at_the_same_moment(
   whole, tmp_path, monkeypatch
 ):
   """The other one completes the run, shards gone, while this one copies."""
-  join = npz.join
+  join_shards = npz.join_shards
 
   def overtaken(path, shards, labels):
-    monkeypatch.setattr(npz, "join", join)
+    monkeypatch.setattr(npz, "join_shards", join_shards)
     assert write(tmp_path)
-    return join(path, shards, labels)
+    return join_shards(path, shards, labels)
 
-  monkeypatch.setattr(npz, "join", overtaken)
+  monkeypatch.setattr(npz, "join_shards", overtaken)
   write(tmp_path)
   np.load(tmp_path / "samples.npz")
   names = contents(tmp_path).keys() - contents(whole).keys()
@@ -163,7 +165,7 @@ def test_two_processes_may_finish_at_the_same_moment(
 def test_a_complete_folder_is_left_alone(whole):
   before = {file: file.stat().st_mtime_ns for file in whole.iterdir()}
   assert write(whole, never)
-  assert not write(whole, never, share=(1, 2))
+  assert not write(whole, never, worker=resumable.Worker(1, 2))
   assert before == {file: file.stat().st_mtime_ns for file in whole.iterdir()}
 
 
@@ -195,15 +197,15 @@ def test_eight_devices_and_one_draw_the_same_after_a_real_kill(whole, tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
   labels, size = np.arange(3000) % 5, (128, 128)
-  place = sample_files.choose_place(tmp_path, tmp_path, SETTINGS)
+  target = sample_files.choose_target(tmp_path, tmp_path, SETTINGS)
   settings = {"shard_size": 500}
   how = functools.partial(draw, batch_size=100, size=size)
   list(how(labels[:100], 0))  # compiles
   tracemalloc.start()
-  sample_files.write(how, labels, place, settings)
+  sample_files.write(how, labels, target, settings)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  assert place.npz.stat().st_size > 3000 * 128 * 128
+  assert target.npz.stat().st_size > 3000 * 128 * 128
   assert peak < 12e6  # of 49e6; two batches, 3.2e6, and a block of 4.2e6
 
 
@@ -225,10 +227,10 @@ def test_what_is_not_of_a_run_is_never_touched(tmp_path):
   (tmp_path / "a.npz").write_text("mine")
   for output in ("folder", "a.npz"):
     with pytest.raises(ValueError, match="is there already, and not from"):
-      sample_files.choose_place(tmp_path / output, tmp_path, SETTINGS)
+      sample_files.choose_target(tmp_path / output, tmp_path, SETTINGS)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "folder"]
   with pytest.raises(ValueError, match="2 processes.*--output"):
-    sample_files.choose_place(None, tmp_path, SETTINGS, process_count=2)
+    sample_files.choose_target(None, tmp_path, SETTINGS, process_count=2)
 
 
 @pytest.mark.parametrize(
@@ -254,21 +256,21 @@ def trained(tmp_path_factory):
 def test_the_same_command_finds_its_folder_again(trained):
   stages, workdir = trained
   request = sample_files.Request(11, classes=(3, 5), resize=9)
-  place = sample_files.sample(stages, workdir, request)
-  assert place.folder == workdir / "wrapped" / "samples" / "000"
-  images = np.load(place.npz)["arr_0"]
+  target = sample_files.sample(stages, workdir, request)
+  assert target.folder == workdir / "wrapped" / "samples" / "000"
+  images = np.load(target.npz)["arr_0"]
   assert images.shape == (11, 9, 9, 1)
   np.testing.assert_array_equal(
-    np.load(place.npz)["arr_1"], np.resize([3, 5], 11)
+    np.load(target.npz)["arr_1"], np.resize([3, 5], 11)
   )
   for i in range(11):
-    with Image.open(place.folder / f"{i:06d}.png") as picture:
+    with Image.open(target.folder / f"{i:06d}.png") as picture:
       np.testing.assert_array_equal(np.asarray(picture), images[i, ..., 0])
-  before = contents(place.folder)
+  before = contents(target.folder)
   assert {"grid.png", "refinement.png"} < before.keys()
-  (place.folder / "000007.png").unlink()
-  assert sample_files.sample(stages, workdir, request) == place
-  assert contents(place.folder) == before
+  (target.folder / "000007.png").unlink()
+  assert sample_files.sample(stages, workdir, request) == target
+  assert contents(target.folder) == before
   other = sample_files.Request(11, classes=(3, 5), resize=9, seed=1)
   other = sample_files.sample(stages, workdir, other, pngs=False)
   assert other.folder.name == "001"
@@ -280,10 +282,10 @@ def test_the_manifest_traces_every_image(trained, tmp_path):
   stages, workdir = trained
   output = tmp_path / "new" / "a.npz"
   request = sample_files.Request(13)
-  place = sample_files.sample(stages, workdir, request, output=output)
-  assert (place.npz, place.folder) == (output, output.with_suffix(""))
-  manifest = json.loads((place.folder / "manifest.json").read_text())
-  settings = json.loads((place.folder / "settings.json").read_text())
+  target = sample_files.sample(stages, workdir, request, output=output)
+  assert (target.npz, target.folder) == (output, output.with_suffix(""))
+  manifest = json.loads((target.folder / "manifest.json").read_text())
+  settings = json.loads((target.folder / "settings.json").read_text())
   assert settings.items() <= manifest.items()
   digest = hashlib.sha256(output.read_bytes()).hexdigest()
   assert (manifest["npz"], manifest["sha256"]) == ("a.npz", digest)
@@ -314,7 +316,7 @@ def test_the_manifest_traces_every_image(trained, tmp_path):
 def test_a_folder_of_other_samples_is_refused(trained, tmp_path, change, words):
   stages, workdir = trained
   options = dict(num_images=13)
-  place = sample_files.sample(
+  target = sample_files.sample(
     stages, workdir, sample_files.Request(**options), output=tmp_path
   )
   before = contents(tmp_path)
@@ -328,7 +330,7 @@ def test_a_folder_of_other_samples_is_refused(trained, tmp_path, change, words):
   with pytest.raises(ValueError, match="sampling.guidance: was 1.5, is 1.0"):
     request = sample_files.Request(**options)
     sample_files.sample(hotter, workdir, request, output=tmp_path)
-  assert contents(tmp_path) == before and place.complete
+  assert contents(tmp_path) == before and target.complete
 
 
 def test_an_unknown_class_leaves_nothing_behind(trained, tmp_path):

@@ -90,8 +90,11 @@ def test_a_bad_option_is_named(path):
 def test_local_dry_run():
   ((variables, words),) = commands(launch("local.sh", "--dry-run", *RUN))
   assert words[1:] == [
-    *("-m", "tensorar_jax.main", "--config=configs/digits.py"),
-    *("--mode=train", "--workdir=a b"),
+    "-m",
+    "tensorar_jax.main",
+    "--config=configs/digits.py",
+    "--mode=train",
+    "--workdir=a b",
   ]
   assert variables["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
   assert "latency_hiding" in variables["XLA_FLAGS"]
@@ -129,17 +132,26 @@ def test_slurm_dry_run(tasks):
 def manifest(accelerator, *options) -> dict:
   return yaml.safe_load(
     launch(
-      *("k8s.sh", f"--accelerator={accelerator}", "--name=run-b"),
-      *("--image=place/image:1", "--claim=disk", "--hosts=4", *options),
-      *("--dry-run", *RUN, '--config.x={"a": "$(HOME)\\"}'),
+      "k8s.sh",
+      f"--accelerator={accelerator}",
+      "--name=run-b",
+      "--image=place/image:1",
+      "--claim=disk",
+      "--hosts=4",
+      *options,
+      "--dry-run",
+      *RUN,
+      '--config.x={"a": "$(HOME)\\"}',
     )
   )
 
 
 @pytest.mark.parametrize("accelerator", ["gpu", "tpu"])
 def test_k8s_dry_run(accelerator):
-  options = ["--tpu=tpu-v5-lite-podslice", "--topology=4x4"]
-  found = manifest(accelerator, *(options if accelerator == "tpu" else []))
+  options = []
+  if accelerator == "tpu":
+    options = ["--tpu=tpu-v5-lite-podslice", "--topology=4x4"]
+  found = manifest(accelerator, *options)
   assert found["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
   (workers,) = found["spec"]["replicatedJobs"]
   job = workers["template"]["spec"]
@@ -160,17 +172,18 @@ def test_k8s_dry_run(accelerator):
   assert main["command"][-1] == '--config.x={"a": "$$(HOME)\\"}'
   claims = [v.get("persistentVolumeClaim") for v in pod["volumes"]]
   assert {"claimName": "disk"} in claims
-  join = main["command"][2:-3]
+  flags = main["command"][2:-3]
   if accelerator == "tpu":
-    assert join == ["--coordinator=auto"]
+    assert flags == ["--coordinator=auto"]
     assert main["resources"]["limits"] == {"google.com/tpu": 4}
     selector = {k.rsplit("-", 1)[1]: v for k, v in pod["nodeSelector"].items()}
     assert selector["topology"] == "4x4"
   else:
-    assert join == [
+    assert flags == [
       # <set>-<replicated job>-<job>-<pod>.<set>, as JobSet names pods.
       f"--coordinator=run-b-{workers['name']}-0-0.run-b:1234",
-      *("--num_processes=4", "--process_id=$(JOB_COMPLETION_INDEX)"),
+      "--num_processes=4",
+      "--process_id=$(JOB_COMPLETION_INDEX)",
     ]
     assert main["resources"]["limits"] == {"nvidia.com/gpu": 8}
 

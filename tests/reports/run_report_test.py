@@ -25,7 +25,7 @@ def test_report_tells_of_refinement(tmp_path):
   for given in (metrics, _metrics()):
     run_report.write_report(tmp_path / "r.html", "r", given, {}, "run")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    shown = "Behind its own drafts" in page
+    shown = "Given its own drafts" in page
     assert shown == ("<td>0.500 / 0.500</td>" in page)
     assert shown == ("diagnostics" in given)
 
@@ -59,8 +59,12 @@ def test_verdicts_follow_the_numbers():
   theirs = _entry(1.5, 0.3)  # with 0.4: a combined spread of 0.5
   assert _verdict(_entry(1.1, 0.4), theirs).startswith("within the spread in")
   assert _verdict(_entry(1.9, 0.4), theirs).startswith("within the spread in")
-  assert _verdict(_entry(0.9, 0.4), theirs).startswith("better in frechet")
-  assert _verdict(_entry(2.1, 0.4), theirs).startswith("worse in frechet")
+  assert _verdict(_entry(0.9, 0.4), theirs).startswith(
+    "better in Fréchet distance"
+  )
+  assert _verdict(_entry(2.1, 0.4), theirs).startswith(
+    "worse in Fréchet distance"
+  )
   assert "(2.100 against 1.500)" in _verdict(_entry(2.1, 0.4), theirs)
   # The other direction for a metric where higher is better.
   assert _verdict(0.9, _entry(0.8, 0.05), "recall").startswith("better in")
@@ -74,8 +78,8 @@ def test_verdicts_follow_the_numbers():
 
 def test_verdicts_are_for_the_wrapped_models_alone():
   (sentence,) = run_report.verdicts(_metrics())
-  assert "within the spread in frechet" in sentence
-  assert "; worse in accuracy (0.700 against 0.800)" in sentence
+  assert "within the spread in Fréchet distance" in sentence
+  assert "; worse in class accuracy (0.700 against 0.800)" in sentence
   metrics = _metrics()
   del metrics["models"]["continued"]
   assert run_report.verdicts(metrics) == []
@@ -84,7 +88,10 @@ def test_verdicts_are_for_the_wrapped_models_alone():
 def test_table():
   text = run_report.table(_metrics())
   lines = text.splitlines()
-  assert re.split(r"  +", lines[0].strip()) == ["frechet ↓", "accuracy ↑"]
+  assert re.split(r"  +", lines[0].strip()) == [
+    "Fréchet distance ↓",
+    "class accuracy ↑",
+  ]
   rows = {re.split(r"  +", line)[0]: line for line in lines[2:6]}
   assert "1.100 ± 0.400 *" in rows["wrapped"]
   assert "0.900 ± 0.010 *" in rows["base"]
@@ -179,7 +186,7 @@ def test_throughput_joins_distances_and_the_newest_benchmark(tmp_path):
   file.write_text(json.dumps(records))
   speed = (30.0, 29.0, 31.0)
   assert find() == {
-    "Frechet distance by images/s, 8 at once": {
+    "Fréchet distance by images/s, 8 at once": {
       "base, k = 1": (speed, (2.0, 0.5)),
       "wrapped, k = 4": ((20.0, 19.0, 21.0), (2.0, 0.5)),
     },

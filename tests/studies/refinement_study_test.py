@@ -103,13 +103,13 @@ def test_the_table_compares_within_a_seed():
     "fashion_mnist/k1/seed0/continued": record(3.0),
   }
   models = refinement_report.by_model(results)["digits"]
-  head, base, drafts, matched = refinement_report.lines(models)
+  head, base, drafts, matched = refinement_report.comparison_rows(models)
   assert base[:4] == ["base, trained on", "1", "1", "2.500 ± 2.121"]
   assert drafts[1:4] == ["2", "1", "4.500 ± 0.707"]
   assert drafts[-2:] == ["+2.00 ± 1.41", "-1.00 ± 0.00"]
   assert matched[0].endswith("temperature 0.800 ± 0.000")
   assert {len(line) for line in (base, drafts, matched)} == {len(head)}
-  head, *slots = refinement_report.slot_lines(models)
+  head, *slots = refinement_report.slot_rows(models)
   assert [line[2] for line in slots] == ["0", "1"]
   assert {len(line) for line in slots} == {len(head)}
   text = refinement_report.markdown(results)

@@ -7,6 +7,7 @@ import signal
 import time
 
 import chex
+import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -18,7 +19,7 @@ from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.data import pipeline
 from tensorar_jax.experiment import build
 from tensorar_jax.parallel import preemption, sharding, weights
-from tensorar_jax.training import logs, loop, optimizer, train_step
+from tensorar_jax.training import logs, loop, train_step
 from tests.tiny_configs import stage
 
 
@@ -31,9 +32,8 @@ def trained(tmp_path_factory):
 
 def layout(config):
   """Shapes and places of the state of a stage's training, on one device."""
-  model = weights.abstract(lambda rngs: build.model(config, rngs))
-  tx, mesh = optimizer.make(config.optim, 6), sharding.make_mesh()
-  return train_step.state_layout(model, tx, True, mesh)
+  model = build.abstract_model(config)
+  return loop.make_layout(config, model, sharding.make_mesh())[1]
 
 
 def assert_same(folder, trained):
@@ -54,7 +54,7 @@ def saved(folder):
   return {path.name for path in (folder / "checkpoints").iterdir()}
 
 
-def test_sigterm_saves_behind_any_step_and_the_rest_is_the_same(
+def test_sigterm_saves_after_any_step_and_the_rest_is_the_same(
   trained, tmp_path, monkeypatch
 ):
   """The checkpoint of step 3 cuts a row of the log in two."""
@@ -89,8 +89,8 @@ def test_the_step_compiles_once_from_fresh_and_from_given_weights(
 ):
   steps, make = [], train_step.make_train_step
 
-  def spy(*args):
-    steps.append(make(*args))
+  def spy(*args, **options):
+    steps.append(make(*args, **options))
     return steps[-1]
 
   monkeypatch.setattr(train_step, "make_train_step", spy)
@@ -102,14 +102,20 @@ def test_the_step_compiles_once_from_fresh_and_from_given_weights(
 def test_a_slow_input_is_seen_and_steps_are_traced(tmp_path, monkeypatch):
   make, lines = pipeline.train_iterator, []
 
-  class Slow:
+  class Slow(grain.DatasetIterator):
     def __init__(self, *args, **options):
+      super().__init__()
       self.data = make(*args, **options)
-      self.get_state = self.data.get_state
 
     def __next__(self):
       time.sleep(0.55)
       return next(self.data)
+
+    def get_state(self):
+      return self.data.get_state()
+
+    def set_state(self, state):
+      self.data.set_state(state)
 
   monkeypatch.setattr(pipeline, "train_iterator", Slow)
   write = lambda text, *args: lines.append(text % args if args else text)
@@ -199,7 +205,7 @@ def test_the_console_shows_what_this_project_says_of_checkpoints():
   assert list(map(bool, shown.values())) == [True, False]
 
 
-def test_a_run_behind_a_damaged_checkpoint_ends_as_a_sound_one(
+def test_a_run_after_a_damaged_checkpoint_ends_as_a_sound_one(
   trained, tmp_path
 ):
   """It was complete; what refers to its last checkpoint still finds it."""
@@ -303,3 +309,24 @@ def test_weights_of_another_model_are_refused(trained, tmp_path):
 def test_bad_settings_say_what_was_expected(section, value, words):
   with pytest.raises(ValueError, match=words):
     loop.check(stage(**{section: value}))
+
+
+@pytest.mark.parametrize("objective", ["classifier", "tokenizer"])
+def test_what_trains_on_images_refuses_tokens(tmp_path, objective):
+  for kind, value in (("codes", np.zeros((1, 1, 64), int)), ("labels", [0])):
+    (tmp_path / f"imagenet8_{kind}").mkdir()
+    np.save(tmp_path / f"imagenet8_{kind}" / "0.npy", value)
+  data = dict(name=f"codes:{tmp_path}")
+  # The pixels have no weights; any tokenizer with some will do.
+  tokenizer = dict(
+    name="vq",
+    image_size=(8, 8),
+    channels=8,
+    channel_multipliers=(1, 2),
+    norm_groups=4,
+    code_dim=2,
+    codebook_size=17,
+  )
+  wrong = stage(objective=objective, data=data, tokenizer=tokenizer)
+  with pytest.raises(ValueError, match=f"tokens: a {objective} is trained on"):
+    loop.fit(wrong, tmp_path / "stage")

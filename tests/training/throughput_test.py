@@ -33,7 +33,7 @@ class Result:
 
 
 class Device:
-  """Runs one step after the other, behind the back of who asks for them."""
+  """Runs one step after the other, while the caller goes on."""
 
   def __init__(self, clock, seconds: float, compilation: float = 0.0):
     self.clock, self.seconds, self.compilation = clock, seconds, compilation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from tensorar_jax.data.sources import ArraySource
@@ -17,8 +19,9 @@ def load(argument: str, split: str, data_dir: str | None) -> ArraySource:
       f"unknown split {split!r} of 'digits'; known are 'train' and 'test'"
     )
   from sklearn import datasets
+  from sklearn.utils import Bunch
 
-  digits = datasets.load_digits()
+  digits = cast(Bunch, datasets.load_digits())
   by_class = np.argsort(digits.target, kind="stable")
   in_test = np.zeros(len(by_class), bool)
   in_test[by_class[np.arange(297) * len(by_class) // 297]] = True

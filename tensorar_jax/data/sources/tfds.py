@@ -19,6 +19,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from absl import logging
+from etils import epath
 from jaxtyping import Int32, UInt8
 
 from tensorar_jax.data import cache, images
@@ -84,7 +85,9 @@ def load(
   import tensorflow_datasets as tfds
 
   # An unknown data set is a ValueError of TFDS that lists all it has.
-  builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+  builder: Builder = tfds.builder(
+    dataset, data_dir=data_dir, file_format="array_record"
+  )
   _check_features(builder)
   if not builder.is_prepared():
     _prepare(builder)
@@ -112,7 +115,7 @@ def load(
     return lazy
   cache_file = f"decoded-{urllib.parse.quote(split, '')}.npz"
   try:
-    pixels, labels = _decoded(lazy, builder.data_path / cache_file)
+    pixels, labels = _decoded(lazy, shape, builder.data_path / cache_file)
   except images.BrokenImageError as error:
     # Asking for this image raises the error; `tokenize` can do without it.
     logging.warning("decoded only when asked for: %s", error)
@@ -133,7 +136,7 @@ def _check_features(builder: Builder) -> None:
   if (
     not isinstance(image, tfds.features.Image)
     or image.np_dtype != np.uint8
-    or image.shape[-1] not in images.MODES
+    or features["image"].shape[-1] not in images.MODES
     or not isinstance(label, tfds.features.ClassLabel)
   ):
     raise ValueError(
@@ -196,7 +199,7 @@ def _fashion_mnist_options(
 
 
 def _decoded(
-  lazy: LazySource, cache_file: pathlib.PurePath
+  lazy: LazySource, shape: tuple[int, int, int], cache_file: epath.Path
 ) -> tuple[UInt8[np.ndarray, "n h w C"], Int32[np.ndarray, " n"]]:
   """All images and labels of a split, from the cache, written if need be."""
   num_images = len(lazy)
@@ -209,7 +212,7 @@ def _decoded(
         f"expected {num_images}: delete it, it will be written anew"
       )
     return images, labels
-  images = np.empty((num_images, *lazy.image_shape), np.uint8)
+  images = np.empty((num_images, *shape), np.uint8)
   labels = np.empty(num_images, np.int32)
   for i in range(num_images):
     example = lazy[i]

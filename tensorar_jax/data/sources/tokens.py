@@ -97,7 +97,7 @@ class TokenShards:
       )
     codes = codes[variant]
     codes_lib.check_codes(where, codes, self.vocab_sizes)
-    if not self.text:
+    if not isinstance(subject, np.ndarray):
       codes_lib.check_label(where, subject, self.num_classes)
     return subject, codes
 

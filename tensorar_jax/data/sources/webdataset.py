@@ -83,18 +83,12 @@ class WebDataset(captions.Captioned):
     where = f"{file.name}, sample {position - first}"
     # Opened each time: threads and processes then have nothing to share.
     with file.open("rb") as opened:
-      parts = {
-        "image": _read(opened, start=places[0], size=places[1]),
-        "caption": _read(opened, start=places[2], size=places[3]),
-      }
-    for name, part in parts.items():
-      if part is None:
-        reason = f"the {name} is missing; expected {_EXPECTED}"
-        raise images.BrokenSampleError(where, reason)
+      image_data = _read(opened, "image", where, *places[:2])
+      caption_data = _read(opened, "caption", where, *places[2:])
     is_json = bool(self.is_json[position])
-    caption = captions.decode(parts["caption"], where, is_json)
+    caption = captions.decode(caption_data, where, is_json)
     try:
-      image = images.decode_image(parts["image"])
+      image = images.decode_image(image_data)
     except images.BrokenImageError as error:
       raise images.BrokenImageError(where, error.reason) from error
     return {"image": image, "caption": caption}
@@ -104,9 +98,11 @@ class WebDataset(captions.Captioned):
     return _digest([(f.name, f.stat().st_size) for f in self.files])
 
 
-def _read(opened, start: int, size: int) -> bytes | None:
+def _read(opened, part: str, where: str, start: int, size: int) -> bytes:
+  """Reads a part of a sample; BrokenSampleError at `where` if it is missing."""
   if size < 0:
-    return None
+    reason = f"the {part} is missing; expected {_EXPECTED}"
+    raise images.BrokenSampleError(where, reason)
   data = os.pread(opened.fileno(), size, start)
   if len(data) < size:
     raise ValueError(
@@ -223,7 +219,7 @@ def _scan(file: pathlib.Path):
       for member in tar:
         end = member.offset_data + -(-member.size // 512) * 512
         new, kind = _split(member.name) if member.isfile() else (None, None)
-        if kind not in images.EXTENSIONS + _CAPTIONS:
+        if kind is None or kind not in images.EXTENSIONS + _CAPTIONS:
           continue
         if new != key:
           samples.append({})
@@ -232,14 +228,14 @@ def _scan(file: pathlib.Path):
     problem = _wrong_end(file, end)
   except tarfile.TarError as error:
     problem = f"it cannot be read to its end ({error})"
-  samples = list(map(_parts, samples))
-  if problem and samples:  # the last sample may be cut in two
-    image, caption, _ = samples[-1]
+  parts = list(map(_parts, samples))
+  if problem and parts:  # the last sample may be cut in two
+    image, caption, _ = parts[-1]
     inside = all(n >= 0 and start + n <= size for start, n in (image, caption))
-    samples = samples if inside else samples[:-1]
-  places = [(*image, *caption) for image, caption, _ in samples]
+    parts = parts if inside else parts[:-1]
+  places = [(*image, *caption) for image, caption, _ in parts]
   places = np.array(places, np.int64).reshape(-1, 4)
-  is_json = np.array([is_json for *_, is_json in samples], bool)
+  is_json = np.array([is_json for *_, is_json in parts], bool)
   if problem:
     count = len(places)
     problem = {"name": file.name, "reason": problem, "num_samples": count}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tensorar_jax.evaluation import adm, scores
+from tensorar_jax.evaluation import adm, metrics
 
 
 def draw(seed, n, width=6):
@@ -12,39 +12,44 @@ def draw(seed, n, width=6):
 
 def full(seed, n):
   pool = draw(seed, n)
-  return scores.FeatureSet(pool, draw(seed + 50, n, 4), 3 * pool[:, :5])
+  return metrics.FeatureSet(pool, draw(seed + 50, n, 4), 3 * pool[:, :5])
 
 
 def test_values_are_those_of_the_suite():
   real, fake = full(0, 400), full(1, 300)
-  values = scores.Comparison(real, fake).values()
+  values = metrics.Comparison(real, fake).values()
   assert list(values) == [
-    *("frechet", "spatial_frechet", "inception_score", "precision", "recall")
+    "frechet",
+    "spatial_frechet",
+    "inception_score",
+    "precision",
+    "recall",
   ]
   for name, kind in (("frechet", "pool"), ("spatial_frechet", "spatial")):
     moments = [adm.Moments(), adm.Moments()]
     for one, features in zip(moments, (fake, real)):
       one.update(getattr(features, kind))
     assert values[name] == pytest.approx(
-      adm.frechet_distance(*moments), rel=1e-9
+      moments[0].gaussian.distance(moments[1].gaussian), rel=1e-9
     )
   assert values["inception_score"] == adm.inception_score(fake.logits)
   pair = values["precision"], values["recall"]
-  assert pair == adm.precision_recall(real.pool, fake.pool)
+  members = adm.manifold_members(real.pool, fake.pool)
+  assert pair == tuple(inside.mean() for inside in members)
 
 
 def test_stored_statistics_count_instead_of_the_arrays():
   real, fake = full(0, 400), full(1, 300)
   other = full(2, 350)
-  stored = scores.FeatureSet(pool=real.pool, stored=other.gaussians)
-  values = scores.Comparison(stored, fake).values()
-  want = scores.Comparison(other, fake).values()
+  stored = metrics.FeatureSet(pool=real.pool, stored=other.gaussians)
+  values = metrics.Comparison(stored, fake).values()
+  want = metrics.Comparison(other, fake).values()
   for name in ("frechet", "spatial_frechet"):
     assert values[name] == want[name]
-  assert values["recall"] == scores.Comparison(real, fake).values()["recall"]
+  assert values["recall"] == metrics.Comparison(real, fake).values()["recall"]
   # Statistics of the samples are taken too, and have no spread.
-  compared = scores.Comparison(
-    real, scores.FeatureSet(pool=fake.pool, stored=other.gaussians)
+  compared = metrics.Comparison(
+    real, metrics.FeatureSet(pool=fake.pool, stored=other.gaussians)
   )
   assert "frechet" in compared.values()
   assert compared.errors(2).keys() == {"precision", "recall"}
@@ -52,8 +57,8 @@ def test_stored_statistics_count_instead_of_the_arrays():
 
 def test_statistics_alone_give_distances_alone():
   real, fake = full(0, 400), full(1, 300)
-  alone = scores.FeatureSet(stored=real.gaussians)
-  compared = scores.Comparison(alone, fake)
+  alone = metrics.FeatureSet(stored=real.gaussians)
+  compared = metrics.Comparison(alone, fake)
   names = {"frechet", "spatial_frechet", "inception_score"}
   assert compared.values().keys() == compared.errors(2).keys() == names
 
@@ -65,36 +70,36 @@ def test_the_bootstrap_knows_the_spread_of_fresh_samples():
   def other(seed):  # Of equal distributions a distance has no linear part.
     drawn = full(seed, 300)
     moved = [1.3 * x + 0.4 for x in (drawn.pool, drawn.spatial)]
-    return scores.FeatureSet(*moved, drawn.logits)
+    return metrics.FeatureSet(*moved, drawn.logits)
 
   fresh = [
-    scores.Comparison(real, other(seed)).values() for seed in range(2, 42)
+    metrics.Comparison(real, other(seed)).values() for seed in range(2, 42)
   ]
-  errors = scores.Comparison(real, other(1)).errors(200)
+  errors = metrics.Comparison(real, other(1)).errors(200)
   for name in ("frechet", "spatial_frechet", "inception_score", "precision"):
     spread = np.std([row[name] for row in fresh], ddof=1)
     assert errors[name] == pytest.approx(spread, rel=0.5), name
   # Of a share of independent images the spread is known.
-  recall = scores.Comparison(real, other(1)).values()["recall"]
+  recall = metrics.Comparison(real, other(1)).values()["recall"]
   binomial = np.sqrt(recall * (1 - recall) / 2000)
   assert errors["recall"] == pytest.approx(binomial, rel=0.2)
 
 
 def test_resamples_stay_in_their_split(monkeypatch):
-  monkeypatch.setattr(scores, "SPLIT", 100)
-  rows = scores._resample(np.random.default_rng(0), 250)
+  monkeypatch.setattr(metrics, "SPLIT", 100)
+  rows = metrics._resample(np.random.default_rng(0), 250)
   np.testing.assert_array_equal(rows // 100, np.arange(250) // 100)
   assert len(np.unique(rows)) < 200
 
 
 def test_errors_need_two_resamples():
   with pytest.raises(ValueError, match="resamples=1: expected at least 2"):
-    scores.Comparison(full(0, 9), full(1, 9)).errors(1)
+    metrics.Comparison(full(0, 9), full(1, 9)).errors(1)
 
 
 def test_sets_that_do_not_fit():
-  compare = scores.Comparison
-  narrow = scores.FeatureSet(pool=draw(0, 9, 3))
+  compare = metrics.Comparison
+  narrow = metrics.FeatureSet(pool=draw(0, 9, 3))
   with pytest.raises(ValueError, match="of 6 and of 3 features"):
     compare(narrow, full(1, 9)).values()
   broken = full(1, 9)
@@ -122,7 +127,7 @@ def test_few_images_need_no_eigendecomposition(monkeypatch):
   moments = [adm.Moments(), adm.Moments()]
   for one, features in zip(moments, (a, b)):
     one.update(features)
-  want = adm.frechet_distance(*moments)
+  want = moments[0].gaussian.distance(moments[1].gaussian)
   monkeypatch.setattr(np.linalg, "eigh", None)
   few = adm.Gaussian.fit(a), adm.Gaussian.fit(b)
   assert few[0].distance(few[1]) == pytest.approx(want, rel=1e-10)
