@@ -47,7 +47,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/shellcheck -x launch/*.sh .ci/*
+	$(BIN)/shellcheck -x launch/*.sh notebooks/*.sh .ci/*
 
 # pdoc is the lightest renderer of Markdown docstrings: no theme, no site to
 # configure, and signatures show their jaxtyping shapes. Each module is named,
