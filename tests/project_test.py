@@ -62,7 +62,7 @@ def test_the_ranges_hold_what_is_tested(python):
   needed = set()
   for requirement in map(Requirement, wanted):
     if requirement.marker and not requirement.marker.evaluate(
-      {"sys_platform": "linux"}
+      {"sys_platform": "linux", "python_version": python}
     ):
       continue
     name = canonicalize_name(requirement.name)
