@@ -7,12 +7,13 @@
 # make lint   ruff, basedpyright and shellcheck
 # make docs   renders the API reference into docs/api
 # make soak   kills a training run 20 times; it must not show in the results
+# make address TO=me/tensorar_jax  sets where the repository is, everywhere
 # All make a virtual environment first: .venv, or .venv-3.12 for another Python,
 # as in `PYTHON=python3.12 make test`.
 PYTHON ?= python3
 VENV ?= $(patsubst %-3,%,$(patsubst python%,.venv-%,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
-# Bytecode of what is never imported would take 150 MB.
+# Bytecode of all packages would take 180 MB; Python writes what it imports.
 PIP := $(BIN)/pip install -q --no-compile
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -39,6 +40,10 @@ test-newest:
 
 test-install:
 	.ci/install $(PYTHON)
+
+SLUG = $(shell sed -n 's|^Repository = "https://github.com/\(.*\)"|\1|p' pyproject.toml)
+address:
+	git grep -lF '$(SLUG)' | xargs sed -i 's|$(SLUG)|$(TO)|g'
 
 soak: $(VENV)/installed
 	$(BIN)/python -m studies.soak --kills=20
@@ -76,4 +81,4 @@ $(VENV)/installed-docs: requirements-test.txt $(VENV)/installed
 	$(PIP) -c requirements-test.txt pdoc
 	touch $@
 
-.PHONY: demo test test-all test-core test-newest test-install soak lint docs
+.PHONY: demo test test-all test-core test-newest test-install address soak lint docs

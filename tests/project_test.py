@@ -73,6 +73,21 @@ def test_the_ranges_hold_what_is_tested(python):
   assert needed == known.keys()
 
 
+def test_every_page_names_the_repository_of_pyproject():
+  address = PROJECT["project"]["urls"]["Repository"]
+  slug = address.removeprefix("https://github.com/")
+  files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "pyproject.toml"]
+  files += [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob(".github/**/*.yml")]
+  found = [
+    name
+    for path in files
+    for name in re.findall(
+      r"github(?:\.com)?/([\w-]+/tensorar_jax)\b", path.read_text()
+    )
+  ]
+  assert len(found) > 10 and set(found) == {slug}
+
+
 def test_every_extra_is_explained():
   page = (ROOT / "docs" / "installing.md").read_text()
   extras = PROJECT["project"]["optional-dependencies"]
