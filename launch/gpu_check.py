@@ -63,7 +63,9 @@ class Options:
 
 def parse(argv: list[str]) -> Options:
   """The options of a command line; SystemExit with a message if one is bad."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    description=(__doc__ or "").partition("\n")[0]
+  )
   parser.add_argument("--part", choices=PARTS, required=True)
   parser.add_argument("--seconds", type=float, default=Options.seconds)
   parser.add_argument("--output", default=Options.output)
@@ -339,10 +341,11 @@ def compare_tokens(results: Results, folder: pathlib.Path) -> None:
   import numpy as np
 
   from configs import digits
-  from tensorar_jax.experiment import build, parse
+  from tensorar_jax.experiment import build, initial_weights, parse
   from tensorar_jax.experiment.stages import with_precision
   from tensorar_jax.method import sampling
   from tensorar_jax.method.sampling_config import SamplingConfig
+  from tensorar_jax.method.tensorar import TensorAR
   from tensorar_jax.parallel import chips, sharding
 
   chips.set_precision("float32")
@@ -354,15 +357,16 @@ def compare_tokens(results: Results, folder: pathlib.Path) -> None:
   one = lambda device: sharding.make_mesh(devices=[device])
   cpu, here = one(jax.devices("cpu")[0]), one(jax.devices()[0])
   for name in ("base", "tensorar"):
-    model = build.initial_model(
+    model = initial_weights.initial_model(
       dataclasses.replace(made[name], init=None), folder, cpu
     )
+    assert isinstance(model, TensorAR)  # by the stage's objective
     drawn = []
     for mesh in (cpu, here):
       placed = sharding.shard(model, mesh)
       rows = jax.device_put((cond, null), sharding.rows(mesh))
       config = SamplingConfig(guidance=2.0)
-      out = sampling.generate(placed, *rows, key, config)
+      out = sampling.generate(placed, rows[0], rows[1], key, config)
       drawn.append(np.asarray(out.drafts))
     different = int((drawn[0] != drawn[1]).sum())
     results.add(

@@ -12,9 +12,8 @@
 #   --cache=FOLDER    of compiled programs, which the next run takes from there
 #
 # results.jsonl, summary.json, summary.md and logs are in --output. The same
-# command goes on with what was not done. Parity tests look for their fixtures
-# where TENSORAR_PARITY says. PYTHON=... picks an interpreter, else .venv's;
-# COMMIT=... is noted down.
+# command goes on with what was not done. PYTHON=... picks an interpreter, else
+# .venv's; COMMIT=... is noted down.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # The rest of the memory is the peer's.

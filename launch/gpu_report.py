@@ -1,6 +1,6 @@
-"""The tables of what `gpu_check` found: of a folder, or of a committed JSON.
+"""The tables of what `gpu_check` found: of a run, or of the committed JSON.
 
-python -m launch.gpu_report launch/gpu/*.json   # the table of launch/README.md
+python -m launch.gpu_report   # writes the tables of docs/speed.md anew
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 RESULTS = "results.jsonl"
-FOLDER = pathlib.Path(__file__).parent / "gpu"
-MARK = "<!-- measured -->"
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "studies" / "gpu"
+PAGE = ROOT / "docs" / "speed.md"
+BEGIN, END = "<!-- begin measured GPUs -->", "<!-- end measured GPUs -->"
+PAGE_KERNELS = 5  # of a profile, on the page
 # Seconds an image at batch 128 in float32 on an A100, by window: TensorAR's
 # paper, for LlamaGen-B with classifier-free guidance.
 PAPER = {1: 0.11, 4: 0.12}
@@ -44,7 +47,9 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if kind in keys:
       newest[kind][tuple(line[key] for key in keys[kind])] = line
   gone = {line["group"] for line in lines if line["line"] == "done"}
-  found = {f"{kind}s": list(rows.values()) for kind, rows in newest.items()}
+  found: dict[str, Any] = {
+    f"{kind}s": list(rows.values()) for kind, rows in newest.items()
+  }
   found["errors"] = [e for e in found["errors"] if e["group"] not in gone]
   (found["about"],) = found.pop("abouts") or [{}]
   return found
@@ -134,9 +139,11 @@ def other_rows(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
   return rows
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-  """All tables."""
-  parts = ["# GPU check", heading(summary["about"])]
+def markdown(
+  summary: Mapping[str, Any], title: str = "# GPU check", kernels: int = 12
+) -> str:
+  """All tables; of a profile so many kernels."""
+  parts = [title, heading(summary["about"])]
   cases, checks = summary["cases"], summary["checks"]
   for rows in (decode_rows(cases), other_rows(cases)):
     parts += [table(rows)] if len(rows) > 1 else []
@@ -152,14 +159,14 @@ def markdown(summary: Mapping[str, Any]) -> str:
     rows.append([one["name"], str(one["passed"]), str(one["failed"]), failures])
   parts += [table(rows)] if len(rows) > 1 else []
   for profile in summary["profiles"]:
-    parts.append(profile_text(profile))
+    parts.append(profile_text(profile, kernels))
   rows = [["stopped", "why"]]
   rows += [[e["group"], e["error"].splitlines()[0]] for e in summary["errors"]]
   parts += [table(rows)] if len(rows) > 1 else []
   return "\n\n".join(parts) + "\n"
 
 
-def profile_text(profile: Mapping[str, Any], count: int = 12) -> str:
+def profile_text(profile: Mapping[str, Any], count: int) -> str:
   """The kernels that took most."""
   busy, span = profile["busy_seconds"], profile["span_seconds"]
   rows = [["kernel", "runs", "ms", "share"]]
@@ -175,16 +182,34 @@ def profile_text(profile: Mapping[str, Any], count: int = 12) -> str:
   return head + "\n\n" + table(rows)
 
 
-def page(folder: pathlib.Path = FOLDER) -> str:
-  """The text of a folder's README.md with the tables of its JSON files."""
-  text = (folder / "README.md").read_text()
-  head, _, _ = text.partition(MARK)
-  found = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
-  tables = [markdown(one).replace("# GPU check", "##", 1) for one in found]
-  tables = [text.replace("##\n\n", "## ", 1) for text in tables]
-  rest = "\n".join(tables) or "Not measured yet.\n"
-  return f"{head}{MARK}\n\n{rest}"
+def layers_text(runs: Sequence[Mapping[str, Any]]) -> str:
+  """Steps with stacked and with single layers, measured in turn."""
+  rows = [["images", "k", "products", "command buffers", "stacked, ms a step"]]
+  rows[0] += ["single, ms a step", "equal tokens"]
+  for run in runs:
+    took, equal = run["ms_a_step"], run.get("tokens_equal")
+    line = [str(run["batch"]), str(run["window"]), run["precision"]]
+    line += [run["command_buffers"], number(took.get("stacked"), 4)]
+    line += [number(took["single"], 4)]
+    line += [DASH if equal is None else f"{equal:.0%}"]
+    rows.append(line)
+  cards = sorted({run["card"] for run in runs})
+  return f"Layers, {', '.join(cards)}:\n\n{table(rows)}\n"
+
+
+def page(text: str, folder: pathlib.Path = FOLDER) -> str:
+  """The text of a page with the tables of a folder's JSON between marks."""
+  head, _, rest = text.partition(BEGIN)
+  _, _, tail = rest.partition(END)
+  parts = []
+  for path in sorted(folder.glob("*.json")):
+    summary = json.loads(path.read_text())
+    parts.append(markdown(summary, f"### {path.stem}", PAGE_KERNELS))
+  for path in sorted(folder.glob("*_single_layers.jsonl")):
+    parts.append(layers_text(read(path)))
+  tables = "\n".join(parts) or "Not measured yet.\n"
+  return f"{head}{BEGIN}\n\n{tables}\n{END}{tail}"
 
 
 if __name__ == "__main__":
-  (FOLDER / "README.md").write_text(page())
+  PAGE.write_text(page(PAGE.read_text()))

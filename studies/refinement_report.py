@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tensorar_jax.evaluation import metrics, tables
+from tensorar_jax.evaluation import tables
+from tensorar_jax.evaluation.metrics import METRICS
 from tensorar_jax.reports import plots
 
 NAMES = {
@@ -53,7 +54,7 @@ def comparison_rows(models: Models) -> Iterable[list[str]]:
     "model",
     "k",
     "guidance",
-    *(metrics.find(name).heading for name in COLUMNS),
+    *(METRICS[name].heading for name in COLUMNS),
     "distance − base's",
     "− base's at equal entropy",
   ]

@@ -253,7 +253,7 @@ def manifold_members(
   k: int = 3,
   reach_real: Float64[np.ndarray, " n"] | None = None,
 ) -> tuple[Bool[np.ndarray, " m"], Bool[np.ndarray, " n"]]:
-  """Which fake points lie in the real manifold, which real ones in the fake.
+  """True at fake points in the real manifold, and at real points in the fake.
 
   Their shares are precision and recall, of `fake [n, D]` against `real [m, D]`,
   by exact k-nearest-neighbour manifolds. Beyond the inputs, memory grows with

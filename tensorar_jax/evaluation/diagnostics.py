@@ -189,7 +189,7 @@ def _noised(graphdef, state, cond, tokens, rng, noise):
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _slots(graphdef, state, cond, tokens, inputs, extra):
-  """How well the model predicts each image given these input windows."""
+  """Scores the predictions for each image given these input windows."""
   model = nnx.merge(graphdef, state)
   targets, valid = windows.unfold(tokens, model.window)
   hidden = model(cond, inputs, valid[:-1], noise=extra)  # [B, T, k, D]

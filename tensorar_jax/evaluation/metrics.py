@@ -1,4 +1,4 @@
-"""Every metric, one entry each: how it is named, shown, compared, measured.
+"""Every metric, one entry each: its name, how it is shown, what measures it.
 
 `METRICS` is what tables, plots and verdicts read. An entry with a `measure`
 compares the features of two sets of images. Any network will do: Inception for
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -118,11 +118,15 @@ class Comparison:
       for name, metric in METRICS.items()
       if metric.measure
     }
-    return {name: one for name, one in measured.items() if one is not None}
+    return {
+      name: estimate
+      for name, estimate in measured.items()
+      if estimate is not None
+    }
 
   @functools.cached_property
   def members(self) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which samples lie in the real manifold, which real images in theirs.
+    """True at samples in the real manifold, and at real images in theirs.
 
     None unless both sets have the features `pool`.
     """
@@ -174,7 +178,7 @@ def _inception_score(pair: Comparison) -> Estimate | None:
 
 
 def _share(pair: Comparison, side: int) -> Estimate | None:
-  """The share of the samples (0), or of the reference (1), that is inside."""
+  """The share of samples (side 0) or real images (side 1) in the manifold."""
   if pair.members is None:
     return None
   inside = pair.members[side]
@@ -187,7 +191,7 @@ def _share(pair: Comparison, side: int) -> Estimate | None:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """What everything that shows a metric has to know of it.
+  """A metric: its name, how it is shown and compared, and what measures it.
 
   Attributes:
     name: its key in metrics.json.
@@ -214,6 +218,7 @@ class Metric:
 
 
 def by_name(*entries: Metric) -> dict[str, Metric]:
+  """{name: entry}, in the order given."""
   return {metric.name: metric for metric in entries}
 
 
@@ -272,7 +277,8 @@ def find(name: str) -> Metric:
   return METRICS.get(name) or Metric(name, name.replace("_", " "))
 
 
-def in_order(names) -> list[Metric]:
-  """The entries of these metrics as METRICS has them, unknown ones last."""
+def in_order(names: Iterable[str]) -> list[Metric]:
+  """The entries of these metrics in the order of METRICS, unknown ones last."""
+  names = list(names)
   known = [metric for name, metric in METRICS.items() if name in names]
   return known + [find(name) for name in names if name not in METRICS]

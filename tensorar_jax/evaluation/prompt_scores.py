@@ -20,7 +20,7 @@ RESAMPLES = 1000  # of the prompts, behind a standard error
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """How a benchmark's table is written.
+  """A benchmark, and the form of its table.
 
   Attributes:
     title: as its paper calls it.

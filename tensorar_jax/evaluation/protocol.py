@@ -159,11 +159,11 @@ class Judge:
       )
     if bool(file.statistics) == bool(self.file.statistics):
       return  # both from images, or both from statistics of the same network
-    for one in (file, self.file):
-      for kind, gaussian in _gaussians(one).items():
+    for checked in (file, self.file):
+      for kind, gaussian in _gaussians(checked).items():
         if len(gaussian.mean) != self.widths[kind]:
           raise ValueError(
-            f"{one.path} has statistics of {len(gaussian.mean)} {kind}"
+            f"{checked.path} has statistics of {len(gaussian.mean)} {kind}"
             f" features; this network makes {self.widths[kind]}: take a"
             " reference of the same network."
           )

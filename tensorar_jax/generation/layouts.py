@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 
 
 class Layout(Protocol):
-  """How the images of one prompt are laid out in files.
+  """A layout of the images of one prompt in files.
 
   `source` identifies the prompt to the benchmark: a line of its file, or an id.
   """

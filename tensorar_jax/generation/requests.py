@@ -35,7 +35,7 @@ TITLE = 40  # letters of a prompt beside its row
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Which images to draw, from which checkpoint.
+  """A request for images: what to draw, from which checkpoint.
 
   Attributes:
     num_images: in all, or with prompts of each.
@@ -89,7 +89,7 @@ class Request:
 
   @property
   def together(self) -> int:
-    """How many images are written together: in a layout, all of a prompt."""
+    """The number of images written together: in a layout, all of a prompt."""
     return self.num_images if self.layout else 1
 
   def names(self, part: range) -> list[str]:

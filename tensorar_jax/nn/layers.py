@@ -208,7 +208,7 @@ class Layers(nnx.Module, Generic[Layer]):
     With single layers (see `single_layers`) each one owns its cache arrays;
     else the stacked cache is the carry of a scan and gets one write a layer.
     """
-    if self.is_single:
+    if isinstance(self.stacked, nnx.List):
       keys, values = [], []
       for layer, k, v in zip(self.stacked, cache.k, cache.v, strict=True):
         x, view = apply(layer, x, LayerCache(k, v, cache.end))
@@ -229,7 +229,7 @@ class Layers(nnx.Module, Generic[Layer]):
 
   def each(self) -> list[Layer]:
     """The layers one by one, with slices of the stacked parameters."""
-    if self.is_single:
+    if isinstance(self.stacked, nnx.List):
       return list(self.stacked)
     graphdef, params = nnx.split(self.stacked)
     return [
@@ -292,7 +292,7 @@ def single_layers(model: weights.Model) -> weights.Model:
   return model
 
 
-def transposed_projections(model: nnx.Module) -> nnx.Module:
+def transposed_projections(model: weights.Model) -> weights.Model:
   """Returns a copy of `model` with the weights of projections transposed.
 
   They are in the compute dtype, too; otherwise every step would convert them.

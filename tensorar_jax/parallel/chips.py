@@ -118,7 +118,7 @@ def products_of(dtype: str, platform: str) -> str:
   It is "bfloat16" (also for float16), "tensorfloat32", "bfloat16_3x" or
   "float32"; `platform` is "cpu", "gpu" or "tpu".
   """
-  setting = jax.config.jax_default_matmul_precision
+  setting = jax.config.values["jax_default_matmul_precision"]
   if np.dtype(jax.numpy.dtype(dtype)).itemsize == 2:
     return "bfloat16"
   if platform == "cpu" or setting in ("highest", "float32"):

@@ -237,7 +237,8 @@ class Cases:
     for i, wanted in enumerate(self.works):
       logging.info("warm-up %d/%d: %s", i + 1, len(self.works), wanted.name)
       if self.is_over():
-        self._keep(Case(wanted, workloads.OURS, dict, dict), NO_TIME)
+        nothing = Case(wanted, workloads.OURS, dict, lambda count: {})
+        self._keep(nothing, NO_TIME)
         continue
       case = self._build(wanted)
       self._start(case)
@@ -262,8 +263,9 @@ class Cases:
   def _start(self, case: Case) -> None:
     # What does not fit or does not compile is a line of the table.
     before = machine.device_peak()
+    warm: dict[str, Any]
     try:
-      warm = case.warm_up()
+      warm = {**case.warm_up()}
     except RuntimeError as error:
       logging.info("%s, %s: %s", case.work.name, case.program, error)
       warm = {"error": str(error).splitlines()[0]}

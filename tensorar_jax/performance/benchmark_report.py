@@ -105,7 +105,7 @@ def case_record(
   row: dict[str, Any] = {"name": case.work.name, "program": case.program}
   row |= dataclasses.asdict(case.work)
   if "error" in warm:
-    return row | warm
+    return {**row, **warm}
   if not runs:
     return row | {"error": f"timed only once: {warm['seconds']:.4g} s"}
   seconds = [run["seconds"] for run in runs]

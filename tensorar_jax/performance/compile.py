@@ -21,13 +21,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.method import sampling
-from tensorar_jax.nn import flops
+from tensorar_jax.nn import flops, layers
 from tensorar_jax.parallel import chips, sharding, weights
 from tensorar_jax.performance import hlo, targets
 from tensorar_jax.training import loop
@@ -112,7 +113,6 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
     )
   model = weights.abstract(lambda rngs: build.tensorar(stage, rngs))
   skeleton, params, frozen = weights.split(model)
-  model = skeleton.merge(sharding.layout({**params, **frozen}, model, mesh))
   conditioning = build.conditioning(stage.conditioning)
   example = conditioning.example()
   cond, null, index = _rows(
@@ -121,7 +121,8 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
   )
   rng = jax.eval_shape(lambda: jax.random.key(0))
   config = stage.sampling
-  traced = sampling.trace(model, cond, null, rng, config, index)
+  placed = _decoder(stage, mesh)
+  traced = sampling.trace(placed, cond, null, rng, config, index)
   both = 2 if config.guided else 1
   _, cache = jax.eval_shape(
     lambda arrays, cond: skeleton.merge(arrays).backbone.prefill(cond),
@@ -143,6 +144,22 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
     cache=frozenset(sizes),
     dtype=model.backbone.dtype,
   )
+
+
+def _decoder(stage: Stage, mesh: Mesh) -> nnx.Module:
+  """A stage's model of shapes, with layers as `sampling.prepare` leaves them.
+
+  A CPU's weights are still to be transposed, and dtypes to be converted.
+  """
+  single = sharding.platform_of(mesh.devices.flat[0]) == "gpu"
+
+  def make(rngs):
+    model = build.model(stage, rngs)
+    return layers.single_layers(model) if single else model
+
+  model = weights.abstract(make)
+  skeleton, params, frozen = weights.split(model)
+  return skeleton.merge(sharding.layout({**params, **frozen}, model, mesh))
 
 
 def _flops(traced: jax.stages.Traced) -> int:

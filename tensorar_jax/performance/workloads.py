@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int32
 
 from tensorar_jax.experiment import build, initial_weights
 from tensorar_jax.experiment.schema import Stage
@@ -131,15 +132,29 @@ class Workloads:
     return self._models[window, depth]
 
   def rows(self, batch: int) -> Cond:
-    """A condition of so many rows that asks the most of the backbone."""
+    """A random condition of so many rows, all of full length."""
     parts = sharding.row_parts(self.mesh)
     if batch % parts:
       raise ValueError(
         f"a batch of {batch} on a mesh of {dict(self.mesh.shape)}: expected a"
         f" multiple of {parts}. Change --batches, --train_batch or config.mesh."
       )
-    one = self.conditioning.example()
-    return {name: np.repeat(a, batch, axis=0) for name, a in one.items()}
+    rng, rows = np.random.default_rng(0), {}
+    for name, one in self.conditioning.example().items():
+      shape = (batch, *one.shape[1:])
+      if one.dtype == bool:
+        rows[name] = np.broadcast_to(one, shape)
+      elif np.issubdtype(one.dtype, np.integer):  # the example has the highest
+        rows[name] = rng.integers(one.max() + 1, size=shape, dtype=one.dtype)
+      else:
+        rows[name] = rng.standard_normal(shape, one.dtype)
+    return rows
+
+  def tokens(self, batch: int, model: TensorAR) -> Int32[np.ndarray, "B T F"]:
+    """Random tokens: the gradients of an embedding then go to many rows."""
+    rng, shape = np.random.default_rng(0), (batch, model.num_tokens)
+    drawn = [rng.integers(size, size=shape) for size in model.vocab_sizes]
+    return np.stack(drawn, axis=-1).astype(np.int32)
 
   def decode(self, batch: int, window: int, depth: int, guided: bool) -> Case:
     """The generation of a batch: prefill and all steps, one program."""
@@ -195,8 +210,7 @@ class Workloads:
     averaged = like.ema is not None
     _, state = train_step.init_state(model, tx, stage.seed, averaged, mesh)
     step, count = loop.make_step(stage, model, task, tx, like)
-    shape = (batch, model.num_tokens, len(model.vocab_sizes))
-    batch_ = {"tokens": np.zeros(shape, np.int32), "cond": self.rows(batch)}
+    batch_ = {"tokens": self.tokens(batch, model), "cond": self.rows(batch)}
     batch_ = jax.device_put(batch_, sharding.rows(mesh))
     work = Work(
       *("train", batch, window, depth, False, model.num_tokens),

@@ -119,7 +119,7 @@ def columns_of(results: Results) -> list[metrics.Metric]:
 
 
 def time_of(results: Results, variant: str) -> Mapping | None:
-  """How a variant was timed, if it was."""
+  """The timing of a variant, None if it was not timed."""
   shape = results["shapes"].get(variant)
   rows = results["times"]
   return next((r for r in rows if [r["window"], r["depth"]] == shape), None)
@@ -199,7 +199,7 @@ def _time_cell(results: Results, variant: str) -> str:
 
 
 def describe(results: Results) -> str:
-  """How it was measured, in a sentence or two."""
+  """A sentence or two on how the data set was measured."""
   settings, records = results["settings"], results["records"]
   counts = collections.Counter(name.rsplit("/", 1)[0] for name in records)
   fewest, most = min(counts.values()), max(counts.values())

@@ -17,7 +17,7 @@ PICTURE = "progress.png"
 
 
 def steps_before(stages: Mapping[str, Stage], name: str) -> int:
-  """How many steps the ancestors of a stage were trained."""
+  """The number of training steps of a stage's ancestors."""
   parent = stages[name].init
   if parent is None or parent not in stages:
     return 0

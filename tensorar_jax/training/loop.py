@@ -271,7 +271,7 @@ def _prepare(
     meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
   step, count_flops = make_step(stage, model, task, tx, layout)
-  dtype = model.backbone.dtype if hasattr(model, "backbone") else "float32"
+  dtype = model.backbone.dtype if isinstance(model, TensorAR) else "float32"
   return Training(
     folder=folder,
     config=config,

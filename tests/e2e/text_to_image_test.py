@@ -109,7 +109,7 @@ def test_what_cannot_be_drawn_is_refused(project, tmp_path):
     (dict(prompt=("a", "#")), "caption 1, '#', is empty once"),
     (dict(prompt=("",)), "prompt 0 is empty"),
     (dict(prompt=("a",), prompts="b"), "one or the other"),
-    (dict(prompts=str(root / "tars" / "000.tar")), "no text in UTF-8|control"),
+    (dict(prompts=str(root / "tars" / "000.tar")), "not text in UTF-8|control"),
     (
       dict(mode="evaluate", reference="r.npz"),
       "there are no classes.*measures",

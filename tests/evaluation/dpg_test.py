@@ -89,7 +89,7 @@ def test_every_text_file_is_a_prompt(tmp_path):
   [
     ("a.md", b"a cat", "expected a folder of .txt"),
     ("a.txt", b" \n", "a.txt is empty"),
-    ("a.txt", b"\xff", "a.txt is no text in UTF-8"),
+    ("a.txt", b"\xff", "a.txt is not text in UTF-8"),
     ("a.txt", b"a\0", "a.txt, prompt 0 holds the control"),
     ("a.b.txt", b"a cat", "a.b.txt has a dot in its id"),
   ],

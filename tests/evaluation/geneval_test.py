@@ -48,14 +48,14 @@ def test_the_folders_are_those_of_the_fixture(layouts, tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (LINE + "\n{nothing}\n", "line 2 is no JSON"),
+    (LINE + "\n{nothing}\n", "line 2 is not JSON"),
     (LINE + '\n{"tag": "colors"}\n', "line 2: .* the key 'prompt'"),
     ('{"prompt": "a cat"}', "line 1: .* the key 'tag'"),
     ("[1]", "line 1: expected an object"),
     ('{"tag": "colors", "prompt": " "}', "line 1: the prompt is empty"),
     (f"{LINE}\n\n{LINE}", "line 2 is empty"),
     (f"{LINE}\n{LINE}", "line 2 is line 1 again"),
-    (b"\xff\xfe", "no text in UTF-8"),
+    (b"\xff\xfe", "not text in UTF-8"),
     ("", "is empty"),
   ],
 )
@@ -133,7 +133,7 @@ def test_a_complete_file_and_its_spread(tmp_path):
   ("lines", "message"),
   [
     ([], "holds no scores"),
-    (["{"], "line 1 is no JSON"),
+    (["{"], "line 1 is not JSON"),
     ([result("colors", 0, 0, True)] * 2, "line 2: .* is there twice"),
     ([result("shapes", 0, 0, True)], "tag 'shapes'; expected"),
     ([result("colors", 0, 0, True).replace("true", "1")], "key 'correct'"),

@@ -24,7 +24,7 @@ def made(tmp_path):
 def test_shards_become_what_numpy_would_write(made, tmp_path):
   images, labels, shards = made
   np.testing.assert_array_equal(np.load(shards[1]), images[3:6])
-  assert npz.join(tmp_path / "a.npz", shards, labels) == images.shape
+  assert npz.join_shards(tmp_path / "a.npz", shards, labels) == images.shape
   np.savez(tmp_path / "b.npz", images, labels)
   a, b = ((tmp_path / name).read_bytes() for name in ("a.npz", "b.npz"))
   assert a == b
@@ -35,7 +35,7 @@ def test_shards_become_what_numpy_would_write(made, tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_images_are_read_a_batch_at_a_time(made, tmp_path, batch_size):
   images, labels, shards = made
-  npz.join(tmp_path / "a.npz", shards, labels)
+  npz.join_shards(tmp_path / "a.npz", shards, labels)
   batches = list(
     npz.SampleFile(tmp_path / "a.npz").read(resumable.positions(7, batch_size))
   )
@@ -56,7 +56,7 @@ def test_a_damaged_shard_is_named(made, tmp_path):
   _, labels, shards = made
   shards[1].write_bytes(shards[1].read_bytes()[:-1])
   with pytest.raises(ValueError, match="3.npy is damaged .*delete it"):
-    npz.join(tmp_path / "a.npz", shards, labels)
+    npz.join_shards(tmp_path / "a.npz", shards, labels)
 
 
 def newer(version):

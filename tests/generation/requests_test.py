@@ -4,6 +4,12 @@ import numpy as np
 import pytest
 
 from tensorar_jax.conditioning import conditions
+from tensorar_jax.experiment.schema import (
+  ClassOptions,
+  ConditioningConfig,
+  Stage,
+  TextOptions,
+)
 from tensorar_jax.generation import requests
 from tests import tiny
 
@@ -18,7 +24,7 @@ def test_a_line_is_a_prompt(tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (b"\x89PNG\r\n\x1a\n\xff", "is no text in UTF-8"),
+    (b"\x89PNG\r\n\x1a\n\xff", "is not text in UTF-8"),
     (b"a cat\n\0\0\1", r"line 2 holds the control character '\\x00'.*binary"),
     (b"", "is empty"),
     (b"\n \n", "is empty"),
@@ -69,17 +75,21 @@ def test_bad_requests_are_refused(options, message):
     requests.Request(3, **options)
 
 
+def stage(name, options):
+  return Stage(conditioning=ConditioningConfig(name, options))
+
+
 def test_a_stage_is_asked_for_what_it_reads():
   prompts = requests.Request(3, prompts=("a",))
-  classes = dict(conditioning=dict(name="class", num_classes=3))
+  classes = stage("class", ClassOptions(num_classes=3))
   with pytest.raises(ValueError, match="'s' makes .*'class', not from prompts"):
     requests.condition(prompts, "s", classes, None)
-  text = dict(conditioning=dict(name="text"))
+  text = stage("text", TextOptions())
   with pytest.raises(ValueError, match="there are no classes.*--prompts=FILE"):
     requests.condition(requests.Request(3), "s", text, None)
   with pytest.raises(ValueError, match="expected an `encoder`"):
     requests.condition(prompts, "s", text, None)
-  text["conditioning"]["encoder"] = "/nowhere/t5"
+  text = stage("text", TextOptions(encoder="/nowhere/t5"))
   with pytest.raises(ValueError, match="/nowhere/t5: no such folder"):
     requests.condition(prompts, "s", text, None)
 

@@ -94,10 +94,12 @@ def test_the_newest_line_counts_and_a_torn_one_does_not(tmp_path):
 
 
 def test_the_page_shows_what_is_committed(tmp_path):
-  page = gpu_report.FOLDER / "README.md"
-  assert page.read_text() == gpu_report.page()
-  (tmp_path / "README.md").write_text(f"Words.\n\n{gpu_report.MARK}\n\nOld.\n")
-  assert gpu_report.page(tmp_path).endswith("-->\n\nNot measured yet.\n")
+  text = gpu_report.PAGE.read_text()
+  assert text == gpu_report.page(text)
+  empty = f"Words.\n\n{gpu_report.BEGIN}\nOld.\n{gpu_report.END}\n\nMore.\n"
+  found = gpu_report.page(empty, tmp_path)
+  assert "Not measured yet." in found and "Old." not in found
+  assert found.startswith("Words.\n") and found.endswith("\n\nMore.\n")
   case = dict(kind="decode", batch=128, window=4, precision="float32")
   case |= dict(program="ours", images_per_second={"median": 50.0})
   case |= dict(ms_per_step={"median": 10.0}, mfu={"median": 0.125})
@@ -105,8 +107,13 @@ def test_the_page_shows_what_is_committed(tmp_path):
   lines = dict.fromkeys(("ratios", "checks", "profiles", "errors"), [])
   summary = dict(about=about, cases=[case], **lines)
   (tmp_path / "h100.json").write_text(json.dumps(summary))
-  found = gpu_report.page(tmp_path)
-  assert "## NVIDIA H100, jax 0.11.2\n" in found and "Old." not in found
+  run = dict(card="H100", batch=1, window=4, precision="bfloat16")
+  run |= dict(command_buffers="default", tokens_equal=1.0)
+  run |= dict(ms_a_step={"stacked": 0.5, "single": 0.25})
+  (tmp_path / "h100_single_layers.jsonl").write_text(json.dumps(run) + "\n")
+  found = gpu_report.page(empty, tmp_path)
+  assert "### h100\n\nNVIDIA H100, jax 0.11.2\n" in found
+  assert "| 1 | 4 | bfloat16 | default | 0.5 | 0.25 | 100% |" in found
   # 0.12 s an image in the paper, 0.02 s here.
   assert (
     "| 128 | 4 | float32 | ours | 0.02 | 50 | 10 | 6.0 x | 12.5% |" in found

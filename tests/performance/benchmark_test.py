@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 
 from tensorar_jax.backbones import open_magvit2
+from tensorar_jax.conditioning.conditions import (
+  PromptConditioning,
+  TextConditioning,
+)
 from tensorar_jax.experiment import parse
 from tensorar_jax.performance import (
   benchmark,
@@ -126,6 +130,24 @@ def test_limits_can_be_measured_once(quick):
   assert first["flops"] > 0 and once.measure() is first
   again = machine.Limits("float32")
   assert again.measure() is not again.measure()
+
+
+def test_conditions_and_tokens_are_random(tmp_path):
+  """Else all gradients of an embedding would meet in one row."""
+  loads = workloads.Workloads(digits()["tensorar"], tmp_path)
+  tokens = loads.tokens(64, loads.model(1, 1))
+  assert tokens.shape == (64, 16, 1)
+  assert {*tokens.ravel()} == {*range(loads.backbone.vocab_sizes[0])}
+  rows = loads.rows(64)
+  assert {*rows["label"]} == {*range(10)} and not rows["is_null"].any()
+  np.testing.assert_array_equal(loads.rows(64)["label"], rows["label"])
+  loads.conditioning = PromptConditioning(length=3, vocab_size=7)
+  rows = loads.rows(50)
+  assert rows["text"].shape == (50, 3, 2)
+  assert {*rows["text"].ravel()} == {*range(7)}
+  assert not rows["is_padding"].any()
+  loads.conditioning = TextConditioning(width=4, length=3)
+  assert loads.rows(50)["text"].std() > 0.9
 
 
 # --- errors ------------------------------------------------------------------

@@ -9,10 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
+from tensorar_jax.experiment import schema
 from tensorar_jax.method import losses
 from tensorar_jax.nn import layers
 from tensorar_jax.parallel import sharding, weights
-from tensorar_jax.training import loop, train_step
+from tensorar_jax.training import train_step
 from tests import tiny
 
 
@@ -96,9 +97,9 @@ def test_what_is_computed_again_is_the_same_and_needs_no_memory(remat):
 
 def test_bad_choices_say_what_there_is():
   with pytest.raises(ValueError, match="remat='some': choose one of .*'full'"):
-    loop.TrainConfig(remat="some")
+    schema.TrainConfig(remat="some")
   with pytest.raises(ValueError, match="no multiple of accumulate=3"):
-    loop.TrainConfig(batch_size=8, accumulate=3)
+    schema.TrainConfig(batch_size=8, accumulate=3)
   mesh = jax.sharding.AbstractMesh((2, 2, 1), sharding.AXES)
   sharding.check_batch(mesh, 16, 4)
   with pytest.raises(ValueError, match="= 4, times train.accumulate=3"):
