@@ -1,52 +1,84 @@
 # make demo   trains, samples and compares on handwritten digits
 # make test   runs the tests
 # make test-all  runs all tests, the slow notebooks too
+# make test-core  runs those that need no package beside the core
+# make test-newest  runs the tests with the newest packages that are allowed
+# make test-install  builds the wheel and tries it outside of the clone
 # make lint   ruff, basedpyright and shellcheck
 # make docs   renders the API reference into docs/api
 # make soak   kills a training run 20 times; it must not show in the results
-# All make .venv first if it is not there.
+# make address TO=me/tensorar_jax  sets where the repository is, everywhere
+# All make a virtual environment first: .venv, or .venv-3.12 for another Python,
+# as in `PYTHON=python3.12 make test`.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= $(patsubst %-3,%,$(patsubst python%,.venv-%,$(notdir $(PYTHON))))
+BIN := $(VENV)/bin
+# Bytecode of all packages would take 180 MB; Python writes what it imports.
+PIP := $(BIN)/pip install -q --no-compile
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/python -m tensorar_jax.main --config=configs/digits.py
 
-test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/installed-test
+	$(PYTEST)
 
-test-all: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
+test-all: $(VENV)/installed-test
+	$(PYTEST) -m ""
 
-soak: .venv/installed
+# Reading PyTorch's files takes torch, which for Python 3.12 has gigabytes.
+CORE_TESTS := tests/method tests/nn tests/training tests/experiment \
+  tests/contract tests/backbones/janus_test.py tests/e2e/story_test.py
+test-core: $(VENV)/installed-core
+	$(PYTEST) $(CORE_TESTS)
+
+test-newest: BIN := .venv-newest/bin
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	$(BIN)/pip install -q --no-compile -e '.[dev]'
+	$(PYTEST)
+
+test-install:
+	.ci/install $(PYTHON)
+
+SLUG = $(shell sed -n 's|^Repository = "https://github.com/\(.*\)"|\1|p' pyproject.toml)
+address:
+	git grep -lF '$(SLUG)' | xargs sed -i 's|$(SLUG)|$(TO)|g'
+
+soak: $(VENV)/installed
 	$(BIN)/python -m studies.soak --kills=20
 
-lint: .venv/installed-test
+lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/shellcheck -x launch/*.sh .ci/run
+	$(BIN)/shellcheck -x launch/*.sh notebooks/*.sh .ci/*
 
 # pdoc is the lightest renderer of Markdown docstrings: no theme, no site to
 # configure, and signatures show their jaxtyping shapes. Each module is named,
 # since the package itself shows only its public API.
 MODULES := $(sort $(subst /,.,$(patsubst %/__init__,%,$(basename \
   $(shell find tensorar_jax -name '*.py')))))
-docs: .venv/installed-docs
+docs: $(VENV)/installed-docs
 	rm -rf docs/api
 	JAX_PLATFORMS=cpu $(BIN)/python -W ignore -m pdoc --docformat google \
 	  -o docs/api $(MODULES)
 
-.venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -r requirements.txt
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt -e .
 	touch $@
 
-.venv/installed-test: requirements-test.txt requirements.txt .venv/installed
-	$(BIN)/pip install -q -r requirements-test.txt
+$(VENV)/installed-test: requirements-test.txt $(VENV)/installed
+	$(PIP) -r requirements-test.txt
 	touch $@
 
-.venv/installed-docs: requirements-docs.txt requirements.txt .venv/installed
-	$(BIN)/pip install -q -r requirements-docs.txt
+$(VENV)/installed-core: requirements-test.txt $(VENV)/installed
+	$(PIP) -c requirements-test.txt pytest pytest-xdist beartype
 	touch $@
 
-.PHONY: demo test test-all soak lint docs
+$(VENV)/installed-docs: requirements-test.txt $(VENV)/installed
+	$(PIP) -c requirements-test.txt pdoc
+	touch $@
+
+.PHONY: demo test test-all test-core test-newest test-install address soak lint docs

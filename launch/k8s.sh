@@ -19,13 +19,9 @@
 #   --dry-run              prints the manifest and creates nothing
 #
 # The cluster has JobSet (jobset.x-k8s.io/v1alpha2 with failure rules, 0.6 or
-# later); kubectl points to it and to the namespace. An image:
-#
-#   FROM python:3.11
-#   WORKDIR /app
-#   COPY requirements.txt .
-#   RUN pip install -r requirements.txt "jax[cuda12]"     # or "jax[tpu]"
-#   COPY . .
+# later); kubectl points to it and to the namespace.
+# launch/Dockerfile is the image: a user without rights, uid 1000, to whom CLAIM
+# must be writable.
 #
 # An evicted or preempted pod saves and ends with 75: all start again, as often
 # as that happens. Other failures are tried three times. After that, or to give

@@ -79,7 +79,7 @@ if [ -f run.pid ] && kill -0 \"\$(cat run.pid)\" 2> /dev/null; then
 fi
 tar -xzf ../$archive
 [ -x .venv/bin/python ] || python3.11 -m venv .venv
-.venv/bin/pip install -q -r requirements.txt 'jax[tpu]'
+.venv/bin/pip install -q -c requirements.txt -e '.[tpu]'
 setsid nohup launch/local.sh $(show "$1" --coordinator=auto "${@:2}") \\
   >> run.log 2>&1 < /dev/null &
 echo \$! > run.pid"

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"  # pyproject.toml reads it from here
+
 if TYPE_CHECKING:
   from tensorar_jax.conditioning.chat import import_prompt_encoder
   from tensorar_jax.conditioning.conditions import (

@@ -89,5 +89,10 @@ def start(argv: list[str]) -> list[str]:
   return argv
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Runs the command line; the program `tensorar` of an installed package."""
   app.run(main, flags_parser=start)
+
+
+if __name__ == "__main__":
+  run()

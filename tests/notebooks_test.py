@@ -149,9 +149,13 @@ def test_notebooks_name_one_repository_and_no_machine():
     cells = nbformat.read(path, 4).cells
     badge = f"({colab}/blob/main/notebooks/{path.name})"
     assert cells[0].source.splitlines()[0].endswith(badge)
-    install = [c.source for c in cells if "pip install" in c.source]
+    install = [c.source for c in cells if "git clone" in c.source]
     assert len(install) == 1 and f"git clone -q {url}\n" in install[0]
-    assert "requirements.txt" in install[0]
+    (extra,) = re.findall(
+      r"!notebooks/install.sh (?:\.|'\.\[(\w+)]')\n", install[0]
+    )
+    assert not extra or extra in PROJECT["optional-dependencies"]
+    assert "pip install" not in path.read_text()
     content = path.read_text()
     assert path.stat().st_size < 300_000
     assert not re.search(r"/(tmp|home|root|work)/", content), path.name

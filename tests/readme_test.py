@@ -81,7 +81,9 @@ def test_every_config_file_is_named():
 RUN_BY = {
   "make demo": "e2e/story_test.py",
   "make test": ".",
-  "pip install -r requirements-demo.txt": "e2e/demo_test.py",
+  'pip install "tensorar_jax[cuda13] @'
+  ' git+https://github.com/OWNER/tensorar_jax"': "project_test.py",
+  "pip install -e '.[demo]'": "e2e/demo_test.py",
   "python -m tensorar_jax.main --config=configs/digits.py --mode=demo": (
     "e2e/demo_test.py"
   ),
@@ -100,9 +102,6 @@ def test_every_command_of_the_first_page_is_run_by_a_test():
   assert all((ROOT / "tests" / where).exists() for where in RUN_BY.values())
   makefile = (ROOT / "Makefile").read_text()
   assert "-m tensorar_jax.main --config=configs/digits.py\n" in makefile
-  tested = (ROOT / "requirements-test.txt").read_text()
-  demo = (ROOT / "requirements-demo.txt").read_text()
-  assert all(pin in tested for pin in re.findall(r"^\S+==\S+", demo, re.M))
 
 
 def test_every_page_is_found_from_the_index():
@@ -127,7 +126,10 @@ def test_nothing_leads_out_of_the_clone():
   out = re.compile(r"\.\./shared|/work/|/root/|file://")
   for path in ROOT.rglob("*"):
     place = path.relative_to(ROOT)
-    if {".git", ".venv", "runs"} & set(place.parts) or "docs/api" in str(place):
+    first = place.parts[0] if place.parts else ""
+    if first in (".git", "runs") or first.startswith(".venv"):
+      continue
+    if "docs/api" in str(place):
       continue
     if path.suffix in (".md", ".py", ".sh", ".toml", ".yml", ".yaml"):
       assert path == ROOT / "tests/readme_test.py" or not out.search(

@@ -146,7 +146,7 @@ def import_torch(path: pathlib.Path) -> Any:
   except ImportError as error:
     raise ValueError(
       f"{path}: PyTorch files need the package torch. Run `pip install"
-      " torch==2.13.0`, or use a .safetensors file."
+      " 'tensorar_jax[torch]'`, or use a .safetensors file."
     ) from error
   return torch
 

@@ -127,7 +127,7 @@ class Sample(Images, Products, Shared):
 class Demo(Products, Shared):
   """Serves a page for the browser to try the trained stages.
 
-  Needs `pip install -r requirements-demo.txt`, and no network.
+  Needs `pip install 'tensorar_jax[demo]'`, and no network.
   """
 
   example = "--config=configs/digits.py --mode=demo"

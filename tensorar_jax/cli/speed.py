@@ -26,7 +26,7 @@ class Compile(Products, Shared):
     "here",
     "The devices: v5e:4x4, v5p:2x2x2, v6e:4x4, v4:2x2x2, tpu7x:2x2x1, h100:8,"
     " a100:8, other slices of these, or those of this host. All but the last"
-    " need `pip install -r requirements-compile.txt`.",
+    " need `pip install 'tensorar_jax[compile]'`.",
     metavar="CHIP:SHAPE",
   )
   stage: str | None = option(
@@ -84,8 +84,8 @@ class Benchmark(Products, Shared):
   )
   peer: str | None = option(
     None,
-    "Another implementation to time in the same rounds; needs `pip install -r"
-    " requirements-peer.txt`. Default: none.",
+    "Another implementation to time in the same rounds; needs `pip install"
+    " 'tensorar_jax[peer]'`. Default: none.",
     choices=("torch",),
   )
   peer_modes: tuple[str, ...] = option(

@@ -104,7 +104,7 @@ def _gradio():
     import gradio
   except ImportError as error:
     raise ValueError(
-      "--mode=demo needs gradio: pip install -r requirements-demo.txt."
+      "--mode=demo needs gradio: pip install 'tensorar_jax[demo]'."
     ) from error
   return gradio
 

@@ -21,6 +21,7 @@ from jaxtyping import Int
 
 from tensorar_jax.checkpoints import files, orbax_io
 from tensorar_jax.evaluation import diagnostics, yardsticks
+from tensorar_jax.evaluation.metrics import METRICS
 from tensorar_jax.evaluation.yardsticks import YARDSTICKS, Yardstick
 from tensorar_jax.experiment import build, saved
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage

@@ -80,7 +80,7 @@ def check_installed() -> None:
   missing = [p for p in PACKAGES if importlib.util.find_spec(p) is None]
   if missing:
     raise ValueError(
-      f"--peer=torch needs {missing}: pip install -r requirements-peer.txt."
+      f"--peer=torch needs {missing}: pip install 'tensorar_jax[peer]'."
     )
 
 

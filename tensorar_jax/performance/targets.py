@@ -1,7 +1,7 @@
 """Devices to compile for, by name: those that are here, or a data sheet's.
 
 XLA's compilers know TPU slices by name, and GPUs by a description. They come
-with packages of their own: requirements-compile.txt.
+with packages of their own, those of the extra `compile`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _need(module: str, target: str) -> None:
   if not found:
     raise ValueError(
       f"{target} needs the compiler of that hardware, {module}: pip install"
-      " -r requirements-compile.txt"
+      " 'tensorar_jax[compile]'"
     )
 
 

@@ -37,6 +37,15 @@ def builder_in(data_dir):
   )
 
 
+def test_to_prepare_without_tensorflow_says_what_to_install(
+  tmp_path, monkeypatch
+):
+  builder = builder_in(str(tmp_path))
+  monkeypatch.setitem(sys.modules, "tensorflow", None)
+  with pytest.raises(ValueError, match=r"pip install 'tensorar_jax\[tfds\]'"):
+    tfds_source._prepare(builder)
+
+
 def test_digits_are_split_evenly_and_completely():
   train, test = (sources.load("digits", split) for split in ("train", "test"))
   assert (len(train), len(test)) == (1500, 297)

@@ -119,7 +119,7 @@ def test_an_unknown_target_says_what_there_is(name, words):
 @pytest.mark.parametrize("name", ["v5e:4x4", "h100:8"])
 def test_a_missing_compiler_says_what_to_install(name, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match="pip install -r requirements-compile"):
+  with pytest.raises(ValueError, match="pip install 'tensorar_jax\\[compile"):
     targets.find(name)
 
 

@@ -148,9 +148,15 @@ def _check_features(builder: Builder) -> None:
 
 def _prepare(builder: Builder) -> None:
   """Writes the data set into its folder, with the downloads that it needs."""
-  import tensorflow as tf
   import tensorflow_datasets as tfds
 
+  try:
+    import tensorflow as tf
+  except ImportError as error:
+    raise ValueError(
+      f"{builder.info.full_name} is not in {builder.data_path} yet, and to"
+      " prepare it takes TensorFlow: pip install 'tensorar_jax[tfds]'."
+    ) from error
   tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
   with tempfile.TemporaryDirectory() as folder:
     options, remedy = {}, ""
