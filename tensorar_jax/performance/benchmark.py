@@ -297,7 +297,11 @@ class Cases:
       left += (rounds - at) * sum(last.values())
       logging.info(
         "round %d/%d: %s, %s: %.4g s; ETA %s",
-        *(at, rounds, case.work.name, case.program, found["seconds"]),
+        at,
+        rounds,
+        case.work.name,
+        case.program,
+        found["seconds"],
         logs.duration(left),
       )
 

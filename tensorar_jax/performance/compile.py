@@ -117,7 +117,8 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
   example = conditioning.example()
   cond, null, index = _rows(
     (example, conditioning.null(example), np.zeros(1, np.int32)),
-    *(batch_size, mesh),
+    batch_size,
+    mesh,
   )
   rng = jax.eval_shape(lambda: jax.random.key(0))
   config = stage.sampling
@@ -126,7 +127,8 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
   both = 2 if config.guided else 1
   _, cache = jax.eval_shape(
     lambda arrays, cond: skeleton.merge(arrays).backbone.prefill(cond),
-    *({**params, **frozen}, _rows(example, both * batch_size, mesh)),
+    {**params, **frozen},
+    _rows(example, both * batch_size, mesh),
   )
   spec = PartitionSpec(None, *sharding.HEADS, None, None)
   sizes = set()

@@ -18,15 +18,26 @@ import re
 from collections.abc import Iterator
 
 COLLECTIVES = (
-  *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
   "collective-permute",
 )
 SLICES = ("dynamic-slice", "slice", "gather")  # read what they put out
 VIEWS = ("bitcast", "reshape", "get-tuple-element", "copy-done", "tuple")
 MOVES_NOTHING = (
   *VIEWS,
-  *("parameter", "constant", "iota", "while", "call", "conditional"),
-  *("after-all", "partition-id", "replica-id", "opt-barrier"),
+  "parameter",
+  "constant",
+  "iota",
+  "while",
+  "call",
+  "conditional",
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "opt-barrier",
 )
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")

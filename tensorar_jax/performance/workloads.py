@@ -191,7 +191,8 @@ class Workloads:
     shape = (batch, *_token_shape(tokenizer))
     tokens = jnp.zeros(shape, jnp.int32)
     work = Work(
-      *("tokenizer", batch),
+      kind="tokenizer",
+      batch=batch,
       tokens=shape[1],
       flops=flops.matmul_flops(tokenizer.decode, tokens),
     )
@@ -213,7 +214,11 @@ class Workloads:
     batch_ = {"tokens": self.tokens(batch, model), "cond": self.rows(batch)}
     batch_ = jax.device_put(batch_, sharding.rows(mesh))
     work = Work(
-      *("train", batch, window, depth, False, model.num_tokens),
+      kind="train",
+      batch=batch,
+      window=window,
+      depth=depth,
+      tokens=model.num_tokens,
       flops=count(state, task.context, batch_),
     )
 

@@ -144,7 +144,9 @@ def test_all_parts_run_on_a_cpu(tmp_path, parity):
   assert summary["errors"] == []
   assert not any("error" in case for case in summary["cases"])
   assert {case["kind"] for case in summary["cases"]} == {
-    *("decode", "tokenizer", "train"),
+    "decode",
+    "tokenizer",
+    "train",
   }
   assert any(case["program"] == "torch eager" for case in summary["cases"])
   checks = {check["name"]: check for check in summary["checks"]}
@@ -152,5 +154,6 @@ def test_all_parts_run_on_a_cpu(tmp_path, parity):
   assert {"tokens of base, drafts included", parity} <= {*checks}
   assert all(c["passed"] and not c["failed"] for c in checks.values())
   assert [p["group"] for p in summary["profiles"]] == [
-    *("kernels of decode 2", "kernels of train B"),
+    "kernels of decode 2",
+    "kernels of train B",
   ]

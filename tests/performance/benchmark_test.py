@@ -66,7 +66,7 @@ def test_utilisation_is_of_the_peak_of_all_devices():
   runs = [{"seconds": 2.0, "extra_bytes": None}]
   limits = [{"flops": 120.0, "read": 60.0}]
   found = benchmark_report.case_record(
-    *(case, {"seconds": 9.0, "device_bytes": 7}, runs, limits), peak=300.0
+    case, {"seconds": 9.0, "device_bytes": 7}, runs, limits, peak=300.0
   )
   assert found["mfu"]["median"] == 0.1 and found["device_bytes"] == 7
   assert "mfu" not in row()  # of a chip without a data sheet
@@ -230,8 +230,11 @@ def test_a_run_leaves_its_files_and_numbers(tmp_path, quick, capsys):
   programs = [(case["name"], case["program"]) for case in found["cases"]]
   ours = [name for name, program in programs if program == workloads.OURS]
   assert ours == [
-    *("decode 2x1 k=1", "decode 2x1 k=2 depth 1", "decode 1x1 k=1"),
-    *("tokenizer 1", "train 1 k=1"),
+    "decode 2x1 k=1",
+    "decode 2x1 k=2 depth 1",
+    "decode 1x1 k=1",
+    "tokenizer 1",
+    "train 1 k=1",
   ]
   assert ("decode 2x1 k=1", "torch eager") in programs
   assert ("train 1 k=1", "torch eager") in programs
