@@ -195,13 +195,9 @@ class DrawingRule(Protocol):
   again.
   """
 
-  @property
-  def looks(self) -> int:
-    """How many steps back it asks `earlier` for, at the most.
-
-    For a rule with 0 the sampler keeps nothing.
-    """
-    ...
+  # How many steps back it asks `earlier` for, at the most. With 0 the sampler
+  # keeps nothing.
+  looks: ClassVar[int]
 
   def draw(
     self,
