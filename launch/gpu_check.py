@@ -1,19 +1,19 @@
-"""What one GPU is asked in a few minutes: how fast, how right, and why.
+"""Measures the speed of one GPU and checks its results, in a few minutes.
 
-  launch/gpu_check.sh --output=runs/gpu     # all parts; its head says more
+  launch/gpu_check.sh --output=runs/gpu     # all parts; see its first lines
   python -m launch.gpu_check --part=speed --seconds=240 --output=runs/gpu
 
 | part          | what it does                                               |
 | ------------- | ---------------------------------------------------------- |
-| `speed`       | guided generation, beside PyTorch's; training steps        |
-| `correctness` | parity tests; tokens and losses equal to a CPU's           |
+| `speed`       | guided generation, also with PyTorch; training steps       |
+| `correctness` | parity tests; tokens and losses compared with a CPU's      |
 | `more`        | other batches, float32, the tokenizer; kernels of two runs |
-| `summary`     | summary.json and summary.md of all that was found          |
+| `summary`     | writes summary.json and summary.md from all results        |
 
-What comes first matters most. Whatever is measured is a line of results.jsonl
-at once, so a part that is stopped has lost what it was doing and no more, and
-the same command goes on with what is not done. `--tiny` does all of it with a
-model of a few thousand weights, on any machine.
+The most important measurements come first. Each result is written to
+results.jsonl at once. A part that is stopped loses only the case it was
+running, and the same command continues with the rest. `--tiny` does everything
+with a model of a few thousand weights, on any machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from absl import logging
 from launch import gpu_report
 from launch.gpu_report import RESULTS
 
-if TYPE_CHECKING:  # JAX waits until the flags are right
+if TYPE_CHECKING:  # import JAX only after the flags are checked
   from tensorar_jax.experiment.schema import Stage
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,7 +52,7 @@ PARTS = ("speed", "correctness", "more", "summary", "tokens")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Of the command line; `peer` is whether to run PyTorch too."""
+  """Options of the command line; `peer` is whether to run PyTorch too."""
 
   part: str
   seconds: float = 240.0
@@ -62,7 +62,7 @@ class Options:
 
 
 def parse(argv: list[str]) -> Options:
-  """The options of a command line; SystemExit with a message if one is bad."""
+  """Parses a command line; SystemExit with a message if it is invalid."""
   parser = argparse.ArgumentParser(
     description=(__doc__ or "").partition("\n")[0]
   )
@@ -79,10 +79,10 @@ class Group:
   """Cases that are measured in turn.
 
   Attributes:
-    name: of the group; what is done is known by it.
-    model: of `stages`.
-    precision: of --precision.
-    settings: of `benchmark.Settings`.
+    name: the group's name, by which its results are found again.
+    model: a key of `stages`.
+    precision: a value of --precision.
+    settings: arguments of `benchmark.Settings`.
   """
 
   name: str
@@ -92,26 +92,26 @@ class Group:
 
 
 def decode(precision: str, batch: int, **settings) -> Group:
-  """Guided generation of the base model and of windows of 4."""
+  """Plans guided generation, by the base model and with windows of 4."""
   given = dict(batches=(batch,), parts=("decode",)) | settings
   return Group(f"decode {batch} {precision}", "B", precision, given)
 
 
 def peer(precision: str, batch: int, tiny: bool) -> Group:
-  """PyTorch beside the base model, in the same rounds."""
+  """Plans PyTorch and the base model in the same rounds."""
   given = dict(batches=(batch,), windows=(1,), parts=("decode",), peer="torch")
   given |= dict(peer_modes=("eager",) if tiny else ("graphs",))
   return Group(f"peer {batch} {precision}", "B", precision, given)
 
 
 def train(model: str, batch: int, **settings) -> Group:
-  """Training steps of the base model and of windows of 4."""
+  """Plans training steps, of the base model and with windows of 4."""
   given = dict(parts=("train",), train_batch=batch) | settings
   return Group(f"train {model} {batch}", model, "bfloat16", given)
 
 
 def groups(part: str, tiny: bool) -> list[Group]:
-  """What a part measures, in its order."""
+  """Lists the groups that a part measures, in order."""
   large, small = (2, 1) if tiny else (128, 1)
   if part == "speed":
     steps = 3 if tiny else 128
@@ -146,7 +146,7 @@ def groups(part: str, tiny: bool) -> list[Group]:
 
 
 def stages(tiny: bool) -> dict[str, Stage]:
-  """The stage of each model, with windows of 4."""
+  """Returns the stage of each model, with windows of 4."""
   from configs import digits, llamagen_b, llamagen_l
   from tensorar_jax.experiment import parse
 
@@ -167,28 +167,28 @@ def stages(tiny: bool) -> dict[str, Stage]:
 
 
 class Results:
-  """The lines of a folder; every new one is on the disk when `add` returns."""
+  """The result lines of a folder; `add` returns once a line is on disk."""
 
   def __init__(self, folder: pathlib.Path):
     folder.mkdir(parents=True, exist_ok=True)
     self._path = folder / RESULTS
 
   def add(self, line: str, /, **fields) -> None:
-    """One more line; `line` says of what."""
-    found = {"line": line, "at": round(time.time(), 1), **fields}
+    """Adds a line; `line` is its kind."""
+    entry = {"line": line, "at": round(time.time(), 1), **fields}
     with self._path.open("a") as file:
-      file.write(json.dumps(found) + "\n")
+      file.write(json.dumps(entry) + "\n")
       file.flush()
       os.fsync(file.fileno())
 
   def done(self) -> set[str]:
-    """The groups that are complete."""
+    """Returns the names of the groups that are complete."""
     lines = gpu_report.read(self._path)
     return {line["group"] for line in lines if line["line"] == "done"}
 
 
 def about(tiny: bool) -> dict[str, Any]:
-  """The card, its driver, and the versions of what runs on it."""
+  """Describes the card, its driver, and the software versions."""
   import jax
 
   query = "--query-gpu=name,driver_version,memory.total,power.limit"
@@ -218,7 +218,7 @@ def about(tiny: bool) -> dict[str, Any]:
 
 
 class Bench:
-  """What the groups share: models, the peer's process and measured limits."""
+  """What groups share: models, the peer's process and measured limits."""
 
   def __init__(self, options: Options):
     self.options = options
@@ -227,7 +227,7 @@ class Bench:
     self._peer: tuple[str, Any] | None = None
 
   def loads(self, model: str, precision: str):
-    """The workloads of a model; JAX multiplies by `precision` from here on."""
+    """Returns a model's workloads; also sets JAX's precision."""
     from tensorar_jax.experiment.stages import with_precision
     from tensorar_jax.parallel import chips
     from tensorar_jax.performance import workloads
@@ -241,7 +241,7 @@ class Bench:
     return self._loads[model, precision]
 
   def limit(self, precision: str, dtype: str):
-    """Limits that are measured once; a GPU is alone, and minutes are few."""
+    """Returns limits that are measured only once, to save time."""
     from tensorar_jax.performance import machine
 
     if precision not in self._limits:
@@ -249,7 +249,7 @@ class Bench:
     return self._limits[precision]
 
   def peer(self, precision: str, loads):
-    """The process of PyTorch at a precision."""
+    """Returns the PyTorch process for a precision; starts it if needed."""
     from tensorar_jax.performance import benchmark
 
     if self._peer and self._peer[0] != precision:
@@ -259,14 +259,14 @@ class Bench:
     return self._peer[1]
 
   def close(self) -> None:
-    """Ends the process of PyTorch."""
+    """Ends the PyTorch process."""
     if self._peer:
       self._peer[1].close()
     self._peer = None
 
 
 def measure(group: Group, bench: Bench, results: Results, seconds: float):
-  """The lines of a group; no case begins when the seconds are over."""
+  """Measures a group; begins no new case after `seconds`."""
   from tensorar_jax.performance import benchmark
 
   rounds = 1 if bench.options.tiny else 3
@@ -275,28 +275,28 @@ def measure(group: Group, bench: Bench, results: Results, seconds: float):
   settings = benchmark.Settings(**{**given, **group.settings})
   loads = bench.loads(group.model, group.precision)
   with_peer = settings.peer and bench.options.peer
-  beside = bench.peer(group.precision, loads) if with_peer else None
+  torch_peer = bench.peer(group.precision, loads) if with_peer else None
   limit = bench.limit(group.precision, loads.backbone.dtype)
-  cases = benchmark.Cases(loads, settings, limit, beside)
+  cases = benchmark.Cases(loads, settings, limit, torch_peer)
   same = dict(group=group.name, model=group.model, precision=group.precision)
   cases.warm_up()
   for _ in range(settings.rounds):
     cases.round()
-    found = cases.record()
-    shared = {key: found[key] for key in ("limits", "peak_flops")}
-    for row in found["cases"]:
+    record = cases.record()
+    shared = {key: record[key] for key in ("limits", "peak_flops")}
+    for row in record["cases"]:
       results.add("case", **same, **shared, **row)
-  for ratio in found["ratios"]:
+  for ratio in record["ratios"]:
     results.add("ratio", **same, **ratio)
   for profile in cases.profiles():
     results.add("profile", **same, **profile)
-  errors = [row["error"] for row in found["cases"] if "error" in row]
+  errors = [row["error"] for row in record["cases"] if "error" in row]
   if not errors:
     results.add("done", **same)
 
 
 def run_groups(options: Options, results: Results, end: float) -> None:
-  """Measures the groups of a part until the time is over."""
+  """Measures the groups of a part until the time is up."""
   done, bench = results.done(), Bench(options)
   try:
     for group in groups(options.part, options.tiny):
@@ -311,7 +311,7 @@ def run_groups(options: Options, results: Results, end: float) -> None:
 
 
 class noted:
-  """Makes a line of an error; the next group goes on."""
+  """Records an error as a result line, so that the next group can run."""
 
   def __init__(self, results: Results, group: str):
     self._results, self._group = results, group
@@ -336,7 +336,7 @@ class noted:
 
 
 def compare_tokens(results: Results, folder: pathlib.Path) -> None:
-  """Samples digits here and on the CPU: the tokens have to be the same."""
+  """Samples digits here and on the CPU; the tokens must be equal."""
   import jax
   import numpy as np
 
@@ -354,13 +354,13 @@ def compare_tokens(results: Results, folder: pathlib.Path) -> None:
   cond = conditioning.encode(np.arange(10))
   null = conditioning.null(cond)
   key = jax.random.key(0)
-  one = lambda device: sharding.make_mesh(devices=[device])
-  cpu, here = one(jax.devices("cpu")[0]), one(jax.devices()[0])
+  cpu = sharding.make_mesh(devices=[jax.devices("cpu")[0]])
+  here = sharding.make_mesh(devices=[jax.devices()[0]])
   for name in ("base", "tensorar"):
     model = initial_weights.initial_model(
       dataclasses.replace(made[name], init=None), folder, cpu
     )
-    assert isinstance(model, TensorAR)  # by the stage's objective
+    assert isinstance(model, TensorAR)  # the stage's objective is TensorAR
     drawn = []
     for mesh in (cpu, here):
       placed = sharding.shard(model, mesh)
@@ -379,13 +379,16 @@ def compare_tokens(results: Results, folder: pathlib.Path) -> None:
 
 
 def command_of(*words: str) -> list[str]:
-  """A command of this interpreter."""
+  """Returns a command that runs a module with this interpreter."""
   return [sys.executable, "-m", *words]
 
 
-def start_training(folder: pathlib.Path, where: str, tiny: bool):
-  """A short training on digits as a process; `where` is of JAX_PLATFORMS."""
-  workdir = folder / "work" / (where or "here")
+def start_training(folder: pathlib.Path, backend: str, tiny: bool):
+  """Starts a short training on digits; returns the process and its log.
+
+  `backend` is for JAX_PLATFORMS; "" leaves it as it is.
+  """
+  workdir = folder / "work" / (backend or "here")
   workdir.mkdir(parents=True, exist_ok=True)
   steps = 2 if tiny else TRAINING_STEPS
   small = ["--config.backbone.width=16", "--config.backbone.num_layers=1"]
@@ -400,7 +403,9 @@ def start_training(folder: pathlib.Path, where: str, tiny: bool):
     "--config.train.log_every=1",
     *(small if tiny else []),
   )
-  env = {**os.environ, "JAX_PLATFORMS": where} if where else os.environ
+  env = {**os.environ}
+  if backend:
+    env["JAX_PLATFORMS"] = backend
   log = (workdir / "train.log").open("w")
   process = subprocess.Popen(
     command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
@@ -409,14 +414,14 @@ def start_training(folder: pathlib.Path, where: str, tiny: bool):
 
 
 def compare_training(results: Results, runs, seconds: float) -> None:
-  """The losses of two runs, step by step."""
+  """Compares the losses of two runs, step by step."""
   losses = []
-  for process, path in runs:
+  for process, log in runs:
     try:
       process.wait(timeout=max(seconds, 1.0))
     except subprocess.TimeoutExpired:
       process.kill()
-    rows = gpu_report.read(path)
+    rows = gpu_report.read(log)
     losses.append([row["loss"] for row in rows])
   here, cpu = losses
   if not here or len(here) != len(cpu):
@@ -439,21 +444,21 @@ def compare_training(results: Results, runs, seconds: float) -> None:
 def run_parity(
   results: Results, folder: pathlib.Path, seconds: float, tiny: bool
 ) -> None:
-  """The parity tests on this device; what is over is counted when stopped."""
+  """Runs the parity tests on this device; if stopped, counts those done."""
   tests = ["tests/training/optimizer_test.py"] if tiny else list(PARITY_TESTS)
   workers = min(8, os.cpu_count() or 1)
   chosen = "parity and not slow"
   command = command_of("pytest", *tests, "-m", chosen, "-v", "-rf")
   command += ["-p", "no:cacheprovider", "--tb=line", "-o", "addopts="]
   command += [] if tiny else ["-n", str(workers)]
-  found = "cuda,cpu" if shutil.which("nvidia-smi") else "cpu"
-  where = os.environ.get("JAX_PLATFORMS") or found
+  default = "cuda,cpu" if shutil.which("nvidia-smi") else "cpu"
+  platforms = os.environ.get("JAX_PLATFORMS") or default
   path = folder / "parity.log"
   with path.open("w") as log:
     process = subprocess.Popen(
       command,
       cwd=ROOT,
-      env={**os.environ, "JAX_PLATFORMS": where},
+      env={**os.environ, "JAX_PLATFORMS": platforms},
       stdout=log,
       stderr=subprocess.STDOUT,
     )
@@ -467,23 +472,27 @@ def run_parity(
 
 
 def parity_rows(log: str) -> list[dict[str, Any]]:
-  """{"name", "passed", "failed", "skipped", "failures"} of each test file."""
-  found: dict[str, dict[str, set[str]]] = {}
+  """Counts the outcomes of each test file in a log of pytest.
+
+  Returns:
+    {"name", "passed", "failed", "skipped", "failures"} of each file.
+  """
+  outcomes: dict[str, dict[str, set[str]]] = {}
   for line in log.splitlines():
     name = re.search(r"(tests/\S+\.py)::(\S+)", line)
-    word = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
-    if name and word:
-      file = found.setdefault(name[1], {})
-      file.setdefault(word[1], set()).add(name[2])
+    outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
+    if name and outcome:
+      file = outcomes.setdefault(name[1], {})
+      file.setdefault(outcome[1], set()).add(name[2])
   rows = []
-  for name, words in sorted(found.items()):
-    failures = words.get("FAILED", set()) | words.get("ERROR", set())
+  for name, tests in sorted(outcomes.items()):
+    failures = tests.get("FAILED", set()) | tests.get("ERROR", set())
     rows.append(
       {
         "name": f"parity {name}",
-        "passed": len(words.get("PASSED", set()) - failures),
+        "passed": len(tests.get("PASSED", set()) - failures),
         "failed": len(failures),
-        "skipped": len(words.get("SKIPPED", set())),
+        "skipped": len(tests.get("SKIPPED", set())),
         "failures": sorted(failures),
       }
     )
@@ -493,9 +502,9 @@ def parity_rows(log: str) -> list[dict[str, Any]]:
 def check_correctness(
   results: Results, folder: pathlib.Path, end: float, tiny: bool
 ) -> None:
-  """All three checks; those in processes of their own run side by side."""
+  """Runs all three checks side by side, each in processes of its own."""
   left = lambda: end - time.monotonic()
-  runs = [start_training(folder, where, tiny) for where in ("", "cpu")]
+  runs = [start_training(folder, backend, tiny) for backend in ("", "cpu")]
   tokens = subprocess.Popen(
     command_of("launch.gpu_check", "--part=tokens", f"--output={folder}"),
     cwd=ROOT,
@@ -518,7 +527,7 @@ def check_correctness(
 
 
 def shrink() -> None:
-  """Measures a machine's limits in no time, and badly."""
+  """Makes measuring the limits fast and inexact, for --tiny."""
   from tensorar_jax.performance import machine
 
   machine.MATMUL, machine.MATMUL_LARGE = {"cpu": 64}, 64

@@ -1,6 +1,6 @@
-"""The tables of what `gpu_check` found: of a run, or of the committed JSON.
+"""Makes tables from the results of `gpu_check`, new or committed.
 
-python -m launch.gpu_report   # writes the tables of docs/speed.md anew
+python -m launch.gpu_report   # rewrites the tables in docs/speed.md
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "studies" / "gpu"
 PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- begin measured GPUs -->", "<!-- end measured GPUs -->"
-PAGE_KERNELS = 5  # of a profile, on the page
-# Seconds an image at batch 128 in float32 on an A100, by window: TensorAR's
-# paper, for LlamaGen-B with classifier-free guidance.
+PAGE_KERNELS = 5  # how many kernels of a profile the page lists
+# Seconds an image by window, from TensorAR's paper: LlamaGen-B with
+# classifier-free guidance, batch 128, float32, on an A100.
 PAPER = {1: 0.11, 4: 0.12}
 DASH = "\u2013"
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The complete lines of a file of JSON; none if it is not there."""
+  """Reads the complete lines of a JSON Lines file; none if it is missing."""
   if not path.exists():
     return []
   lines = path.read_text().split("\n")[:-1]  # a torn last line has no \n
@@ -31,7 +31,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """The newest of everything, by kind."""
+  """Keeps the newest line of each result, sorted by kind."""
   keys = {
     "about": (),
     "case": ("group", "name", "program"),
@@ -46,13 +46,13 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     kind = line["line"]
     if kind in keys:
       newest[kind][tuple(line[key] for key in keys[kind])] = line
-  gone = {line["group"] for line in lines if line["line"] == "done"}
-  found: dict[str, Any] = {
+  done = {line["group"] for line in lines if line["line"] == "done"}
+  summary: dict[str, Any] = {
     f"{kind}s": list(rows.values()) for kind, rows in newest.items()
   }
-  found["errors"] = [e for e in found["errors"] if e["group"] not in gone]
-  (found["about"],) = found.pop("abouts") or [{}]
-  return found
+  summary["errors"] = [e for e in summary["errors"] if e["group"] not in done]
+  (summary["about"],) = summary.pop("abouts") or [{}]
+  return summary
 
 
 def write(folder: pathlib.Path) -> str:
@@ -65,7 +65,7 @@ def write(folder: pathlib.Path) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-  """A number as people write it."""
+  """Formats a number to `digits` digits; None is a dash."""
   if value is None:
     return DASH
   small = abs(value) < 10**digits
@@ -73,14 +73,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-  """Markdown of a heading and lines."""
+  """Returns a Markdown table; the first row is its heading."""
   lines = ["| " + " | ".join(row) + " |" for row in rows]
   lines.insert(1, "| --- " * len(rows[0]) + "|")
   return "\n".join(lines)
 
 
 def heading(about: Mapping[str, Any]) -> str:
-  """What was measured on, in a line."""
+  """Describes the card and the software in one line."""
   versions = about.get("versions", {})
   words = [about.get("card") or about.get("device") or "nothing measured"]
   words += [f"{n} {v}" for n, v in versions.items() if v]
@@ -92,7 +92,7 @@ def heading(about: Mapping[str, Any]) -> str:
 
 
 def decode_rows(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-  """A heading, and a line for every case of generation."""
+  """Returns a heading, and a line for every case of generation."""
   rows = [["images", "k", "products", "program", "s an image", "images/s"]]
   rows[0] += ["ms a step", "of float32 on an A100", "MFU", "compiled in, s"]
   rows[0] += ["device GiB"]
@@ -118,7 +118,7 @@ def decode_rows(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def other_rows(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-  """A heading, and a line for every training step and tokenizer."""
+  """Returns a heading, and a line for every training and tokenizer case."""
   rows = [["case", "model", "products", "images/s", "tokens/s", "MFU"]]
   rows[0] += ["compiled in, s", "device GiB"]
   for case in cases:
@@ -142,7 +142,7 @@ def other_rows(cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def markdown(
   summary: Mapping[str, Any], title: str = "# GPU check", kernels: int = 12
 ) -> str:
-  """All tables; of a profile so many kernels."""
+  """Returns all tables; a profile lists at most `kernels` kernels."""
   parts = [title, heading(summary["about"])]
   cases, checks = summary["cases"], summary["checks"]
   for rows in (decode_rows(cases), other_rows(cases)):
@@ -167,14 +167,14 @@ def markdown(
 
 
 def profile_text(profile: Mapping[str, Any], count: int) -> str:
-  """The kernels that took most."""
+  """Returns a table of the `count` kernels that took the most time."""
   busy, span = profile["busy_seconds"], profile["span_seconds"]
   rows = [["kernel", "runs", "ms", "share"]]
   for kernel in profile["kernels"][:count]:
-    took = kernel["seconds"]
-    share = f"{took / busy:.1%}" if busy else DASH
+    seconds = kernel["seconds"]
+    share = f"{seconds / busy:.1%}" if busy else DASH
     name = f"`{kernel['name'][:70]}`"
-    rows.append([name, str(kernel["count"]), number(1000 * took), share])
+    rows.append([name, str(kernel["count"]), number(1000 * seconds), share])
   head = (
     f"{profile['name']}, {profile['precision']}: {profile['launches']:,}"
     f" kernels, busy {1000 * busy:.1f} ms of {1000 * span:.1f}."
@@ -183,14 +183,14 @@ def profile_text(profile: Mapping[str, Any], count: int) -> str:
 
 
 def layers_text(runs: Sequence[Mapping[str, Any]]) -> str:
-  """Steps with stacked and with single layers, measured in turn."""
+  """Returns a table of step times with stacked and with single layers."""
   rows = [["images", "k", "products", "command buffers", "stacked, ms a step"]]
   rows[0] += ["single, ms a step", "equal tokens"]
   for run in runs:
-    took, equal = run["ms_a_step"], run.get("tokens_equal")
+    step_ms, equal = run["ms_a_step"], run.get("tokens_equal")
     line = [str(run["batch"]), str(run["window"]), run["precision"]]
-    line += [run["command_buffers"], number(took.get("stacked"), 4)]
-    line += [number(took["single"], 4)]
+    line += [run["command_buffers"], number(step_ms.get("stacked"), 4)]
+    line += [number(step_ms["single"], 4)]
     line += [DASH if equal is None else f"{equal:.0%}"]
     rows.append(line)
   cards = sorted({run["card"] for run in runs})
@@ -198,7 +198,7 @@ def layers_text(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def page(text: str, folder: pathlib.Path = FOLDER) -> str:
-  """The text of a page with the tables of a folder's JSON between marks."""
+  """Returns a page's text with a folder's tables between BEGIN and END."""
   head, _, rest = text.partition(BEGIN)
   _, _, tail = rest.partition(END)
   parts = []

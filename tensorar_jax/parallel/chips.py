@@ -1,8 +1,8 @@
-"""Peak rates of chips by their data sheets, for estimates and utilisation.
+"""Peak rates of chips from their data sheets, for estimates and utilisation.
 
-A chip here is one JAX device; a TPU7x counts as two, of half a chip each.
+A chip here is one JAX device; a TPU7x counts as two devices of half a chip.
 Sources: docs.cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), and
-NVIDIA's data sheets of the A100 80GB SXM, the H100 SXM and the H200 SXM,
+NVIDIA's data sheets for the A100 80GB SXM, the H100 SXM and the H200 SXM,
 without sparsity.
 
 The peak depends on how matrix products are computed. For float32 arrays that is
@@ -16,8 +16,8 @@ one setting, --precision, which sets the model's dtype and
 | tensorfloat32 | float32        | TF32          | three bfloat16 | float32  |
 | bfloat16      | bfloat16       | bfloat16      | bfloat16       | bfloat16 |
 
-TF32 keeps 10 bits of a factor's fraction where float32 has 23. Results that
-have to agree to the last digits need --precision=float32.
+TF32 keeps 10 bits of a factor's fraction, where float32 has 23. Results that
+must agree in the last digits need --precision=float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-PRECISIONS = {  # of --precision: what `jax_default_matmul_precision` is then
+PRECISIONS = {  # --precision: `jax_default_matmul_precision`
   "float32": "highest",
   "tensorfloat32": "tensorfloat32",
   "bfloat16": None,
@@ -43,14 +43,15 @@ class Chip:
   """The peak rates of one JAX device.
 
   Attributes:
-    name: as in CHIPS.
-    peak_flops: bfloat16 FLOP/s, two for a multiply-add, float32 sums.
-    hbm_bytes: memory, of which the runtime keeps a few percent.
-    hbm_bandwidth: bytes/s.
-    link_bandwidth: bytes/s out over all links to the other chips of a slice or
-      a host together; the other direction has as much again.
-    tf32_flops, float32_flops: FLOP/s of float32 arrays, by TF32 and exact; None
-      where float32 takes several products of bfloat16, as on TPUs.
+    name: the key in CHIPS.
+    peak_flops: bfloat16 FLOP/s with float32 sums; a multiply-add counts as two.
+    hbm_bytes: bytes of memory; the runtime reserves a few percent of it.
+    hbm_bandwidth: bytes/s to and from memory.
+    link_bandwidth: bytes/s sent over all links to the other chips of a slice or
+      host together. The other direction has the same bandwidth.
+    tf32_flops: FLOP/s of float32 arrays in TF32; None if the chip has no TF32.
+    float32_flops: FLOP/s of exact products of float32 arrays; None where each
+      takes several bfloat16 products, as on TPUs.
   """
 
   name: str
@@ -62,9 +63,9 @@ class Chip:
   float32_flops: float | None = None
 
   def peak(self, products: str) -> float:
-    """FLOP/s of matrix products as `products_of` names them."""
-    own = {"tensorfloat32": self.tf32_flops, "float32": self.float32_flops}
-    return own.get(products) or self.peak_flops / PASSES.get(products, 1)
+    """Returns the FLOP/s of matrix products, named as by `products_of`."""
+    rates = {"tensorfloat32": self.tf32_flops, "float32": self.float32_flops}
+    return rates.get(products) or self.peak_flops / PASSES.get(products, 1)
 
 
 CHIPS = {
@@ -81,8 +82,8 @@ CHIPS = {
   )
 }
 
-# By `device_kind`, as the runtimes give it. Longer names are other chips: the
-# PCIe card of a GPU, for example, has other rates.
+# Chips by the runtime's `device_kind`. Names must match in full: the PCIe card
+# of a GPU, for example, has other rates.
 KINDS = {
   "TPU v4": "v4",
   "TPU v5 lite": "v5e",
@@ -104,19 +105,23 @@ def of(device: Any) -> Chip | None:
 
 
 def set_precision(name: str | None) -> None:
-  """Makes JAX multiply as --precision=`name` says; None changes nothing.
+  """Sets the precision of JAX's products to --precision=`name`.
 
-  The dtype of the models goes with it; see `experiment.stages`.
+  None changes nothing. `experiment.stages` sets the models' dtype to match.
   """
   if name is not None:
     jax.config.update("jax_default_matmul_precision", PRECISIONS[name])
 
 
 def products_of(dtype: str, platform: str) -> str:
-  """Returns what products of arrays of `dtype` are made of, as JAX is set now.
+  """Returns how JAX, as set now, multiplies arrays of `dtype`.
 
-  It is "bfloat16" (also for float16), "tensorfloat32", "bfloat16_3x" or
-  "float32"; `platform` is "cpu", "gpu" or "tpu".
+  Args:
+    dtype: dtype of the arrays.
+    platform: "cpu", "gpu" or "tpu".
+
+  Returns:
+    "bfloat16" (for float16 too), "tensorfloat32", "bfloat16_3x" or "float32".
   """
   setting = jax.config.values["jax_default_matmul_precision"]
   if np.dtype(jax.numpy.dtype(dtype)).itemsize == 2:

@@ -1,5 +1,5 @@
-"""How fast it is and could be: benchmark, compile report, the peer.
+"""Speed: the benchmark, the compile report and the PyTorch peer.
 
-`--mode=benchmark` times real programs; `--mode=compile` counts those for
-hardware that need not be there.
+`--mode=benchmark` times programs on this machine. `--mode=compile` compiles
+them for hardware that need not be present, and counts what they do.
 """

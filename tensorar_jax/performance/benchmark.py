@@ -1,9 +1,9 @@
-"""How fast a config's model is, and how far from what the machine can do.
+"""Measures a model's speed, and how close it comes to the machine's limits.
 
-After a warm-up all cases run round robin, the machine's limits first in every
-round, so that a machine that slows down slows everything down. A figure is the
-median over the rounds with the least and the largest value beside it; ratios
-and shares of a limit are taken within a round, then summed up in the same way.
+After a warm-up, every round measures the machine's limits and then each case
+once, so a slow spell of the machine affects them all. A figure is the median
+over the rounds, with the minimum and maximum beside it. Ratios and shares of a
+limit are computed within a round and then summarised in the same way.
 """
 
 from __future__ import annotations
@@ -37,23 +37,25 @@ NO_TIME = {"error": "no time was left"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is measured, and how often.
+  """What to measure, and how often.
 
   Attributes:
-    batches: images at once, for decoding and for the tokenizer.
-    windows: k; each at every batch, guided, at the first depth.
-    depths: the stage's own window (if it has none, the smallest above 1) is
-      measured at each of them.
-    rounds: how often every case is timed.
-    train_batch: images of a training step; None: the config's, on a CPU 4.
-    parts: of PARTS.
-    unguided: whether the base model is also run without guidance.
-    peer: of PEERS, or None.
-    peer_modes: of `peer_torch.MODES`.
-    precision: of --precision, which is set already; here for the record.
-    profile: of PARTS; one more run of the first case of each is traced, and
-      what its kernels took is written down.
-    seconds: after so many no further case is begun; None: all are run.
+    batches: batch sizes in images, for decoding and for the tokenizer.
+    windows: values of k; each runs at every batch, guided, at the first depth.
+    depths: depths for the stage's window size. If that is not among `windows`,
+      they apply to the smallest window above 1.
+    rounds: how many times every case is timed.
+    train_batch: images in a training step. None takes the config's batch size,
+      or 4 on a CPU.
+    parts: a selection of PARTS.
+    unguided: whether the base model also runs without guidance.
+    peer: one of PEERS, or None.
+    peer_modes: a selection of `peer_torch.MODES`.
+    precision: the value of --precision, for the record only; the caller has
+      already applied it.
+    profile: a selection of PARTS. The first case of each runs once more under
+      the profiler, and the time of its kernels is recorded.
+    seconds: no new case begins after this time. None runs them all.
   """
 
   batches: tuple[int, ...] = (1, 8)
@@ -93,11 +95,12 @@ class Settings:
 
 
 def plan(
-  settings: Settings, own: tuple[int, int], train_batch: int
+  settings: Settings, stage_size: tuple[int, int], train_batch: int
 ) -> list[Work]:
-  """The cases, in their order; `own` are the stage's (window, depth)."""
+  """Lists the cases in order; `stage_size` is the stage's (window, depth)."""
+  stage_window, stage_depth = stage_size
   first, wider = settings.depths[0], [w for w in settings.windows if w > 1]
-  deep = own[0] if own[0] in wider else min(wider, default=None)
+  deep = stage_window if stage_window in wider else min(wider, default=None)
   works = []
   if "decode" in settings.parts:
     for batch in settings.batches:
@@ -110,13 +113,17 @@ def plan(
   if "tokenizer" in settings.parts:
     works += [Work("tokenizer", batch) for batch in settings.batches]
   if "train" in settings.parts:
-    found = [w for w in settings.windows if w in (1, own[0])]
-    depths = [own[1] if w > 1 else 1 for w in found]
-    works += [Work("train", train_batch, *wd) for wd in zip(found, depths)]
+    windows = [w for w in settings.windows if w in (1, stage_window)]
+    depths = [stage_depth if w > 1 else 1 for w in windows]
+    works += [
+      Work("train", train_batch, window, depth)
+      for window, depth in zip(windows, depths)
+    ]
   if not works:
     raise ValueError(
       f"--parts={settings.parts} with --windows={settings.windows}: nothing to"
-      f" measure. Training is of the windows 1 and {own[0]}, the stage's own."
+      f" measure. Training is measured at window 1 and at the stage's window,"
+      f" {stage_window}."
     )
   return works
 
@@ -129,14 +136,22 @@ def run(
   stage: str | None = None,
   output: str | None = None,
 ) -> pathlib.Path:
-  """Measures a stage; the folder with benchmark.json, .md and .png.
+  """Measures a stage and writes benchmark.json, .md and .png.
 
   Args:
-    stages: of an experiment; nothing of them needs to be trained.
-    workdir: the folder that holds the stages'.
+    stages: the stages of an experiment; none of them needs to be trained.
+    workdir: the folder that holds the folders of the stages.
     settings: what to measure.
-    stage: its name; by default the last one that generates images.
+    stage: the stage's name; by default the last one that generates images.
     output: a new folder; by default `<workdir>/benchmark/<number>`.
+
+  Returns:
+    The folder with the results.
+
+  Raises:
+    ValueError: the stage generates no images, `output` is in use, the peer is
+      not installed or does not support the model, or there is nothing to
+      measure.
   """
   makers = [n for n, s in stages.items() if s.objective == "tensorar"]
   if not makers or stage not in (None, *makers):
@@ -157,22 +172,22 @@ def run(
     cases.warm_up()
     for _ in range(settings.rounds):
       cases.round()
-      found = {**record, **cases.record()}
-      files.write_json(folder / "benchmark.json", found)
+      results = {**record, **cases.record()}
+      files.write_json(folder / "benchmark.json", results)
     if settings.profile:
-      found["profiles"] = cases.profiles()
-      files.write_json(folder / "benchmark.json", found)
+      results["profiles"] = cases.profiles()
+      files.write_json(folder / "benchmark.json", results)
   finally:
     if peer:
       peer.close()
-  report.write(folder, found)
-  print(report.text(found))
+  report.write(folder, results)
+  print(report.text(results))
   print(f"{folder}")
   return folder
 
 
 def about(stage, loads, settings: Settings, peer) -> dict[str, Any]:
-  """What is measured, on what and with what."""
+  """Describes the stage, the settings, the machine and the software."""
   now = datetime.datetime.now(datetime.UTC)
   dtype = loads.backbone.dtype
   return {
@@ -187,7 +202,7 @@ def about(stage, loads, settings: Settings, peer) -> dict[str, Any]:
 
 
 def _new_folder(output: str | None, numbered: pathlib.Path) -> pathlib.Path:
-  """A folder of this run's own."""
+  """Returns a folder for this run, which does not exist or is empty."""
   if output is not None:
     folder = pathlib.Path(output).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -201,7 +216,7 @@ def _new_folder(output: str | None, numbered: pathlib.Path) -> pathlib.Path:
 
 
 def make_peer(loads: workloads.Workloads) -> peer_torch.Peer:
-  """The peer of a stage's sizes, in JAX's precision; close it."""
+  """Starts a peer of the stage's sizes and precision; the caller closes it."""
   cond = loads.conditioning.example()
   return peer_torch.Peer(
     peer_torch.sizes_of(loads.backbone, cond), loads.stage.sampling
@@ -212,19 +227,19 @@ def make_peer(loads: workloads.Workloads) -> peer_torch.Peer:
 
 
 class Cases:
-  """The cases of a run and what was measured of each."""
+  """The cases of a run, and the measurements of each."""
 
   def __init__(self, loads, settings: Settings, limit: machine.Limits, peer):
     self.loads, self.peer, self.settings = loads, peer, settings
     self.limit, self.limits = limit, []
     stage = loads.stage
-    own = stage.tensorar.window, stage.tensorar.depth
+    stage_size = stage.tensorar.window, stage.tensorar.depth
     train_batch = settings.train_batch or (
       TRAIN_BATCH_CPU
       if jax.default_backend() == "cpu"
       else stage.train.batch_size
     )
-    self.works = plan(settings, own, train_batch)
+    self.works = plan(settings, stage_size, train_batch)
     self.devices = loads.mesh.size
     self.peak = machine.peak_flops(loads.backbone.dtype, self.devices)
     self.end = time.monotonic() + (settings.seconds or math.inf)
@@ -233,35 +248,34 @@ class Cases:
     self.runs: list[list[dict[str, Any]]] = []
 
   def warm_up(self) -> None:
-    """Builds and runs every case for the first time."""
-    for i, wanted in enumerate(self.works):
-      logging.info("warm-up %d/%d: %s", i + 1, len(self.works), wanted.name)
+    """Builds every case and runs it once."""
+    for i, work in enumerate(self.works):
+      logging.info("warm-up %d/%d: %s", i + 1, len(self.works), work.name)
       if self.is_over():
-        nothing = Case(wanted, workloads.OURS, dict, lambda count: {})
-        self._keep(nothing, NO_TIME)
+        not_run = Case(work, workloads.OURS, dict, lambda count: {})
+        self._keep(not_run, NO_TIME)
         continue
-      case = self._build(wanted)
+      case = self._build(work)
       self._start(case)
-      alike = wanted.kind == "train" or wanted.guided
-      if self.peer and alike and wanted.window == 1:
+      peer_can_run = work.kind == "train" or work.guided
+      if self.peer and peer_can_run and work.window == 1:
         for mode in self.settings.peer_modes:
-          logging.info("warm-up of the peer: %s, %s", wanted.name, mode)
+          logging.info("warm-up of the peer: %s, %s", work.name, mode)
           self._start(self.peer.case(case.work, mode))
 
   def is_over(self) -> bool:
-    """Whether no further case may begin."""
+    """Returns whether the time is up, so that no new case may begin."""
     return time.monotonic() > self.end
 
   def _build(self, work: Work) -> Case:
-    w, sizes = work, (work.batch, work.window, work.depth)
     if work.kind == "decode":
-      return self.loads.decode(*sizes, w.guided)
+      return self.loads.decode(work.batch, work.window, work.depth, work.guided)
     if work.kind == "tokenizer":
-      return self.loads.tokenizer(w.batch)
-    return self.loads.train(*sizes)
+      return self.loads.tokenizer(work.batch)
+    return self.loads.train(work.batch, work.window, work.depth)
 
   def _start(self, case: Case) -> None:
-    # What does not fit or does not compile is a line of the table.
+    # A case that does not fit or compile becomes a line of the table.
     before = machine.device_peak()
     warm: dict[str, Any]
     try:
@@ -280,45 +294,45 @@ class Cases:
     self.runs.append([])
 
   def round(self) -> None:
-    """Times the limits and then every case once, if there is time for all."""
+    """Measures the limits and times every case, unless the time is up."""
     if self.limits and self.is_over():
       return
     limits = self.limit.measure()
     self.limits.append({k: v * self.devices for k, v in limits.items()})
-    at, rounds = len(self.limits), self.settings.rounds
+    round_number, rounds = len(self.limits), self.settings.rounds
     running = [i for i, warm in enumerate(self.warm) if "error" not in warm]
     last = {i: (self.runs[i] or [self.warm[i]])[-1]["seconds"] for i in running}
     for n, i in enumerate(running):
       case = self.cases[i]
-      found = case.time(machine.repeats(last[i]))
-      self.runs[i].append(found)
-      last[i] = found["seconds"]
+      timing = case.time(machine.repeats(last[i]))
+      self.runs[i].append(timing)
+      last[i] = timing["seconds"]
       left = sum(last[j] for j in running[n + 1 :])
-      left += (rounds - at) * sum(last.values())
+      left += (rounds - round_number) * sum(last.values())
       logging.info(
         "round %d/%d: %s, %s: %.4g s; ETA %s",
-        at,
+        round_number,
         rounds,
         case.work.name,
         case.program,
-        found["seconds"],
+        timing["seconds"],
         logs.duration(left),
       )
 
   def profiles(self) -> list[dict[str, Any]]:
-    """What the kernels of one more run took, of each part to be traced."""
-    found = []
+    """Traces one more run of each part in `settings.profile`."""
+    profiles = []
     for kind in self.settings.profile:
       for case, warm in zip(self.cases, self.warm):
         ours = case.program == workloads.OURS and "error" not in warm
         if ours and case.work.kind == kind:
           traced = traces.of_run(lambda case=case: case.time(1))
-          found.append({"name": case.work.name, **traced})
+          profiles.append({"name": case.work.name, **traced})
           break
-    return found
+    return profiles
 
   def record(self) -> dict[str, Any]:
-    """Everything measured so far, and what follows from it."""
+    """Returns all measurements so far, with their summaries and ratios."""
     rows = [
       report.case_record(*measured, self.limits, self.peak)
       for measured in zip(self.cases, self.warm, self.runs)

@@ -1,4 +1,4 @@
-"""What follows from the seconds of a benchmark; tables and a picture of it."""
+"""Turns the timings of a benchmark into rates, ratios, tables and a plot."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tensorar_jax.performance.workloads import OURS, Case, Work
 from tensorar_jax.reports import plots
 
 Stat = dict[str, float]
-Row = Mapping[str, Any]  # a case as benchmark.json has it
+Row = Mapping[str, Any]  # one of the "cases" in benchmark.json
 SPREAD = "median, and in brackets the least and the largest of the rounds"
 _COLORS = {"of_read": "C0", "of_flops": "C1"}
 _WORDS = {"of_read": "reading the weights", "of_flops": "matrix products"}
 
 
 def summary(values: Sequence[float]) -> Stat:
-  """{"median", "min", "max"}."""
+  """Returns {"median", "min", "max"} of the values."""
   return {
     "median": float(np.median(values)),
     "min": float(min(values)),
@@ -35,10 +35,13 @@ def figures(
   limits: Sequence[Mapping[str, float]],
   peak: float | None = None,
 ) -> dict[str, Stat]:
-  """Rates of a case, and its shares of the limits, over the rounds.
+  """Returns the rates of a case and its shares of the limits.
 
-  `seconds` of a run and `limits` {"flops", "read"} are of each round; `peak`
-  FLOP/s are the data sheet's: "mfu" is the share of them.
+  Args:
+    work: one run of the case.
+    seconds: the time of a run, for each round.
+    limits: {"flops": FLOP/s, "read": bytes/s} measured in each round.
+    peak: FLOP/s by the data sheet; "mfu" is the share of it.
   """
   rates = {
     "images_per_second": [work.batch / s for s in seconds],
@@ -56,14 +59,14 @@ def figures(
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Times of windows over k = 1, and times of the peer over ours.
+  """Returns the time of each window over k = 1, and of the peer over ours.
 
-  With the median and the range of the rounds' ratios come the ratios of the
-  FLOPs and of the bytes of weights, which are the floor of the former.
+  Each has the median and the range over the rounds, and beside them the ratios
+  of the FLOPs and of the bytes of weights, below which the time cannot fall.
   """
   good = [row for row in rows if "error" not in row]
   same = ("kind", "batch", "guided")
-  found = []
+  compared = []
   for row in good:
     for base in good:
       if any(row[key] != base[key] for key in same) or base["window"] != 1:
@@ -73,7 +76,7 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       if not wider and not peer:
         continue
       pairs = zip(row["seconds"], base["seconds"])
-      found.append(
+      compared.append(
         {
           "name": row["name"],
           "of": row["program"],
@@ -83,7 +86,7 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
           "bytes": _ratio(row, base, "bytes"),
         }
       )
-  return found
+  return compared
 
 
 def _ratio(row, base, key) -> float | None:
@@ -97,10 +100,10 @@ def case_record(
   limits: Sequence[Row],
   peak: float | None = None,
 ) -> dict[str, Any]:
-  """Gathers all that was measured of a case, and what follows from it.
+  """Gathers the measurements of a case and the figures computed from them.
 
-  "device_bytes" are what the devices held at most until then, if this case
-  raised it, and null if a case before it needed as much.
+  "device_bytes" is the devices' peak memory if this case raised it, and null if
+  an earlier case needed as much.
   """
   row: dict[str, Any] = {"name": case.work.name, "program": case.program}
   row |= dataclasses.asdict(case.work)
@@ -119,11 +122,11 @@ def case_record(
   return row | figures(case.work, seconds, limits, peak)
 
 
-# --- for people -----------------------------------------------------------
+# --- tables and plot ---------------------------------------------------------
 
 
 def _stat(stat: Row | None, digits: int = 3) -> str:
-  """`12.3 [12.1, 12.9]`, or a dash."""
+  """Formats a figure as `12.3 [12.1, 12.9]`; None is a dash."""
   if stat is None:
     return "\u2013"
   number = lambda x: f"{x:.{digits}g}" if abs(x) < 10**digits else f"{x:,.0f}"
@@ -140,7 +143,7 @@ def _plain(value: float | int | None, form: str) -> str:
 
 
 def case_rows(record: Mapping[str, Any]) -> list[list[str]]:
-  """A heading and a line for every case."""
+  """Returns a table: a heading, and a line for every case."""
   heads = ["case", "program", "ms per step", "images/s", "tokens/s"]
   heads += ["of the read limit", "of the FLOP/s limit", "MFU"]
   heads += ["compile s", "adds GiB", "device GiB"]
@@ -165,7 +168,7 @@ def case_rows(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def ratio_rows(record: Mapping[str, Any]) -> list[list[str]]:
-  """A heading and a line for every ratio; none without ratios."""
+  """Returns a heading and a line for every ratio; empty without ratios."""
   lines = [["case", "time of", "over that of", "ratio", "weights", "FLOPs"]]
   for row in record["ratios"]:
     wider = row["of"] == OURS
@@ -178,7 +181,7 @@ def ratio_rows(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def heading(record: Mapping[str, Any]) -> list[str]:
-  """Sentences on what was measured, where, and what the machine can do."""
+  """Returns sentences on the stage, the machine and its limits."""
   about, limits = record["machine"], record["limits"]
   scaled = {
     name: {k: v / 1e9 for k, v in limits[name].items()} for name in limits
@@ -193,22 +196,23 @@ def heading(record: Mapping[str, Any]) -> list[str]:
     f" start {about['load_average']:.2f}. {software}.",
     f"Limits: {_stat(scaled['flops'])} GFLOP/s in a large matrix product,"
     f" {_stat(scaled['read'])} GB/s in a long read.",
-    "ROWSxIMAGES: 2x8 are 8 images, each with and without its condition.",
+    "ROWSxIMAGES: 2x8 is 8 images, each with and without its condition.",
   ]
   if record["peak_flops"]:
     sentences.append(
-      f"MFU is of the data sheet's {record['peak_flops'] / 1e12:.4g} TFLOP/s."
+      "MFU is the share of the data sheet's"
+      f" {record['peak_flops'] / 1e12:.4g} TFLOP/s."
     )
   if peak:
-    sentences.append(f"A device has held {peak / 2**30:.2f} GiB at most.")
+    sentences.append(f"Peak device memory: {peak / 2**30:.2f} GiB.")
   return sentences
 
 
 def text(record: Mapping[str, Any]) -> str:
-  """The report for a console."""
+  """Returns the report for a console."""
   parts = [heading(record)]
   for rows in (case_rows(record), ratio_rows(record)):
-    # A failure is as long as its message: it shapes no column.
+    # Failures hold long messages, so they do not set the column widths.
     short = [r for r in rows if not any(c.startswith("failed") for c in r)]
     widths = [max(map(len, column)) for column in zip(*short)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -217,7 +221,7 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-  """The report as Markdown."""
+  """Returns the report as Markdown."""
   parts = ["# Benchmark", "\n".join(f"- {s}" for s in heading(record))]
   for rows in (case_rows(record), ratio_rows(record)):
     if rows:
@@ -226,13 +230,13 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def write(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
-  """benchmark.md and benchmark.png."""
+  """Writes benchmark.md and benchmark.png."""
   (folder / "benchmark.md").write_text(markdown(record), encoding="utf-8")
   save_picture(folder / "benchmark.png", record)
 
 
 def save_picture(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-  """Images/s by batch, and the share of the limits that each case reaches."""
+  """Plots images/s by batch, and each case's share of the limits."""
   from matplotlib.figure import Figure
   from matplotlib.patches import Patch
 

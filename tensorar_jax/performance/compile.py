@@ -1,12 +1,12 @@
-"""`--mode=compile`: what a train step and a sampler need of named hardware.
+"""`--mode=compile`: what a train step and a sampler need on named hardware.
 
-Both programs are lowered and compiled for the devices of a target, which need
-not be there: XLA's compilers know them by name. Nothing is allocated; models
-and batches are shapes. What comes out is memory, traffic and an estimate,
+Both programs are lowered and compiled for the devices of a target. The devices
+need not be present: XLA's compilers know them by name. Nothing is allocated;
+models and batches are shapes. The report has memory, traffic and an estimate,
 
     seconds = max(FLOPs / peak, bytes / bandwidth, bytes sent / links)
 
-which is no forecast: see ASSUMPTIONS.
+which is a bound and not a forecast: see ASSUMPTIONS.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from tensorar_jax.performance import hlo, targets
 from tensorar_jax.training import loop
 
 ASSUMPTIONS = (
-  "The roofline is no forecast: FLOPs at the chip's peak, bytes at the"
-  " memory's and bytes sent at that of all links together, the slowest hiding"
-  " the others. It leaves out the start of every operation (there are many"
-  " small ones in sampling), tiles that are not full, all arithmetic but matrix"
-  " products, links that a collective does not use, and the input pipeline."
+  "The roofline is a bound, not a forecast. It is the longest of three times:"
+  " FLOPs at the chip's peak, bytes at the memory's bandwidth, and bytes sent"
+  " at the bandwidth of all links together. It leaves out the launch of each"
+  " operation (sampling has many small ones), partly filled tiles, all"
+  " arithmetic except matrix products, links that a collective does not use,"
+  " and the input pipeline."
 )
 MEMORY = ("argument", "output", "temp", "alias")
 IMAGES_PER_DEVICE = 32  # sampled at once, as by --mode=sample
@@ -46,10 +47,16 @@ IMAGES_PER_DEVICE = 32  # sampled at once, as by --mode=sample
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A traced function, its model FLOPs, and those that it really carries out.
+  """A traced function and the work that it does.
 
-  `cache` are the sizes of the arrays of a KV cache on one device, in elements;
-  `dtype` is that of the arrays that are multiplied.
+  Attributes:
+    name: for the report.
+    lower: lowers the function.
+    model_flops: FLOPs that the model needs, without recomputation.
+    run_flops: FLOPs that the function carries out.
+    images: images in a batch, over all devices.
+    cache: sizes of a KV cache's arrays on one device, in elements.
+    dtype: the dtype of the arrays that are multiplied.
   """
 
   name: str
@@ -65,15 +72,15 @@ class Program:
 
 
 def _rows(tree: Any, count: int, mesh: Mesh) -> Any:
-  """Shapes of `count` rows like the first one of every array."""
-  place = sharding.rows(mesh)
+  """Returns shapes of `count` rows, each shaped like an array's first row."""
+  rows = sharding.rows(mesh)
   shape = lambda a: (count, *a.shape[1:])
-  one = lambda a: jax.ShapeDtypeStruct(shape(a), a.dtype, sharding=place)
-  return jax.tree.map(one, tree)
+  struct = lambda a: jax.ShapeDtypeStruct(shape(a), a.dtype, sharding=rows)
+  return jax.tree.map(struct, tree)
 
 
 def train_program(stage: Stage, mesh: Mesh) -> Program:
-  """The train step of `train.fit` on batches of tokens."""
+  """Traces the train step of `train.fit` on batches of tokens."""
   config = stage.train
   sharding.check_batch(mesh, config.batch_size, config.accumulate)
   model = weights.abstract(lambda rngs: build.tensorar(stage, rngs))
@@ -104,7 +111,7 @@ def train_program(stage: Stage, mesh: Mesh) -> Program:
 
 
 def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
-  """The program of `sampling.generate` for so many images."""
+  """Traces `sampling.generate` for `batch_size` images."""
   parts = sharding.row_parts(mesh)
   if batch_size % parts:
     raise ValueError(
@@ -133,9 +140,9 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
   spec = PartitionSpec(None, *sharding.HEADS, None, None)
   sizes = set()
   for array in jax.tree.leaves((cache.k, cache.v)):
-    place = NamedSharding(mesh, sharding.fit(spec, array.shape, mesh))
-    whole = math.prod(place.shard_shape(array.shape))
-    sizes |= {whole, whole // array.shape[0]}  # all layers, or one's own
+    split = NamedSharding(mesh, sharding.fit(spec, array.shape, mesh))
+    whole = math.prod(split.shard_shape(array.shape))
+    sizes |= {whole, whole // array.shape[0]}  # all layers, or a single one
   count = _flops(traced)
   return Program(
     name="sampler",
@@ -149,9 +156,9 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
 
 
 def _decoder(stage: Stage, mesh: Mesh) -> nnx.Module:
-  """A stage's model of shapes, with layers as `sampling.prepare` leaves them.
+  """Builds a stage's model of shapes, its layers as `sampling.prepare` does.
 
-  A CPU's weights are still to be transposed, and dtypes to be converted.
+  Unlike `prepare`, it neither transposes weights for a CPU nor converts dtypes.
   """
   single = sharding.platform_of(mesh.devices.flat[0]) == "gpu"
 
@@ -173,7 +180,7 @@ def _flops(traced: jax.stages.Traced) -> int:
 
 
 def measure(program: Program, target: targets.Target) -> dict:
-  """What the compiled program needs of each device, or why there is none."""
+  """Reports what a program needs on each device, or why it does not compile."""
   report = {
     **{"program": program.name, "images": program.images},
     "model_flops": program.model_flops,
@@ -217,7 +224,7 @@ def measure(program: Program, target: targets.Target) -> dict:
 
 
 def _roofline(report: Mapping, target: targets.Target) -> dict:
-  """The seconds that each resource is busy, their largest, and the MFU."""
+  """Returns the seconds each resource is busy, the longest, and the MFU."""
   chip = target.chip
   if chip is None:
     return {}
@@ -232,7 +239,7 @@ def _roofline(report: Mapping, target: targets.Target) -> dict:
 
 
 def table(report: Mapping) -> str:
-  """The report of a target in words."""
+  """Formats the report of a target for a console."""
   lines = [
     f"stage {report['stage']} on {report['target']}: {report['devices']}"
     f" devices, mesh {report['mesh']}"
@@ -244,7 +251,7 @@ def table(report: Mapping) -> str:
 
 
 def _words(one: Mapping, report: Mapping):
-  """(name, value) of every line on a program."""
+  """Yields the (name, value) lines about a program."""
   yield "fits", "yes" if one["fits"] else f"NO {one.get('reason', '')}"
   yield "model TFLOPs", f"{one['model_flops'] / 1e12:.4g}"
   yield "TFLOPs a device", f"{one['flops'] / 1e12:.4g}"
@@ -254,16 +261,17 @@ def _words(one: Mapping, report: Mapping):
   limit = report["hbm_bytes"]
   room = f" of {limit / 1e9:.2f}" if limit else ", no limit known"
   for name, value in one["memory"].items():
-    more = room if name == "peak" else ""
-    yield f"{name}, GB a device", f"{value / 1e9:.3f}{more}"
+    suffix = room if name == "peak" else ""
+    yield f"{name}, GB a device", f"{value / 1e9:.3f}{suffix}"
   yield "GB moved a device", f"{one['bytes'] / 1e9:.4g}"
   xla = [f"{name} {value:.4g}" for name, value in one["xla"].items()]
-  yield "XLA, each loop once", ", ".join(xla) or "says nothing"
+  yield "XLA, each loop once", ", ".join(xla) or "not reported"
   for row in one["collectives"]:
     sent = f"{row['count']} times, {row['bytes'] / 1e9:.3f} GB sent"
     yield f"{row['kind']} {row['dtype']}", sent
   if one["loops_of_unknown_length"]:
-    yield "taken once", f"{one['loops_of_unknown_length']}, length unknown"
+    loops = one["loops_of_unknown_length"]
+    yield "counted once", f"{loops}, length unknown"
   if "cache_copies" in one:
     yield "copies of the cache", f"{one['cache_copies']} in the loops"
   if "mfu" in one:
@@ -284,14 +292,15 @@ def report(
   """Compiles a stage's programs for a target, prints and returns the report.
 
   Args:
-    stages: of an experiment.
-    name: the stage; None is the last one that makes images.
-    target: of `targets.find`.
-    batch_size: images sampled at once; by default as --mode=sample does.
-    output: a JSON file for the report, which must not be there.
+    stages: the stages of an experiment.
+    name: the stage; None is the last one that generates images.
+    target: a target from `targets.find`.
+    batch_size: images sampled at once; by default as many as --mode=sample.
+    output: a JSON file for the report, which must not exist.
 
   Raises:
-    ValueError: a program does not fit; the report is out before.
+    ValueError: a program does not fit; the report is printed and written
+      first.
   """
   path = pathlib.Path(output) if output else None
   if path and path.exists():
@@ -305,7 +314,7 @@ def report(
     train_program(stage, mesh),
     sampler_program(stage, mesh, batch_size),
   )
-  found = {
+  results = {
     "stage": chosen,
     "target": target.name,
     "devices": devices,
@@ -316,14 +325,15 @@ def report(
     "programs": [measure(program, target) for program in programs],
     "assumptions": ASSUMPTIONS,
   }
-  print(table(found))
+  print(table(results))
   if path:
-    path.write_text(json.dumps(found, indent=2))
-  names = [one["program"] for one in found["programs"] if not one["fits"]]
+    path.write_text(json.dumps(results, indent=2))
+  names = [one["program"] for one in results["programs"] if not one["fits"]]
   if names:
     raise ValueError(
       f"{target.name}: {' and '.join(names)} of stage {chosen} do not fit into"
-      " a device; see above. Split more by config.mesh.fsdp or .tensor, set"
-      " config.train.remat and .accumulate, or take a smaller batch."
+      " a device; see above. Split the model further with config.mesh.fsdp or"
+      " .tensor, set config.train.remat and .accumulate, or use a smaller"
+      " batch."
     )
-  return found
+  return results

@@ -1,12 +1,12 @@
-"""What a compiled program does, read from its optimised HLO text.
+"""Counts the work of a compiled program from its optimised HLO text.
 
-XLA's own cost analysis takes the body of a loop once, and these programs are
-loops over layers and tokens. Here a computation counts as often as it runs:
+XLA's own cost analysis counts the body of a loop once, but these programs are
+loops over layers and tokens. Here each computation counts as often as it runs:
 
     runs(entry) = 1,  runs(body) = runs(caller) x trips of the loop
 
-The text is for people and differs between compilers; what is read of it is
-names, shapes, operands and the computations that an instruction calls.
+The text is meant for people and differs between compilers. Only names, shapes,
+operands and the computations that an instruction calls are read from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLLECTIVES = (
   "all-to-all",
   "collective-permute",
 )
-SLICES = ("dynamic-slice", "slice", "gather")  # read what they put out
+SLICES = ("dynamic-slice", "slice", "gather")  # read as much as they return
 VIEWS = ("bitcast", "reshape", "get-tuple-element", "copy-done", "tuple")
 MOVES_NOTHING = (
   *VIEWS,
@@ -45,16 +45,16 @@ _CALLS = re.compile(
   r"(calls|to_apply|body|branch_computations|true_computation"
   r"|false_computation)=(%?[\w.\-]+|\{[^}]*\})"
 )
-_ON_CHIP = re.compile(r"T\(.*S\(1\)")  # a TPU's tiles, in its vector memory
+_ON_CHIP = re.compile(r"T\(.*S\(1\)")  # a tiled layout in TPU vector memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """One array of a shape; a `pred` takes a byte."""
+  """One array in an instruction's result; a `pred` takes a byte."""
 
   dtype: str
   dims: tuple[int, ...]
-  in_memory: bool  # False: in a TPU's vector memory, which costs no traffic
+  in_memory: bool  # False: in TPU vector memory, which costs no traffic
 
   @property
   def size(self) -> int:
@@ -72,7 +72,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line: `name = arrays op(operands), rest`."""
+  """One line of the text: `name = arrays op(operands), rest`."""
 
   name: str
   op: str
@@ -82,22 +82,23 @@ class Instruction:
 
   @property
   def kind(self) -> str | None:
-    """Which of COLLECTIVES it is, or starts."""
+    """The one of COLLECTIVES that this is or starts; None for other ops."""
     op = self.op.removesuffix("-start")
     return op if op in COLLECTIVES else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The computations of a text by name, each with its last line its result."""
+  """The computations of a text by name; the last line of each is its result."""
 
   computations: dict[str, dict[str, Instruction]]
   entry: str
 
   def runs(self) -> tuple[dict[str, int], set[str]]:
-    """(how often each computation runs, loops whose length is not known).
+    """Returns (runs of each computation, loops of unknown length).
 
-    With what fusions hold; a loop of unknown length counts as one turn.
+    Computations inside fusions are included. A loop of unknown length counts
+    as one trip.
     """
     counts, unknown = collections.Counter(), set()
 
@@ -116,7 +117,7 @@ class Program:
     return dict(counts), unknown
 
   def called(self, instruction: Instruction) -> list[str]:
-    """What it runs; not the scalar function of a reduction, or a condition."""
+    """Lists the computations it runs, without reducers and loop conditions."""
     if instruction.op.endswith(("-done", "-update")):
       return []
     return [
@@ -127,7 +128,10 @@ class Program:
     ]
 
   def trips(self, loop: Instruction) -> int | None:
-    """Turns of a `while`: what the compiler says, or the bound it counts to."""
+    """Returns the trip count of a `while`, or None if it is not known.
+
+    The compiler states it, or the loop's condition holds a single bound.
+    """
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
       return int(known[1])
@@ -135,37 +139,39 @@ class Program:
     if condition is None:
       return None
     bounds = {
-      int(found[1])
+      int(number[1])
       for line in self.computations[condition[1]].values()
       if line.op == "constant" and line.arrays[0].dims == ()
-      if (found := re.match(r"(\d+)\)", line.rest))
+      if (number := re.match(r"(\d+)\)", line.rest))
     }
     return bounds.pop() if len(bounds) == 1 else None
 
 
 def parse(text: str) -> Program:
-  """The program of `compiled.as_text()`."""
+  """Parses the text of `compiled.as_text()`; ValueError if it is not HLO."""
   computations, entry, lines = {}, "", {}
   for line in text.splitlines():
     head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
     if head:
       lines = computations.setdefault(head[2], {})
       entry = head[2] if head[1] else entry
-    elif found := _LINE.match(line):
-      instruction = _instruction(*found.groups())
+    elif match := _LINE.match(line):
+      instruction = _instruction(match[1], match[2])
       if instruction:
         lines[instruction.name] = instruction
   if not entry:
-    raise ValueError(f"no ENTRY in a text of {len(text)} characters: no HLO.")
+    raise ValueError(
+      f"no ENTRY in a text of {len(text)} characters: expected HLO."
+    )
   return Program(computations, entry)
 
 
 def _instruction(name: str, text: str) -> Instruction | None:
   end = _closing(text, 0) if text[0] == "(" else text.find(" ")
-  found = re.match(r" ([\w\-]+)\(", text[end:])
-  if not found:
+  op = re.match(r" ([\w\-]+)\(", text[end:])
+  if not op:
     return None
-  start = end + found.end()
+  start = end + op.end()
   stop = _closing(text, start - 1) - 1
   arrays = tuple(
     Array(
@@ -176,18 +182,18 @@ def _instruction(name: str, text: str) -> Instruction | None:
     for dtype, dims, layout in _SHAPE.findall(text[:end])
   )
   operands = tuple(re.findall(r"%([\w.\-]+)", text[start:stop]))
-  numbered = found[1] in ("constant", "parameter")
+  numbered = op[1] in ("constant", "parameter")
   rest = text[start if numbered else stop :]
-  return Instruction(name, found[1], arrays, operands, rest)
+  return Instruction(name, op[1], arrays, operands, rest)
 
 
 def _closing(text: str, start: int) -> int:
-  """Behind the parenthesis that closes the one at `start`."""
+  """Returns the index after the parenthesis that closes the one at `start`."""
   depth = 0
-  for at in range(start, len(text)):
-    depth += {"(": 1, ")": -1}.get(text[at], 0)
+  for i in range(start, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[i], 0)
     if depth == 0:
-      return at + 1
+      return i + 1
   return len(text)
 
 
@@ -195,58 +201,59 @@ def _closing(text: str, start: int) -> int:
 
 
 def group_size(rest: str, devices: int) -> int:
-  """How many devices a collective joins, in the notations of replica groups."""
-  if found := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", rest):
-    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-    axes = re.findall(r"'([^']+)'", found[2])
+  """Reads how many devices a collective joins; `devices` if it does not say."""
+  if groups := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", rest):
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", groups[1]))
+    axes = re.findall(r"'([^']+)'", groups[2])
     return math.prod(int(sizes[axis]) for axis in axes)
-  if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-    return int(found[1])
-  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-    return len(found[1].split(","))
+  if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+    return int(groups[1])
+  if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+    return len(groups[1].split(","))
   return devices
 
 
 def sent(instruction: Instruction, devices: int) -> int:
-  """Bytes that one device sends for a collective, around a ring."""
+  """Returns the bytes that one device sends for a collective in a ring."""
   n = group_size(instruction.rest, devices)
   total = sum(a.bytes for a in instruction.arrays if a.dtype != "u32")
   if instruction.kind == "collective-permute":
     return total // 2 if instruction.op.endswith("-start") else total
-  if instruction.op == "all-gather-start":  # its operands stand there as well
+  if instruction.op == "all-gather-start":  # lists its operands as well
     total = total * n // (n + 1)
   shares = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1}
   return int(total * shares.get(instruction.kind or "", (n - 1) / n))
 
 
 def collectives(program: Program, devices: int) -> list[dict]:
-  """{kind, dtype, count, bytes} of each kind and type, on one device.
+  """Sums up the collectives as {kind, dtype, count, bytes} for one device.
 
-  `bytes` are what a device sends in a ring; loops count with their turns.
+  `bytes` is what the device sends in a ring, over all trips of loops.
   """
   runs, _ = program.runs()
   continued = _continued(program)
-  found = collections.defaultdict(lambda: [0, 0])
+  totals = collections.defaultdict(lambda: [0, 0])
   for name, times in runs.items():
     for instruction in program.computations[name].values():
       if not instruction.kind or name in continued:
         continue
       kind, total = instruction.kind, sent(instruction, devices)
-      if name.startswith("all-reduce-scatter"):  # a sum of which a part is kept
+      if name.startswith("all-reduce-scatter"):  # keeps a part of the sum
         kind, total = "reduce-scatter", total // 2
-      row = found[kind, instruction.arrays[0].dtype]
+      row = totals[kind, instruction.arrays[0].dtype]
       row[0] += times
       row[1] += times * total
   return [
     dict(kind=kind, dtype=dtype, count=count, bytes=total)
-    for (kind, dtype), (count, total) in sorted(found.items())
+    for (kind, dtype), (count, total) in sorted(totals.items())
   ]
 
 
 def _continued(program: Program) -> set[str]:
-  """Fusions that a TPU carries a collective on in, which another started.
+  """Returns the TPU fusions that continue a collective started elsewhere.
 
-  The text repeats it in each of them, also in loops that run meanwhile.
+  The text repeats the collective in each of them, and in loops that overlap
+  with it.
   """
   return {
     name
@@ -263,7 +270,7 @@ def _continued(program: Program) -> set[str]:
 
 
 def copies_in_loops(program: Program, sizes: set[int]) -> int:
-  """How many `copy` instructions of so many elements stand in loops."""
+  """Counts the `copy` instructions in loops whose size is one of `sizes`."""
   within, todo = (
     set(),
     [
@@ -288,10 +295,10 @@ def copies_in_loops(program: Program, sizes: set[int]) -> int:
 
 
 def bytes_moved(program: Program) -> int:
-  """Bytes that all instructions together read from memory and write to it.
+  """Returns the bytes that all instructions read from memory and write to it.
 
-  What a fusion holds moves nothing. Slices read, and updates in place write,
-  the part that they touch.
+  Instructions inside a fusion move nothing by themselves. Slices, and updates
+  in place, count only the part that they touch.
   """
   runs, _ = program.runs()
   fused = {
@@ -312,13 +319,13 @@ def bytes_moved(program: Program) -> int:
 def _moved(program, lines, line) -> int:
   if line.op in MOVES_NOTHING or line.op.endswith("-done"):
     return 0
-  if line.op == "async-start":  # what it calls is counted where it stands
+  if line.op == "async-start":  # the called computation is counted
     return 0
   if line.op == "fusion":
     inner = program.computations[program.called(line)[0]]
     read = sum(_read(program, inner, parameter) for parameter in inner.values())
     return read + _written(program, inner, list(inner.values())[-1])
-  if line.op.endswith("-start") and not line.kind:  # a copy, or of a slice
+  if line.op.endswith("-start") and not line.kind:  # copies an array or slice
     ends = line.arrays[:2]
     return min(a.bytes for a in ends) * sum(a.in_memory for a in ends)
   written = sum(array.moved for array in line.arrays)
@@ -331,14 +338,14 @@ def _moved(program, lines, line) -> int:
 
 
 def _update(lines, line) -> int:
-  """Bytes of what a dynamic-update-slice or a scatter puts in."""
-  at = 1 if line.op == "dynamic-update-slice" else -1
-  source = lines.get(line.operands[at])
+  """Returns the bytes that a dynamic-update-slice or a scatter puts in."""
+  index = 1 if line.op == "dynamic-update-slice" else -1
+  source = lines.get(line.operands[index])
   return sum(a.bytes for a in source.arrays) if source else 0
 
 
 def _users(lines, name) -> Iterator[tuple[Instruction, str]]:
-  """Who reads an instruction and as what, looking through views."""
+  """Yields (reader, the name it reads) of an instruction, through views."""
   for line in lines.values():
     if name in line.operands:
       if line.op in VIEWS:
@@ -348,7 +355,7 @@ def _users(lines, name) -> Iterator[tuple[Instruction, str]]:
 
 
 def _read(program, lines, parameter) -> int:
-  """Bytes of a fusion's parameter that the fusion reads."""
+  """Returns the bytes of its parameter that a fusion reads."""
   whole, total = sum(a.moved for a in parameter.arrays), 0
   if parameter.op != "parameter" or not whole:
     return 0
@@ -369,7 +376,7 @@ def _read(program, lines, parameter) -> int:
 
 
 def _written(program, lines, root) -> int:
-  """Bytes of a fusion's result that the fusion writes."""
+  """Returns the bytes of its result that a fusion writes."""
   if not any(array.in_memory for array in root.arrays):
     return 0
   if root.op in VIEWS:

@@ -1,8 +1,8 @@
-"""What the machine can do, measured: the yardsticks of every other figure.
+"""Measures the machine's limits, and the time and memory of a run.
 
-Two limits: how many FLOP/s a large matrix product reaches, and how many bytes/s
-a read of more memory than any cache holds. And what a run of a program takes:
-its seconds, what compiling it took, and how much memory it needed.
+There are two limits: the FLOP/s of a large matrix product, and the bytes/s of a
+read that is larger than any cache. Of a program it measures the seconds of a
+run, the compile time and the memory.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from tensorar_jax.parallel import chips
 MATMUL = {"cpu": 2048}  # rows of the square matrices; elsewhere MATMUL_LARGE
 MATMUL_LARGE = 8192
 READ_BYTES = 2**30  # more than the caches of a socket
-PARTS = 16  # of the memory to read: a core that is interrupted does fewer
-LIMIT_SECONDS = 0.4  # what a measurement of a limit takes, at least
+PARTS = 16  # parts of a read, so that an interrupted core can take fewer
+LIMIT_SECONDS = 0.4  # the least time to spend on measuring a limit
 RUN_SECONDS = 0.2  # shorter runs are timed several at a time
 _STATUS = pathlib.Path("/proc/self/status")
 
 
 def cores() -> int:
-  """The cores that this process may use."""
+  """Returns how many CPU cores this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def describe() -> dict[str, Any]:
-  """What the figures were measured on."""
+  """Describes the machine: processor, cores, devices, load average."""
   model, file = platform.processor(), pathlib.Path("/proc/cpuinfo")
   if file.exists():
     lines = file.read_text().splitlines()
@@ -54,13 +54,15 @@ def describe() -> dict[str, Any]:
 
 
 class Limits:
-  """Measures the limits of one device, again and again."""
+  """Measures the limits of one device."""
 
   def __init__(self, dtype: str, once: bool = False):
-    """`dtype` is that of the matrices; products are summed in float32.
+    """Allocates the arrays and compiles the programs.
 
-    `once` measures the first time and then says the same: for a device that
-    nobody else uses, in minutes that are few.
+    Args:
+      dtype: dtype of the matrices; products are summed in float32.
+      once: measure on the first call only and then repeat the result. This
+        saves time on a device that runs nothing else.
     """
     self._once, self._known = once, None
     on_cpu = jax.default_backend() == "cpu"
@@ -70,8 +72,8 @@ class Limits:
       lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.float32)
     )
     shape = (PARTS, READ_BYTES // 4 // PARTS)
-    # NumPy's inner product in a thread for each core reads faster than XLA's
-    # reductions do on a CPU, and the limit is the fastest read there is.
+    # On a CPU, NumPy's inner product in one thread per core reads faster than
+    # XLA's reductions. The limit should be the fastest possible read.
     self._memory = np.ones(shape, np.float32) if on_cpu else jnp.ones(shape)
     self._sum = jax.jit(jnp.sum)
     self._threads = futures.ThreadPoolExecutor(cores()) if on_cpu else None
@@ -88,20 +90,20 @@ class Limits:
       self._sum(self._memory).block_until_ready()
 
   def measure(self) -> dict[str, float]:
-    """{"flops": FLOP/s of a product, "read": bytes/s}, the best of a few."""
+    """Returns {"flops": FLOP/s, "read": bytes/s}, the best of a few runs."""
     if self._known:
       return self._known
     flops = 2 * self._rows**3 / _best(self._multiply)
     read = self._memory.nbytes / _best(self._read)
-    found = {"flops": flops, "read": read}
+    limits = {"flops": flops, "read": read}
     if self._once:
-      self._known = found
+      self._known = limits
       del self._matrix, self._memory
-    return found
+    return limits
 
 
 def _best(run: Callable[[], object]) -> float:
-  """The shortest of at least three runs, in seconds."""
+  """Returns the time of the shortest of at least three runs, in seconds."""
   times: list[float] = []
   while len(times) < 3 or sum(times) < LIMIT_SECONDS:
     times.append(seconds(run))
@@ -109,7 +111,7 @@ def _best(run: Callable[[], object]) -> float:
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
-  """How long a run takes, on average over so many."""
+  """Returns the mean seconds of a run over `repeats` runs."""
   started = time.perf_counter()
   for _ in range(repeats):
     run()
@@ -117,13 +119,13 @@ def seconds(run: Callable[[], object], repeats: int = 1) -> float:
 
 
 def repeats(run_seconds: float) -> int:
-  """How many runs to time at once, for the clock and its noise."""
+  """Returns how many runs to time together, so that clock noise is small."""
   return max(1, round(RUN_SECONDS / max(run_seconds, 1e-5)))
 
 
 @contextlib.contextmanager
 def compile_clock() -> Iterator[Callable[[], float]]:
-  """A function that says how long JAX has traced and compiled, in seconds."""
+  """Yields a function that returns the seconds JAX has spent compiling."""
   spent: list[float] = []
 
   def listen(event: str, duration_secs: float, **_):
@@ -141,7 +143,7 @@ def compile_clock() -> Iterator[Callable[[], float]]:
 
 
 def _status(key: str) -> int | None:
-  """Bytes of a line of this process's status; None where there is none."""
+  """Returns a size in /proc/self/status in bytes; None if it is not there."""
   if not _STATUS.exists():
     return None
   lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
@@ -149,15 +151,16 @@ def _status(key: str) -> int | None:
 
 
 def resident() -> int | None:
-  """Bytes of memory that this process holds."""
+  """Returns the memory that this process holds, in bytes; None if unknown."""
   return _status("VmRSS")
 
 
 def watched(run: Callable[[], object], count: int) -> dict[str, float | None]:
-  """{"seconds", "extra_bytes"} of so many runs; seconds are their mean.
+  """Times `count` runs; returns {"seconds", "extra_bytes"}.
 
-  The bytes are what the process holds at its peak beyond what it held before;
-  None where the system cannot forget an earlier peak.
+  "seconds" is the mean of the runs. "extra_bytes" is the process's peak memory
+  minus what it held before, or None where the system cannot reset an earlier
+  peak.
   """
   before = None
   with contextlib.suppress(OSError):
@@ -172,16 +175,17 @@ def watched(run: Callable[[], object], count: int) -> dict[str, float | None]:
 
 
 def device_peak() -> int | None:
-  """The most bytes that a device has held so far, where the backend says."""
+  """Returns the devices' peak memory in bytes; None if it is not reported."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
   return max(peaks, default=None)
 
 
 def peak_flops(dtype: str, devices: int) -> float | None:
-  """FLOP/s of so many devices by their data sheet, if there is one.
+  """Returns the FLOP/s of `devices` chips by the data sheet.
 
-  Of products as JAX makes them now of arrays of `dtype`.
+  The peak is for products of arrays of `dtype` at JAX's current precision. It
+  is None for a chip that is not in `chips.CHIPS`.
   """
   chip = chips.of(jax.devices()[0])
   products = chips.products_of(dtype, jax.default_backend())

@@ -1,16 +1,18 @@
-"""The peer of a benchmark: what a user of PyTorch would run instead.
+"""The benchmark's peer: what a PyTorch user would run instead.
 
-Hugging Face's `LlamaForCausalLM` of the backbone's sizes on random weights, as
-it comes (`eager`), by `torch.compile` (`compile`), and on GPUs by that in CUDA
-graphs (`graphs`, its mode "reduce-overhead"). It decodes one token a step with
-a static KV cache, guided as [cond | null] rows of one batch, and draws with the
-same settings, which is compiled too; it trains by AdamW on the cross-entropy.
-Weights and cache are in the config's dtype, products of float32 as --precision
-says; training in bfloat16 is autocast over float32 weights, as here.
+The peer is Hugging Face's `LlamaForCausalLM` at the backbone's sizes, with
+random weights. It runs unchanged (`eager`), with `torch.compile` (`compile`),
+and on GPUs with CUDA graphs as well (`graphs`, the mode "reduce-overhead"). It
+decodes one token a step with a static KV cache, guided with [cond | null] rows
+in one batch, and samples with the same settings; sampling is compiled too. It
+trains with AdamW on the cross-entropy. Weights and cache have the config's
+dtype, and products of float32 follow --precision. Training in bfloat16 uses
+autocast over float32 weights, as here.
 
-The peer lives in a process of its own, `python -m tensorar_jax.peer_torch`,
-that runs what it is told on one line of JSON and answers on another. So neither
-framework's threads, allocator or crashes reach the other.
+The peer has a process of its own, started with
+`python -m tensorar_jax.performance.peer_torch`, which reads requests and writes
+answers, each as one line of JSON. So the threads, allocator and crashes of one
+framework do not affect the other.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ PACKAGES = ("torch", "transformers")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """A LLaMA over image tokens, `prefix` rows of condition before them."""
+  """The sizes of a LLaMA over image tokens, after `prefix` condition rows."""
 
   width: int
   num_layers: int
@@ -53,13 +55,13 @@ class Sizes:
 
 
 def sizes_of(backbone: Any, cond: Mapping) -> Sizes:
-  """The sizes of a backbone, if it is a LLaMA with one token a step."""
+  """Returns a backbone's sizes; ValueError if it is no one-token LLaMA."""
   block = getattr(backbone.config, "block", None)
   if not isinstance(block, layers.BlockConfig) or len(backbone.vocab_sizes) > 1:
     raise ValueError(
       f"--peer=torch: the blocks of {type(backbone).__module__} with"
       f" vocabularies {backbone.vocab_sizes} are not those of a LLaMA with one"
-      " token a step, so there is no peer of its sizes. Leave --peer out."
+      " token a step, so there is no peer for it. Leave --peer out."
     )
   _, cache = jax.eval_shape(backbone.prefill, cond)
   return Sizes(
@@ -76,7 +78,7 @@ def sizes_of(backbone: Any, cond: Mapping) -> Sizes:
 
 
 def check_installed() -> None:
-  """ValueError unless the peer's packages are there."""
+  """Raises ValueError unless the peer's packages are installed."""
   missing = [p for p in PACKAGES if importlib.util.find_spec(p) is None]
   if missing:
     raise ValueError(
@@ -84,11 +86,11 @@ def check_installed() -> None:
     )
 
 
-# --- this side ---------------------------------------------------------------
+# --- the benchmark's side ----------------------------------------------------
 
 
 class Peer:
-  """The process of the peer; close it."""
+  """The process of the peer; call `close` when done."""
 
   def __init__(self, sizes: Sizes, config: SamplingConfig):
     check_installed()
@@ -123,14 +125,17 @@ class Peer:
     except BrokenPipeError:
       line = ""
     if not line:
-      raise RuntimeError(f"the peer has ended: {self._process.wait()}")
+      raise RuntimeError(f"the peer has ended with code {self._process.wait()}")
     answer = json.loads(line)
     if "error" in answer:
       raise RuntimeError(answer["error"])
     return answer
 
   def case(self, work: Work, mode: str) -> Case:
-    """The same work in one of MODES; RuntimeError when it cannot be run."""
+    """Returns `work` as a case in one of MODES.
+
+    Running the case raises RuntimeError if the peer cannot do the work.
+    """
     size = dict(kind=work.kind, batch=work.batch, mode=mode)
     return Case(
       work,
@@ -140,7 +145,7 @@ class Peer:
     )
 
   def close(self) -> None:
-    """Ends the process."""
+    """Ends the peer's process."""
     self._requests.close()
     try:
       self._process.wait(timeout=30)
@@ -153,7 +158,7 @@ class Peer:
 
 
 class Llama:
-  """The models that one process of the peer runs."""
+  """The models that the peer's process runs."""
 
   def __init__(self, sizes: Sizes, options: Mapping, device: str):
     import torch
@@ -172,14 +177,14 @@ class Llama:
       tie_word_embeddings=False,
       use_cache=False,
     )
-    torch.zeros((), device=device)  # an error where there is no such device
+    torch.zeros((), device=device)  # raises if there is no such device
     torch.manual_seed(0)
-    # Its decorator hides the arguments of `to`.
+    # A decorator in transformers hides the arguments of `to`.
     self.make = lambda: transformers.LlamaForCausalLM(config).to(device)  # pyright: ignore[reportArgumentType]
     self._decoder = None
 
   def decoder(self, batch: int, mode: str):
-    """A function that generates `batch` guided images."""
+    """Returns a function that generates `batch` guided images."""
     import torch
     import transformers
 
@@ -191,7 +196,7 @@ class Llama:
     prefix = torch.randn(
       (rows, sizes.prefix, sizes.width), dtype=self.dtype, device=self.device
     )
-    # One cache for all images: a CUDA graph knows its arrays by their address.
+    # All runs share one cache: a CUDA graph knows its arrays by address.
     cache = transformers.StaticCache(model.config, max_cache_len=length)
     state = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
 
@@ -212,14 +217,14 @@ class Llama:
         if graphs:
           torch.compiler.cudagraph_mark_step_begin()
         new = advance(tokens[-1])
-        # The next replay of a graph writes its result to the same place.
+        # The next replay of a graph overwrites this result.
         tokens.append(new.clone() if graphs else new)
       return torch.cat(tokens, dim=1).cpu()
 
     return generate
 
   def trainer(self, batch: int, mode: str):
-    """A function that makes one training step, and waits for it."""
+    """Returns a function that makes one training step and waits for it."""
     import torch
 
     sizes, model = self.sizes, self.make().train()
@@ -251,7 +256,7 @@ class Llama:
 
 
 def compiled(function, mode: str):
-  """`function` in one of MODES."""
+  """Returns `function`, compiled as one of MODES says."""
   import torch
 
   if mode == "eager":
@@ -261,7 +266,7 @@ def compiled(function, mode: str):
 
 
 def draw(logits, options: Mapping):
-  """Tokens [B, 1] from [cond | null] logits [2B, V]."""
+  """Draws tokens [B, 1] from [cond | null] logits [2B, V]."""
   import torch
 
   cond, null = logits.float().chunk(2)
@@ -278,14 +283,14 @@ def draw(logits, options: Mapping):
     before[:, 0] = 0
     ranked = ranked.masked_fill(before > options["top_p"], -torch.inf)
     logits = torch.empty_like(logits).scatter(-1, order, ranked)
-  # What `torch.multinomial` does, but without a look at the result by the host.
+  # As `torch.multinomial` draws, but without a wait for the result on the host.
   weights = logits.softmax(dim=-1)
   race = torch.empty_like(weights).exponential_()
   return (weights / race).argmax(dim=-1, keepdim=True)
 
 
 def serve(requests, answers) -> None:
-  """Answers each line of `requests` until there are no more."""
+  """Answers each line of `requests` until the input ends."""
   import torch
   import transformers
 
@@ -305,28 +310,29 @@ def serve(requests, answers) -> None:
       run = runs[json.dumps(request["run"])]
       return machine.watched(run, request["count"])
     if llama is None:
-      raise ValueError("sizes have to come first")
+      raise ValueError("the first request must have `sizes`")
     size = request["prepare"]
     make = llama.decoder if size["kind"] == "decode" else llama.trainer
     run = make(size["batch"], size["mode"])
     runs[json.dumps(size)] = run
-    found = {"seconds": machine.seconds(run)}
+    first_run = {"seconds": machine.seconds(run)}
     if llama.device == "cuda":
-      found["device_bytes"] = torch.cuda.max_memory_allocated()
+      first_run["device_bytes"] = torch.cuda.max_memory_allocated()
       torch.cuda.reset_peak_memory_stats()
-    return found
+    return first_run
 
   for line in requests:
     try:
       result = answer(json.loads(line))
-    # Whatever the compiler of a machine stumbles over belongs into the table.
+    # Any failure, a compiler's included, becomes a line of the table.
     except Exception as error:
       result = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     print(json.dumps(result), file=answers, flush=True)
 
 
 def main() -> None:
-  # Libraries and compilers print to standard output; the answers go elsewhere.
+  # Libraries and compilers print to standard output. Keep it for the answers
+  # and send all other output to standard error.
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
   serve(sys.stdin, answers)

@@ -1,7 +1,7 @@
-"""Devices to compile for, by name: those that are here, or a data sheet's.
+"""Devices to compile for, by name: local ones, or chips from a data sheet.
 
-XLA's compilers know TPU slices by name, and GPUs by a description. They come
-with packages of their own, those of the extra `compile`.
+XLA's compilers know TPU slices by name, and GPUs by a description. The
+compilers come in separate packages, which the extra `compile` installs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from tensorar_jax.parallel import chips
 
 GPUS_OF_A_HOST = 8
-# What the compiler asks of a GPU: NVIDIA's tuning guides and data sheets.
+# What the compiler needs to know, from NVIDIA's tuning guides and data sheets.
 GPUS = {
   "a100": dict(major=8, cores=108, shared=164, l2=40, clock=1.41),
   "h100": dict(major=9, cores=132, shared=228, l2=50, clock=1.98),
@@ -29,7 +29,7 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """Devices, there or not, and their chip; None has no limits known."""
+  """Devices, present or not, and their chip; None if its limits are unknown."""
 
   name: str
   devices: Sequence
@@ -37,15 +37,15 @@ class Target:
 
 
 def stay_off_devices(target: str) -> None:
-  """Keeps JAX from looking for accelerators; before anything asks for one."""
+  """Keeps JAX from looking for accelerators; call it before JAX starts one."""
   if target != "here":
     jax.config.update("jax_platforms", "cpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no host to ask about
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # and no device to share
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU host to query
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is in use
 
 
 def find(name: str) -> Target:
-  """The target of v5e:4x4, h100:8, or `here`; ValueError if there is none."""
+  """Returns a target such as v5e:4x4, h100:8 or `here`; or ValueError."""
   if name == "here":
     return Target(name, jax.devices(), chips.of(jax.devices()[0]))
   kind, _, size = name.partition(":")
@@ -61,16 +61,16 @@ def find(name: str) -> Target:
     devices = topology(name, kind, size).devices
   except (RuntimeError, ValueError, NotImplementedError) as error:
     reason = str(error).splitlines()[0]
-    raise ValueError(f"--target={name} cannot be had: {reason}") from error
+    raise ValueError(f"--target={name} is not available: {reason}") from error
   return Target(name, devices, chips.CHIPS[kind])
 
 
 def _need(module: str, target: str) -> None:
   try:
-    found = importlib.util.find_spec(module)
-  except ModuleNotFoundError:  # of the package around it
-    found = None
-  if not found:
+    spec = importlib.util.find_spec(module)
+  except ModuleNotFoundError:  # the parent package is missing
+    spec = None
+  if not spec:
     raise ValueError(
       f"{target} needs the compiler of that hardware, {module}: pip install"
       " 'tensorar_jax[compile]'"
@@ -79,7 +79,7 @@ def _need(module: str, target: str) -> None:
 
 def _tpus(name, kind, size):
   _need("libtpu", name)
-  # Both cores of a v4 chip are one device, as its runtime has them.
+  # The runtime presents both cores of a v4 chip as one device.
   options = {"chip_config_name": "megacore"} if kind == "v4" else {}
   return topologies.get_topology_desc(
     platform="tpu", topology_name=name, **options
@@ -100,7 +100,7 @@ def _gpus(name, kind, size):
 
 
 def _gpu_description(kind: str) -> str:
-  """A GpuTargetConfigProto in text."""
+  """Returns a GpuTargetConfigProto in text format."""
   chip, gpu = chips.CHIPS[kind], GPUS[kind]
   fields = dict(
     threads_per_block_limit=1024,

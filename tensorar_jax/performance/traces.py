@@ -1,6 +1,6 @@
-"""What the time of a run goes into: its kernels, from a profiler's trace.
+"""Sums up a profiler's trace: which kernels take the time of a run.
 
-A trace of one decoding run is some 10 MB; what is wanted of it is a table.
+A trace of one decoding run has about 10 MB; only a table of it is kept.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 
-TOP = 25  # kernels that are named
+TOP = 25  # how many kernels to list
 
 
 def of_run(run: Callable[[], Any]) -> dict[str, Any]:
-  """Runs once under the profiler; see `of_folder`."""
+  """Calls `run` once under the profiler; returns what `of_folder` does."""
   options = jax.profiler.ProfileOptions()
-  options.python_tracer_level = 0  # the host's calls are not asked for
+  options.python_tracer_level = 0  # leave out Python calls
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder, profiler_options=options):
       run()
@@ -27,37 +27,39 @@ def of_run(run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def of_folder(folder: pathlib.Path) -> dict[str, Any]:
-  """What the devices did, of a folder that `jax.profiler.trace` has written.
+  """Sums up the kernels in a folder that `jax.profiler.trace` has written.
 
-  {"busy_seconds", "span_seconds", "launches", "kernels"}: time in which a
-  kernel ran, from the first one's start to the last one's end, how many ran,
-  and {"name", "count", "seconds"} of those that took most, longest first. On a
-  CPU kernels are XLA's calls, and its threads add up.
+  Returns:
+    {"busy_seconds", "span_seconds", "launches", "kernels"}: the total time of
+    the kernels, the time from the first one's start to the last one's end, how
+    many ran, and {"name", "count", "seconds"} of those that took the most time,
+    longest first. On a CPU, kernels are XLA's calls, and the times of its
+    threads add up.
   """
   seconds: collections.Counter = collections.Counter()
   count: collections.Counter = collections.Counter()
   first, last, busy = float("inf"), 0.0, 0.0
   for line in _lines(folder):
     for event in line.events:
-      name, took = event.name, event.duration_ns / 1e9
-      seconds[name] += took
+      name, duration = event.name, event.duration_ns / 1e9
+      seconds[name] += duration
       count[name] += 1
-      busy += took
+      busy += duration
       first = min(first, event.start_ns / 1e9)
-      last = max(last, event.start_ns / 1e9 + took)
+      last = max(last, event.start_ns / 1e9 + duration)
   return {
     "busy_seconds": busy,
     "span_seconds": max(0.0, last - first),
     "launches": sum(count.values()),
     "kernels": [
-      {"name": name[:120], "count": count[name], "seconds": took}
-      for name, took in seconds.most_common(TOP)
+      {"name": name[:120], "count": count[name], "seconds": total}
+      for name, total in seconds.most_common(TOP)
     ],
   }
 
 
 def _lines(folder: pathlib.Path):
-  """The lines of a trace on which kernels are: a GPU's streams, say."""
+  """Yields the lines of a trace that hold kernels."""
   for path in sorted(folder.rglob("*.xplane.pb")):
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     devices = [p for p in planes if p.name.startswith("/device:")]

@@ -1,14 +1,15 @@
-"""What a benchmark runs: generation, the tokenizer's decoder, training steps.
+"""The benchmark's cases: generation, the tokenizer's decoder, training steps.
 
-Every case is the program of a user, on fresh random weights, and comes with the
-work that one run of it has to do, whatever the program does:
+Every case runs the same program as a user would, on fresh random weights. It
+comes with the work that one run needs at least, however it is programmed:
 
     decoding    bytes = steps x (weights that a step reads, in its dtype)
                 FLOPs = steps x (products of a step on [cond | null] rows)
     tokenizer   FLOPs of the products and convolutions of its decoder
     training    FLOPs of the loss and its gradient; see `flops`
 
-Embedding tables are not read whole, and key/value rows are not counted.
+Embedding tables, of which a step reads only a few rows, and key/value rows are
+not counted.
 """
 
 from __future__ import annotations
@@ -35,22 +36,23 @@ from tensorar_jax.performance import machine
 from tensorar_jax.training import loop, train_step
 
 OURS = "tensorar_jax"
-GUIDANCE = 2.0  # where a config has none; the scale is an input, not the work
+GUIDANCE = 2.0  # for configs without guidance; its value does not change speed
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """One run of a case.
+  """The work of one run of a case.
 
   Attributes:
     kind: "decode", "tokenizer" or "train".
-    batch: images.
-    window, depth: of TensorAR; window 1 is the base model.
+    batch: batch size, in images.
+    window: TensorAR's window size; 1 is the base model.
+    depth: TensorAR's depth.
     guided: whether every image is decoded twice, with and without condition.
-    tokens: of one image.
+    tokens: tokens in an image.
     flops: FLOPs of the matrix products of one run.
-    bytes: the weights that have to be read, all steps together; 0 if the
-      reading of weights is not what bounds it.
+    bytes: bytes of weights that all steps together must read; 0 for work that
+      is not bound by reading weights.
   """
 
   kind: str
@@ -64,7 +66,7 @@ class Work:
 
   @property
   def name(self) -> str:
-    """As in `decode 2x8 k=4 depth 1`: 2 x 8 rows are 8 guided images."""
+    """A name such as `decode 2x8 k=4 depth 1`; 2x8 means 8 guided images."""
     rows = f"{2 if self.guided else 1}x{self.batch}"
     if self.kind == "tokenizer":
       return f"tokenizer {self.batch}"
@@ -76,11 +78,15 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Work for a program.
+  """Work and the program that does it.
 
-  `warm_up()` runs it for the first time and says {"seconds"}, and where it is
-  known also {"compile_seconds"}, which are not among them. `time(repeats)` is
-  {"seconds", "extra_bytes"} of so many more runs; see `machine.watched`.
+  Attributes:
+    work: the work of one run.
+    program: the program's name.
+    warm_up: runs it for the first time and returns {"seconds"}; where compile
+      time is known, "compile_seconds" is separate from these.
+    time: runs it a given number of times; {"seconds", "extra_bytes"} as in
+      `machine.watched`.
   """
 
   work: Work
@@ -90,7 +96,7 @@ class Case:
 
 
 def _case(work: Work, run: Callable[[], object]) -> Case:
-  """A case of this process; `run` returns when all is computed."""
+  """Makes a case of this process; `run` must wait for its results."""
 
   def warm_up():
     with machine.compile_clock() as spent:
@@ -102,7 +108,7 @@ def _case(work: Work, run: Callable[[], object]) -> Case:
 
 
 class Workloads:
-  """The cases of one stage, on this process's devices by the stage's mesh."""
+  """Builds the cases of one stage, on this process's devices in its mesh."""
 
   def __init__(self, stage: Stage, workdir: pathlib.Path):
     self.stage = dataclasses.replace(stage, init=None)
@@ -113,17 +119,18 @@ class Workloads:
     self._models: dict[tuple[int, int], TensorAR] = {}
 
   def _with(self, window: int, depth: int) -> Stage:
-    own = self.stage.tensorar
-    own = dataclasses.replace(own, window=window, depth=depth)
-    return dataclasses.replace(self.stage, tensorar=own)
+    options = dataclasses.replace(
+      self.stage.tensorar, window=window, depth=depth
+    )
+    return dataclasses.replace(self.stage, tensorar=options)
 
   def _initial_model(self, stage: Stage) -> TensorAR:
     model = initial_weights.initial_model(stage, self.workdir, self.mesh)
-    assert isinstance(model, TensorAR)  # by the stage's objective
+    assert isinstance(model, TensorAR)  # the stage's objective is TensorAR
     return model
 
   def model(self, window: int, depth: int) -> TensorAR:
-    """The wrapped model; all share the backbone's weights."""
+    """Returns the wrapped model; all of them share the backbone's weights."""
     if (window, depth) not in self._models:
       options = dataclasses.asdict(self._with(window, depth).tensorar)
       rngs = nnx.Rngs(self.stage.seed)
@@ -132,7 +139,7 @@ class Workloads:
     return self._models[window, depth]
 
   def rows(self, batch: int) -> Cond:
-    """A random condition of so many rows, all of full length."""
+    """Draws a random condition of `batch` rows, all of full length."""
     parts = sharding.row_parts(self.mesh)
     if batch % parts:
       raise ValueError(
@@ -140,24 +147,24 @@ class Workloads:
         f" multiple of {parts}. Change --batches, --train_batch or config.mesh."
       )
     rng, rows = np.random.default_rng(0), {}
-    for name, one in self.conditioning.example().items():
-      shape = (batch, *one.shape[1:])
-      if one.dtype == bool:
-        rows[name] = np.broadcast_to(one, shape)
-      elif np.issubdtype(one.dtype, np.integer):  # the example has the highest
-        rows[name] = rng.integers(one.max() + 1, size=shape, dtype=one.dtype)
+    for name, row in self.conditioning.example().items():
+      shape = (batch, *row.shape[1:])
+      if row.dtype == bool:
+        rows[name] = np.broadcast_to(row, shape)
+      elif np.issubdtype(row.dtype, np.integer):  # the example is the maximum
+        rows[name] = rng.integers(row.max() + 1, size=shape, dtype=row.dtype)
       else:
-        rows[name] = rng.standard_normal(shape, one.dtype)
+        rows[name] = rng.standard_normal(shape, row.dtype)
     return rows
 
   def tokens(self, batch: int, model: TensorAR) -> Int32[np.ndarray, "B T F"]:
-    """Random tokens: the gradients of an embedding then go to many rows."""
+    """Draws random tokens, so that embedding gradients reach many rows."""
     rng, shape = np.random.default_rng(0), (batch, model.num_tokens)
     drawn = [rng.integers(size, size=shape) for size in model.vocab_sizes]
     return np.stack(drawn, axis=-1).astype(np.int32)
 
   def decode(self, batch: int, window: int, depth: int, guided: bool) -> Case:
-    """The generation of a batch: prefill and all steps, one program."""
+    """Makes a case that generates a batch: prefill and steps in one program."""
     model = self.model(window, depth)
     prepared = sampling.prepare(model, self.mesh)
     config = self.stage.sampling
@@ -177,12 +184,20 @@ class Workloads:
 
     count, read = step_work(model, cond, guided)
     copies = self.mesh.size // self.mesh.shape["tensor"]
-    size = (model.num_tokens, model.num_tokens * count)
-    read *= model.num_tokens * copies
-    return _case(Work("decode", batch, window, depth, guided, *size, read), run)
+    work = Work(
+      kind="decode",
+      batch=batch,
+      window=window,
+      depth=depth,
+      guided=guided,
+      tokens=model.num_tokens,
+      flops=model.num_tokens * count,
+      bytes=model.num_tokens * copies * read,
+    )
+    return _case(work, run)
 
   def tokenizer(self, batch: int) -> Case:
-    """Tokens to images, bytes on the host."""
+    """Makes a case that decodes tokens to images, as bytes on the host."""
     if not hasattr(self, "_tokenizer"):
       rngs = nnx.Rngs(self.stage.seed)
       fresh = build.component(self.stage.tokenizer, rngs)
@@ -199,33 +214,33 @@ class Workloads:
     return _case(work, lambda: batches.decode(tokenizer, tokens))
 
   def train(self, batch: int, window: int, depth: int) -> Case:
-    """A training step of the stage, its dropout, noise and optimiser included.
+    """Makes a case of a training step, with dropout, noise and optimiser.
 
-    Only one such step may still have to be compiled; see `make_train_step`.
+    Compile one such step before building the next.
     """
     stage, mesh = self._with(window, depth), self.mesh
-    # Its own weights: the step gives them away.
+    # The step donates its weights, so it needs a model of its own.
     model = self._initial_model(stage)
     task = loop.make_task(stage, self.workdir, model, images=False)
-    tx, like = loop.make_layout(stage, model, mesh)
-    averaged = like.ema is not None
+    tx, layout = loop.make_layout(stage, model, mesh)
+    averaged = layout.ema is not None
     _, state = train_step.init_state(model, tx, stage.seed, averaged, mesh)
-    step, count = loop.make_step(stage, model, task, tx, like)
-    batch_ = {"tokens": self.tokens(batch, model), "cond": self.rows(batch)}
-    batch_ = jax.device_put(batch_, sharding.rows(mesh))
+    step, count = loop.make_step(stage, model, task, tx, layout)
+    inputs = {"tokens": self.tokens(batch, model), "cond": self.rows(batch)}
+    inputs = jax.device_put(inputs, sharding.rows(mesh))
     work = Work(
       kind="train",
       batch=batch,
       window=window,
       depth=depth,
       tokens=model.num_tokens,
-      flops=count(state, task.context, batch_),
+      flops=count(state, task.context, inputs),
     )
 
     def run():
       nonlocal state
       with jax.set_mesh(mesh):
-        state, _ = step(state, task.context, batch_)
+        state, _ = step(state, task.context, inputs)
       jax.block_until_ready(state)
 
     return _case(work, run)
@@ -237,7 +252,7 @@ def _token_shape(tokenizer) -> tuple[int, int]:
 
 
 def step_work(model: TensorAR, cond: dict, guided: bool) -> tuple[int, int]:
-  """(FLOPs, bytes of weights) of one decoding step with these conditions."""
+  """Returns (FLOPs, bytes of weights) of one decoding step for `cond`."""
   graphdef, state = nnx.split(model)
   batch, k = jax.tree.leaves(cond)[0].shape[0], model.window
   both = lambda a: jnp.concatenate([a, a]) if guided else a
