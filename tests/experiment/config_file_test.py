@@ -59,6 +59,7 @@ def test_a_folder_of_the_users_comes_first_for_its_own_files(
 def test_an_imported_package_of_that_name_is_left_alone(monkeypatch):
   other = types.ModuleType("configs")
   monkeypatch.setitem(sys.modules, "configs", other)
+  monkeypatch.delitem(sys.modules, "configs.rar_b", raising=False)
   config_file.load("rar_l")
   assert sys.modules["configs"] is other
   assert "configs.rar_b" not in sys.modules
