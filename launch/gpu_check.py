@@ -227,12 +227,10 @@ class Bench:
     self._peer: tuple[str, Any] | None = None
 
   def loads(self, model: str, precision: str):
-    """Returns a model's workloads; also sets JAX's precision."""
+    """Returns a model's workloads."""
     from tensorar_jax.experiment.stages import with_precision
-    from tensorar_jax.parallel import chips
     from tensorar_jax.performance import workloads
 
-    chips.set_precision(precision)
     if (model, precision) not in self._loads:
       made = with_precision(stages(self.options.tiny), precision)
       self._loads[model, precision] = workloads.Workloads(
@@ -297,6 +295,8 @@ def measure(group: Group, bench: Bench, results: Results, seconds: float):
 
 def run_groups(options: Options, results: Results, end: float) -> None:
   """Measures the groups of a part until the time is up."""
+  from tensorar_jax.parallel import chips
+
   done, bench = results.done(), Bench(options)
   try:
     for group in groups(options.part, options.tiny):
@@ -304,7 +304,7 @@ def run_groups(options: Options, results: Results, end: float) -> None:
       if group.name in done or seconds < 0:
         continue
       logging.info("%s: %.0f s left", group.name, seconds)
-      with noted(results, group.name):
+      with noted(results, group.name), chips.precision(group.precision):
         measure(group, bench, results, seconds)
   finally:
     bench.close()
@@ -336,7 +336,10 @@ class noted:
 
 
 def compare_tokens(results: Results, folder: pathlib.Path) -> None:
-  """Samples digits here and on the CPU; the tokens must be equal."""
+  """Samples digits here and on the CPU; the tokens must be equal.
+
+  Products must be those of `chips.precision("float32")`.
+  """
   import jax
   import numpy as np
 
@@ -346,9 +349,8 @@ def compare_tokens(results: Results, folder: pathlib.Path) -> None:
   from tensorar_jax.method import sampling
   from tensorar_jax.method.sampling_config import SamplingConfig
   from tensorar_jax.method.tensorar import TensorAR
-  from tensorar_jax.parallel import chips, sharding
+  from tensorar_jax.parallel import sharding
 
-  chips.set_precision("float32")
   made = with_precision(parse.parse(digits.get_config()).stages, "float32")
   conditioning = build.conditioning(made["tensorar"].conditioning)
   cond = conditioning.encode(np.arange(10))
@@ -547,7 +549,9 @@ def main(argv: list[str]) -> None:
   if options.part == "summary":
     print(gpu_report.write(folder))
   elif options.part == "tokens":
-    with noted(results, "tokens"):
+    from tensorar_jax.parallel import chips
+
+    with noted(results, "tokens"), chips.precision("float32"):
       compare_tokens(results, folder)
   elif options.part == "correctness":
     check_correctness(results, folder, end, options.tiny)

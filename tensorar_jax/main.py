@@ -76,11 +76,11 @@ def carry_out(command: parser.Command, values) -> None:
       " import, tokenize, or evaluate with --reference. Run the other modes in"
       " one process."
     )
-  chips.set_precision(getattr(options, "precision", None))
-  if values is None:
-    return mode.carry_out(options, None, None)
-  experiment = config.check(values, options)
-  mode.carry_out(options, experiment, config.workdir(options, values))
+  with chips.precision(getattr(options, "precision", None)):
+    if values is None:
+      return mode.carry_out(options, None, None)
+    experiment = config.check(values, options)
+    mode.carry_out(options, experiment, config.workdir(options, values))
 
 
 def start(argv: list[str]) -> list[str]:

@@ -22,7 +22,9 @@ must agree in the last digits need --precision=float32.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -104,13 +106,24 @@ def of(device: Any) -> Chip | None:
   return CHIPS.get(KINDS.get(device.device_kind, ""))
 
 
-def set_precision(name: str | None) -> None:
-  """Sets the precision of JAX's products to --precision=`name`.
+@contextlib.contextmanager
+def precision(name: str | None) -> Iterator[None]:
+  """Makes --precision=`name` the precision of JAX's products inside a block.
 
   None changes nothing. `experiment.stages` sets the models' dtype to match.
+  It holds for all threads, unlike `jax.default_matmul_precision`: the demo's
+  server and the readers of data have threads of their own.
   """
-  if name is not None:
-    jax.config.update("jax_default_matmul_precision", PRECISIONS[name])
+  if name is None:
+    yield
+    return
+  setting = "jax_default_matmul_precision"
+  before = jax.config.values[setting]
+  jax.config.update(setting, PRECISIONS[name])
+  try:
+    yield
+  finally:
+    jax.config.update(setting, before)
 
 
 def products_of(dtype: str, platform: str) -> str:

@@ -7,11 +7,13 @@ from tensorar_jax.parallel import chips
 
 
 @pytest.fixture
-def setting():
-  """Sets the precision, and undoes it."""
-  before = jax.config.jax_default_matmul_precision
-  yield chips.set_precision
-  jax.config.update("jax_default_matmul_precision", before)
+def no_setting():
+  """JAX as it is without a setting; on a GPU, the tests have one."""
+  setting = "jax_default_matmul_precision"
+  before = jax.config.values[setting]
+  jax.config.update(setting, None)
+  yield
+  jax.config.update(setting, before)
 
 
 @pytest.mark.parametrize(
@@ -28,13 +30,21 @@ def setting():
   ],
 )
 def test_one_setting_decides_what_products_of_float32_are(
-  setting, precision, platform, products
+  no_setting, precision, platform, products
 ):
-  setting(None)
-  jax.config.update("jax_default_matmul_precision", None)
-  setting(precision)
-  assert chips.products_of("float32", platform) == products
-  assert chips.products_of("bfloat16", platform) == "bfloat16"
+  with chips.precision(precision):
+    assert chips.products_of("float32", platform) == products
+    assert chips.products_of("bfloat16", platform) == "bfloat16"
+
+
+def test_the_setting_ends_with_its_block():
+  """A command's precision is not that of the next one in the process."""
+  setting = "jax_default_matmul_precision"
+  before = jax.config.values[setting]
+  with pytest.raises(ZeroDivisionError), chips.precision("float32"):
+    assert jax.config.values[setting] == "highest"
+    raise ZeroDivisionError
+  assert jax.config.values[setting] == before
 
 
 def test_each_kind_of_product_has_its_peak():
@@ -46,7 +56,8 @@ def test_each_kind_of_product_has_its_peak():
   assert tpu.peak("float32") == pytest.approx(197e12 / 6)
 
 
-def test_the_setting_reaches_the_program(setting):
-  setting("float32")
-  program = jax.jit(lambda a: a @ a).lower(jax.ShapeDtypeStruct((3, 3), "f4"))
+def test_the_setting_reaches_the_program():
+  shape = jax.ShapeDtypeStruct((3, 3), "f4")
+  with chips.precision("float32"):
+    program = jax.jit(lambda a: a @ a).lower(shape)
   assert "HIGHEST" in program.as_text()

@@ -114,16 +114,6 @@ def test_waiting_is_what_no_step_covers(
   assert ("too slow" in "".join(log)) == (waited > 0)
 
 
-@pytest.fixture
-def default_precision():
-  """Products as without --precision, which other tests' commands may set."""
-  before = jax.config.values["jax_default_matmul_precision"]
-  jax.config.update("jax_default_matmul_precision", None)
-  yield
-  jax.config.update("jax_default_matmul_precision", before)
-
-
-@pytest.mark.usefixtures("default_precision")
 @pytest.mark.parametrize(
   "dtype, peak", [("float32", 494.5e12), ("bfloat16", 989e12)]
 )
