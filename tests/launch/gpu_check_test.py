@@ -40,6 +40,13 @@ def test_the_first_groups_are_worth_most():
   assert names.index("peer 128 bfloat16") < names.index("train B 128")
 
 
+def test_the_parity_tests_are_where_the_check_looks_for_them():
+  tests = gpu_check.PARITY_TESTS
+  assert [path for path in tests if not (ROOT / path).exists()] == []
+  # Those that no GPU has passed come before the folder of all families.
+  assert tests.index("tests/backbones") == len(tests) - 1
+
+
 def test_what_is_measured_is_kept_and_not_measured_again(
   tiny, tmp_path, monkeypatch
 ):
