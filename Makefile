@@ -30,7 +30,7 @@ test-all: $(VENV)/installed-test
 CORE_TESTS := tests/method tests/nn tests/training tests/experiment \
   tests/contract tests/backbones/janus_test.py tests/e2e/story_test.py
 test-core: $(VENV)/installed-core
-	$(PYTEST) $(CORE_TESTS)
+	$(PYTEST) -m "not slow and not torch" $(CORE_TESTS)
 
 test-newest: BIN := .venv-newest/bin
 test-newest:
