@@ -22,8 +22,8 @@ def test_tensorboard_has_what_is_logged_and_what_it_took(tmp_path):
   folder = str(tmp_path / "base" / "tensorboard")
   events = event_accumulator.EventAccumulator(folder).Reload()
   found = {
-    name: [(e.step, e.tensor_proto.float_val[0]) for e in events.Tensors(name)]
-    for name in events.Tags()["tensors"]
+    name: [(event.step, event.value) for event in events.Scalars(name)]
+    for name in events.Tags()["scalars"]
   }
   assert found == {
     "loss": [(10, 1.5), (20, 0.5)],
