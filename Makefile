@@ -4,7 +4,7 @@
 # make test-core  runs those that need no package beside the core
 # make test-newest  runs the tests with the newest packages that are allowed
 # make test-install  builds the wheel and tries it outside of the clone
-# make lint   ruff, basedpyright and shellcheck
+# make lint   ruff, basedpyright, shellcheck and hadolint
 # make docs   renders the API reference into docs/api
 # make soak   kills a training run 20 times; it must not show in the results
 # make address TO=me/tensorar_jax  sets where the repository is, everywhere
@@ -53,6 +53,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck -x launch/*.sh notebooks/*.sh .ci/*
+	$(BIN)/hadolint launch/Dockerfile
 
 # pdoc is the lightest renderer of Markdown docstrings: no theme, no site to
 # configure, and signatures show their jaxtyping shapes. Each module is named,
