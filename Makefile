@@ -1,7 +1,7 @@
 # make demo   trains, samples and compares on handwritten digits
 # make test   runs the tests
 # make test-all  runs all tests, the slow notebooks too
-# make test-core  runs those that need no package beside the core
+# make test-core  runs half of them, which need neither torch nor TensorFlow
 # make test-newest  runs the tests with the newest packages that are allowed
 # make test-install  builds the wheel and tries it outside of the clone
 # make lint   ruff, basedpyright, shellcheck and hadolint
@@ -28,7 +28,7 @@ test-all: $(VENV)/installed-test
 
 # Reading PyTorch's files takes torch, which for Python 3.12 has gigabytes.
 CORE_TESTS := tests/method tests/nn tests/training tests/experiment \
-  tests/contract tests/backbones/janus_test.py tests/e2e/story_test.py
+  tests/contract tests/e2e/story_test.py
 test-core: $(VENV)/installed-core
 	$(PYTEST) -m "not slow and not torch" $(CORE_TESTS)
 
@@ -75,7 +75,7 @@ $(VENV)/installed-test: requirements-test.txt $(VENV)/installed
 	touch $@
 
 $(VENV)/installed-core: requirements-test.txt $(VENV)/installed
-	$(PIP) -c requirements-test.txt pytest pytest-xdist beartype
+	$(PIP) -c requirements-test.txt pytest pytest-xdist beartype tensorboard
 	touch $@
 
 $(VENV)/installed-docs: requirements-test.txt $(VENV)/installed
