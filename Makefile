@@ -1,10 +1,10 @@
 # make demo   trains, samples and compares on handwritten digits
 # make test   runs the tests
 # make test-all  runs all tests, the slow notebooks too
-# make test-core  runs those that need no package beside the core
+# make test-core  runs half of them, which need neither torch nor TensorFlow
 # make test-newest  runs the tests with the newest packages that are allowed
 # make test-install  builds the wheel and tries it outside of the clone
-# make lint   ruff, basedpyright and shellcheck
+# make lint   ruff, basedpyright, shellcheck and hadolint
 # make docs   renders the API reference into docs/api
 # make soak   kills a training run 20 times; it must not show in the results
 # make address TO=me/tensorar_jax  sets where the repository is, everywhere
@@ -28,9 +28,9 @@ test-all: $(VENV)/installed-test
 
 # Reading PyTorch's files takes torch, which for Python 3.12 has gigabytes.
 CORE_TESTS := tests/method tests/nn tests/training tests/experiment \
-  tests/contract tests/backbones/janus_test.py tests/e2e/story_test.py
+  tests/contract tests/e2e/story_test.py
 test-core: $(VENV)/installed-core
-	$(PYTEST) $(CORE_TESTS)
+	$(PYTEST) -m "not slow and not torch" $(CORE_TESTS)
 
 test-newest: BIN := .venv-newest/bin
 test-newest:
@@ -53,6 +53,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck -x launch/*.sh notebooks/*.sh .ci/*
+	$(BIN)/hadolint launch/Dockerfile
 
 # pdoc is the lightest renderer of Markdown docstrings: no theme, no site to
 # configure, and signatures show their jaxtyping shapes. Each module is named,
@@ -74,7 +75,7 @@ $(VENV)/installed-test: requirements-test.txt $(VENV)/installed
 	touch $@
 
 $(VENV)/installed-core: requirements-test.txt $(VENV)/installed
-	$(PIP) -c requirements-test.txt pytest pytest-xdist beartype
+	$(PIP) -c requirements-test.txt pytest pytest-xdist beartype tensorboard
 	touch $@
 
 $(VENV)/installed-docs: requirements-test.txt $(VENV)/installed

@@ -10,7 +10,7 @@
 #
 #   --accelerator=gpu|tpu  which file of launch/k8s/ is filled in
 #   --name=NAME            of the JobSet: small letters, digits and -, up to 40
-#   --image=IMAGE          its working directory is this project, see below
+#   --image=IMAGE          of launch/Dockerfile: its target gpu or tpu
 #   --claim=CLAIM          a PersistentVolumeClaim that many pods may write to;
 #                          it is /mnt/shared: --workdir and the data go there
 #   --hosts=N              (1) of a TPU slice: all of its hosts
@@ -20,8 +20,8 @@
 #
 # The cluster has JobSet (jobset.x-k8s.io/v1alpha2 with failure rules, 0.6 or
 # later); kubectl points to it and to the namespace.
-# launch/Dockerfile is the image: a user without rights, uid 1000, to whom CLAIM
-# must be writable.
+# The images run as a user without rights, uid 1000, to whom CLAIM must be
+# writable; their working directory is this project.
 #
 # An evicted or preempted pod saves and ends with 75: all start again, as often
 # as that happens. Other failures are tried three times. After that, or to give

@@ -32,7 +32,6 @@ FLOORS = (
 FAMILIES_MAY_IMPORT = {"conditioning", "nn", "parallel", "interfaces"}
 HEAVY = {
   "gradio": {"demo.page"},
-  "tensorboard": {"training.logs"},
   "tensorflow": {"data.sources.tfds"},
   "tensorflow_datasets": {"data.sources.tfds"},
   "torch": {

@@ -135,4 +135,4 @@ def test_templates_are_forms():
 def test_the_type_marker_is_packaged():
   assert (ROOT / "tensorar_jax" / "py.typed").exists()
   data = PROJECT["tool"]["setuptools"]["package-data"]
-  assert data == {"tensorar_jax": ["py.typed"]}
+  assert "py.typed" in data["tensorar_jax"]

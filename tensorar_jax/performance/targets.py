@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import pathlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,6 +20,11 @@ from jax.experimental import topologies
 from tensorar_jax.parallel import chips
 
 GPUS_OF_A_HOST = 8
+# JAX's plugins, each with the package that has ptxas and libdevice for it.
+COMPILERS = {
+  "jax_cuda13_plugin": "nvidia.cu13",
+  "jax_cuda12_plugin": "nvidia.cuda_nvcc",
+}
 # What the compiler needs to know, from NVIDIA's tuning guides and data sheets.
 GPUS = {
   "a100": dict(major=8, cores=108, shared=164, l2=40, clock=1.41),
@@ -65,20 +71,25 @@ def find(name: str) -> Target:
   return Target(name, devices, chips.CHIPS[kind])
 
 
-def _need(module: str, target: str) -> None:
+def _folders(module: str) -> list[str]:
+  """Returns where a package is installed; nowhere if it is not."""
   try:
     spec = importlib.util.find_spec(module)
   except ModuleNotFoundError:  # the parent package is missing
     spec = None
-  if not spec:
-    raise ValueError(
-      f"{target} needs the compiler of that hardware, {module}: pip install"
-      " 'tensorar_jax[compile]'"
-    )
+  return [*(spec.submodule_search_locations or ())] if spec else []
+
+
+def _missing(module: str, target: str) -> ValueError:
+  return ValueError(
+    f"{target} needs the compiler of that hardware, {module}: pip install"
+    " 'tensorar_jax[compile]'"
+  )
 
 
 def _tpus(name, kind, size):
-  _need("libtpu", name)
+  if not _folders("libtpu"):
+    raise _missing("libtpu", name)
   # The runtime presents both cores of a v4 chip as one device.
   options = {"chip_config_name": "megacore"} if kind == "v4" else {}
   return topologies.get_topology_desc(
@@ -87,9 +98,14 @@ def _tpus(name, kind, size):
 
 
 def _gpus(name, kind, size):
-  _need("jax_cuda12_plugin", name)
-  if not shutil.which("ptxas"):
-    _need("nvidia.cuda_nvcc", name)
+  plugin = next(filter(_folders, COMPILERS), None)
+  if plugin is None:
+    raise _missing(" or ".join(COMPILERS), name)
+  compiler = COMPILERS[plugin]
+  # PyTorch has other parts of CUDA 13 in the same folder.
+  places = [pathlib.Path(folder, "bin/ptxas") for folder in _folders(compiler)]
+  if not shutil.which("ptxas") and not any(p.exists() for p in places):
+    raise _missing(compiler, name)
   count = int(size)
   hosts = max(1, count // GPUS_OF_A_HOST)
   return topologies.get_topology_desc(

@@ -1,8 +1,4 @@
-"""Where numbers go while training: console, TensorBoard, and `log.jsonl`.
-
-TensorBoard's own writer is imported when the first stage starts: where
-TensorFlow is installed, it comes with it and takes seconds.
-"""
+"""Where numbers go while training: console, TensorBoard, and `log.jsonl`."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ import numpy as np
 from absl import logging
 
 from tensorar_jax.checkpoints import files
+from tensorar_jax.training import event_file
 
 
 def log_to_console() -> None:
@@ -70,11 +67,9 @@ class TrainLog:
   """
 
   def __init__(self, folder: pathlib.Path, num_steps: int):
-    from tensorboard import summary
-
     self._path = folder / "log.jsonl"
     self._stage, self._num_steps = folder.name, num_steps
-    self._writer = summary.Writer(str(folder / "tensorboard"))
+    self._events = event_file.EventFile(folder / "tensorboard")
 
   def resume(self, step: int) -> None:
     """Removes the rows after `step`, which will be computed again."""
@@ -95,14 +90,12 @@ class TrainLog:
       for name, value in {**speeds, "eta_seconds": eta}.items()
     }
     row = {**scalars, **speeds}
-    for name, value in row.items():
-      self._writer.add_scalar(name, value, step)
-    self._writer.flush()
+    self._events.write(step, row)
     logging.info("%s", console_line(self._stage, step, self._num_steps, row))
 
   def close(self) -> None:
     """Closes the files."""
-    self._writer.close()
+    self._events.close()
 
 
 class NoLog:

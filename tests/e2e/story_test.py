@@ -94,6 +94,7 @@ def test_sampling_writes_pictures(finished):
   assert {"000000.png", "000005.png", "grid.png", "refinement.png"} <= names
 
 
+@pytest.mark.torch  # the page reads a file that PyTorch wrote
 def test_the_python_of_the_page_runs(finished, parity, monkeypatch):
   """With a tiny checkpoint and tokenizer of the published layout."""
   case = parity / "llamagen" / "gpt_c2i"

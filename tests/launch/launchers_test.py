@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import jax
 import pytest
@@ -17,8 +18,11 @@ import yaml
 from tensorar_jax.parallel import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 SCRIPTS = sorted((ROOT / "launch").rglob("*.sh"))
 RUN = ["configs/digits.py", "--mode=train", "--workdir=a b"]
+TRICKY = '--config.x={"a": "$(HOME)\\"}'
 CLUSTER = re.compile("SLURM|OMPI|TPU|JAX|CUDA|XLA|NCCL|PYTHON$")
 
 # Stands for the interpreter: says what it was given and waits for SIGTERM.
@@ -141,7 +145,7 @@ def manifest(accelerator, *options) -> dict:
       *options,
       "--dry-run",
       *RUN,
-      '--config.x={"a": "$(HOME)\\"}',
+      TRICKY,
     )
   )
 
@@ -186,6 +190,79 @@ def test_k8s_dry_run(accelerator):
       "--process_id=$(JOB_COMPLETION_INDEX)",
     ]
     assert main["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+def test_xpk_dry_run():
+  options = "--name=run-b", "--cluster=pods", "--tpu=v5litepod-16"
+  options += "--image=place/image:tpu", "--zone=z", "--dry-run"
+  words = shlex.split(launch("xpk.sh", *options, *RUN, TRICKY))
+  assert words[:3] == ["xpk", "workload", "create"]
+  given = dict(word[2:].split("=", 1) for word in words[3:])
+  assert given["docker-image"] == "place/image:tpu"
+  assert given["tpu-type"] == "v5litepod-16" and given["zone"] == "z"
+  assert given["restart-on-exit-codes"] == "75"
+  # Kubernetes makes $$( a $( again, and then a shell reads the line.
+  line = given["command"].replace("$$(", "$(")
+  assert shlex.split(line)[3:] == [
+    "exec",
+    "launch/local.sh",
+    RUN[0],
+    "--coordinator=auto",
+    *RUN[1:],
+    TRICKY,
+  ]
+
+
+def test_sky_dry_run(tmp_path):
+  options = "--name=run-b", "--volume=disk", "--gpus=A100:4", "--nodes=2"
+  text = launch("sky.sh", *options, "--dry-run", *RUN, TRICKY)
+  task = yaml.safe_load(text)
+  assert (task["name"], task["num_nodes"]) == ("run-b", 2)
+  assert task["resources"]["accelerators"] == "A100:4"
+  assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+  assert task["volumes"] == {"/mnt/shared": "disk"}
+  assert "-e '.[cuda13]'" in task["setup"]
+  shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
+  for name in ("setup", "run"):
+    # SC2016: what the user wrote is not to be expanded.
+    check = [shellcheck, "--shell=bash", "--exclude=SC2016", "-"]
+    subprocess.run(check, input=task[name], text=True, check=True)
+  # What the second of the nodes starts.
+  node = environment(
+    SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
+    SKYPILOT_NUM_NODES="2",
+    SKYPILOT_NODE_RANK="1",
+    PYTHON=write_program(tmp_path / "python", '#!/bin/sh\nprintf "%s\\n" "$@"'),
+  )
+  done = subprocess.run(
+    ["bash", "-c", task["run"]], cwd=ROOT, env=node, capture_output=True
+  )
+  assert done.stdout.decode().splitlines()[2:] == [
+    f"--config={RUN[0]}",
+    "--coordinator=10.0.0.1:1234",
+    "--num_processes=2",
+    "--process_id=1",
+    *RUN[1:],
+    TRICKY,
+  ]
+
+
+def test_the_images_are_for_gpus_and_tpus_and_have_no_rights():
+  text = (ROOT / "launch" / "Dockerfile").read_text()
+  stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.M)
+  assert dict((name, base) for base, name in stages[-2:]) == {
+    "tpu": "runtime",
+    "gpu": "runtime",
+  }
+  runtime = text.split("AS runtime\n")[1]
+  assert "USER 1000\n" in runtime and "USER root" not in text
+  (base,) = re.findall(r"^ARG BASE=(\S+)", text, re.M)
+  assert re.fullmatch(r"python:3\.12\.\d+-slim-\w+", base)
+  for extra in re.findall(r"/app\[([^]]+)\]|ARG CUDA=(\w+)", text):
+    for name in filter(None, ",".join(extra).split(",")):
+      assert name == "${CUDA}" or name in EXTRAS, name
+  for launcher in ("k8s.sh", "xpk.sh"):
+    assert "launch/Dockerfile" in (ROOT / "launch" / launcher).read_text()
 
 
 # --- local.sh with several processes -----------------------------------------

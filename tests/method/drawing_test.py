@@ -96,14 +96,19 @@ def carried(config):
 
   def visit(jaxpr):
     for equation in jaxpr.eqns:
+      inner = list(core.jaxprs_in_params(equation.params))
       if equation.primitive.name == "scan":
-        scans.append(equation.params)
-      for inner in core.jaxprs_in_params(equation.params):
-        visit(inner)
+        scans.append((equation, *inner))
+      for jaxpr in inner:
+        visit(jaxpr)
 
   visit(traced.jaxpr.jaxpr)
-  lengths = [p for p in scans if p["length"] == 8]  # one turn a token
-  return max(p["num_carry"] for p in lengths)
+  # What is carried leaves the scan as it leaves a turn; the rest is stacked.
+  return max(
+    sum(out.aval == each.aval for out, each in zip(scan.outvars, turn.outvars))
+    for scan, turn in scans
+    if scan.params["length"] == 8  # one turn a token
+  )
 
 
 def test_earlier_looks_are_carried_only_for_a_rule_that_asks():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from tensorar_jax.backbones import llamagen
@@ -35,7 +35,8 @@ def with_own_derivative(x, w):
 
 
 def sharded(x, w):
-  mesh = AbstractMesh((3, 2), ("rows", "others"))
+  auto = (AxisType.Auto,) * 2  # the default until JAX 0.11
+  mesh = AbstractMesh((3, 2), ("rows", "others"), axis_types=auto)
   return jax.shard_map(
     jnp.matmul,
     mesh=mesh,

@@ -123,6 +123,52 @@ def test_a_missing_compiler_says_what_to_install(name, monkeypatch):
     targets.find(name)
 
 
+@pytest.mark.parametrize(
+  "there, missing",
+  [
+    (["jax_cuda12_plugin", "nvidia.cuda_nvcc"], None),
+    (["jax_cuda13_plugin", "nvidia.cu13"], None),
+    (["jax_cuda12_plugin", "nvidia.cu13"], "nvidia.cuda_nvcc"),
+    (["jax_cuda13_plugin"], "nvidia.cu13"),
+    (["nvidia.cu13"], "jax_cuda13_plugin or jax_cuda12_plugin"),
+  ],
+)
+def test_gpus_take_the_plugin_that_is_there(
+  there, missing, monkeypatch, tmp_path
+):
+  """With stand-ins for the packages of CUDA 12 and 13."""
+  (tmp_path / "bin").mkdir()
+  (tmp_path / "bin" / "ptxas").touch()
+  found = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name: found if name in there else None
+  )
+  monkeypatch.setattr(targets.shutil, "which", lambda name: None)
+  asked = []
+
+  def describe(**options):
+    asked.append(options)
+    return types.SimpleNamespace(devices=HERE)
+
+  monkeypatch.setattr(targets.topologies, "get_topology_desc", describe)
+  if missing:
+    with pytest.raises(ValueError, match=f"hardware, {missing}: pip install"):
+      targets.find("h100:16")
+  else:
+    assert targets.find("h100:16").devices == HERE
+    (options,) = asked
+    assert (options["platform"], options["topology"]) == ("cuda", "1x2x8")
+
+
+def test_cuda_without_its_compiler_is_not_enough(monkeypatch, tmp_path):
+  """PyTorch of CUDA 13 brings nvidia.cu13 without ptxas."""
+  found = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+  monkeypatch.setattr(targets.shutil, "which", lambda name: None)
+  with pytest.raises(ValueError, match="hardware, nvidia.cu13: pip install"):
+    targets.find("h100:1")
+
+
 def test_the_command_ends_in_one_line(monkeypatch):
   monkeypatch.setattr(logs, "log_to_console", lambda: None)
   words = ["--config=configs/digits.py", "--mode=compile", "--target=x:1"]
