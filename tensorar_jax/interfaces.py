@@ -52,14 +52,17 @@ class Cache:
     k: keys, one array `[L, B, N, S, H]` or a tuple of L arrays `[B, N, S, H]`
       (N key/value heads, S rows).
     v: values, as the keys.
-    end: int32 [], the next row to be written.
+    end: int32 [B], the next row of each image to be written.
     context: the backbone's own, for later rows: a padding mask, a class, ...
+    is_aligned: whether all images are at the same row, so that one write
+      serves them all.
   """
 
   k: Any
   v: Any
   end: Any
   context: Any = None
+  is_aligned: bool = struct.field(pytree_node=False, default=True)
 
 
 @struct.dataclass
@@ -71,11 +74,15 @@ class Samples:
     drafts: `drafts[:, n, j]` is the token drawn at step n for position n + j.
     logits: for each sub-token the guided logits before temperature, if they
       were asked for.
+    steps: the step of the backbone that committed each token, from 0 for the
+      prefix. The window decoder takes one step for each token, the parallel
+      decoder fewer.
   """
 
   tokens: Int[Array, "B T F"]
   drafts: Int[Array, "B T k F"]
   logits: tuple[Float[Array, "B T k _"], ...] | None = None
+  steps: Int[Array, "B T"] | None = None
 
 
 @runtime_checkable
@@ -89,6 +96,7 @@ class Backbone(Protocol):
   """
 
   num_tokens: int
+  grid: tuple[int, int]  # rows and columns of the image's tokens
   width: int
   dtype: str
   num_heads: int
@@ -113,14 +121,24 @@ class Backbone(Protocol):
     """Hidden states; row t predicts token t. `rng` switches dropout on."""
     ...
 
-  def prefill(self, cond: Cond) -> tuple[Float[Array, "B D"], Cache]:
-    """The hidden state that predicts token 0, and the cache of the prefix."""
+  def prefill(
+    self, cond: Cond, spare: int = 0
+  ) -> tuple[Float[Array, "B D"], Cache]:
+    """The hidden state that predicts token 0, and the cache of the prefix.
+
+    The cache has room for `spare` more rows than the sequence has.
+    """
     ...
 
   def decode(
-    self, x: Float[Array, "B D"], cache: Cache
-  ) -> tuple[Float[Array, "B D"], Cache]:
-    """Runs one more row; `prefill` and T - 1 decodes equal `__call__`."""
+    self, x: Float[Array, "B M D"], cache: Cache
+  ) -> tuple[Float[Array, "B M D"], Cache]:
+    """Runs M more rows, written from `cache.end`; each sees those before it.
+
+    `prefill` and decodes of T - 1 rows, one by one or several at once, equal
+    `__call__`. Rows that were written before and are not before `cache.end` are
+    never seen: with a smaller `end` they are written again.
+    """
     ...
 
   def logits(

@@ -21,8 +21,8 @@ def cached(model, cond, x):
   first, cache = model.prefill(cond)
 
   def step(cache, row):
-    hidden, cache = model.decode(row, cache)
-    return cache, hidden
+    hidden, cache = model.decode(row[:, None], cache)
+    return cache, hidden[:, 0]
 
   _, rest = jax.lax.scan(step, cache, x.swapaxes(0, 1))
   return jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], axis=1)

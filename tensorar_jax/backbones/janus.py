@@ -217,7 +217,7 @@ class Model(transformer.CausalTransformer):
 
   def _rotary_table(self, padding, rows) -> Float[Array, "#B 1 M p 2"]:
     half = self.head_dim // 2
-    positions = rows[None]
+    positions = rows
     if padding is not None:  # the rows of padding itself see nothing
       positions = jnp.maximum(rows - padding.sum(axis=1)[:, None], 0)
     # In float32, as the models were trained.

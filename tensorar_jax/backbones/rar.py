@@ -15,6 +15,7 @@ with shift, scale and gate linear in c.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.core
@@ -265,7 +266,8 @@ class Model(transformer.CausalTransformer):
     """Adds both position tables; blocks read the signal of their norms.
 
     `rows` are numbers in the sequence [cls, class, tokens]; the entry of a
-    token in either table is the prefix plus its raster index.
+    token in either table is the prefix plus its raster index. Rows after the
+    last one count as the last.
     """
     order = cond.get("order")
     order = jnp.arange(self.num_tokens)[None] if order is None else order
@@ -273,12 +275,13 @@ class Model(transformer.CausalTransformer):
     prefix = jnp.broadcast_to(prefix, (len(order), self.prefix))
     entries = jnp.concatenate([prefix, self.prefix + order], axis=1)  # [b, P+T]
     last = entries.shape[1] - 1
-    here = self.position_table[...][0, entries[:, rows]]
-    next_entries = entries[:, jnp.minimum(rows + 1, last)]
-    target = self.target_table[...][0, next_entries]
+    rows = jnp.minimum(rows, last)
+    entry_of = functools.partial(jnp.take_along_axis, entries, axis=1)
+    here = self.position_table[...][0, entry_of(rows)]
+    target = self.target_table[...][0, entry_of(jnp.minimum(rows + 1, last))]
     # Only rows whose next row is a token predict one.
     predicts = (rows >= self.prefix - 1) & (rows < last)
-    target = jnp.where(predicts[:, None], target, 0)
+    target = jnp.where(predicts[..., None], target, 0)
     x = x + here.astype(x.dtype) + target.astype(x.dtype)
     return x, self._signal(cond, rows)
 
@@ -286,7 +289,7 @@ class Model(transformer.CausalTransformer):
     """Returns what the adaptive norms of these rows read, [B, M, D]."""
     label = self.token_embed(self.condition_ids(cond))[:, None]
     # The row's number, not the raster index of its token.
-    step = self.step_table[...][:, rows]
+    step = self.step_table[...][0, rows]
     return jax.nn.silu(label + step.astype(label.dtype))
 
   def apply_final_norm(self, x, signal):

@@ -48,22 +48,22 @@ class Mask:
 
 
 def causal_mask(
-  rows: Int[Array, "M"],
+  rows: Int[Array, "*#B M"],
   length: int,
   is_padding: Bool[Array | np.ndarray, "B P"] | None,
 ) -> Mask:
-  """Lets row `rows[m]` of a sequence see keys 0 .. rows[m], but for padding.
+  """Lets row `rows[b, m]` of a sequence see keys 0 .. rows[b, m], but padding.
 
-  The rows are consecutive; `length` of them are the whole sequence.
+  The rows of an image are consecutive; `length` of them are all of it.
   """
   keys = jnp.arange(length)
-  visible = keys <= rows[:, None]
+  visible = keys <= rows[..., None]
   if is_padding is not None:
     prefix = is_padding.shape[1]
     hidden = jnp.pad(is_padding, ((0, 0), (0, length - prefix)))
     # Padding sees itself, as nothing to see would mean everything.
-    visible = visible & ~hidden[:, None] | (keys == rows[:, None])
-  return Mask(visible, is_padding, is_whole=len(rows) == length)
+    visible = visible & ~hidden[:, None] | (keys == rows[..., None])
+  return Mask(visible, is_padding, is_whole=rows.shape[-1] == length)
 
 
 def dropout(x: Array, rate: float | Array, rng: Key | None) -> Array:

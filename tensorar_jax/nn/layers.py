@@ -75,7 +75,7 @@ def rotary_table_2d(
 
 
 def rotate_interleaved(
-  x: Float[Array, "B N M H"], table: Float[Array, "M p 2"]
+  x: Float[Array, "B N M H"], table: Float[Array, "#B 1 M p 2"]
 ) -> Float[Array, "B N M H"]:
   """Rotates the pairs (2p, 2p + 1) of each head by the table's angles."""
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
@@ -106,28 +106,35 @@ class LayerCache:
   v: Array
   end: Array
   layer: Array | None = None
+  is_aligned: bool = struct.field(pytree_node=False, default=True)
 
   def append(self, k: Array, v: Array) -> tuple[LayerCache, Array, Array]:
     """Writes rows `end..`; returns the cache and all its keys and values."""
-    if self.layer is None:
-      start = (0, 0, self.end, 0)
-      write = jax.lax.dynamic_update_slice
-      new = dataclasses.replace(
-        self, k=write(self.k, k, start), v=write(self.v, v, start)
-      )
-      return new, new.k, new.v
-    start = (self.layer, 0, 0, self.end, 0)
     new = dataclasses.replace(
-      self,
-      k=jax.lax.dynamic_update_slice(self.k, k[None], start),
-      v=jax.lax.dynamic_update_slice(self.v, v[None], start),
+      self, k=self._write(self.k, k), v=self._write(self.v, v)
     )
+    if self.layer is None:
+      return new, new.k, new.v
     read = jax.lax.dynamic_index_in_dim
     return (
       new,
       read(new.k, self.layer, keepdims=False),
       read(new.v, self.layer, keepdims=False),
     )
+
+  def _write(self, old: Array, rows: Float[Array, "B N M H"]) -> Array:
+    """Writes keys or values of M rows over the old ones."""
+    rows = rows if self.layer is None else rows[None]
+    layer = () if self.layer is None else (self.layer,)
+    if self.is_aligned:
+      start = (*layer, 0, 0, self.end[0], 0)
+      return jax.lax.dynamic_update_slice(old, rows, start)
+
+    def write(old, rows, end):
+      return jax.lax.dynamic_update_slice(old, rows, (*layer, 0, end, 0))
+
+    axis = len(layer)  # of the images
+    return jax.vmap(write, (axis, axis, 0), axis)(old, rows, self.end)
 
 
 def cache_rows(cache: Cache) -> int:
@@ -211,7 +218,8 @@ class Layers(nnx.Module, Generic[Layer]):
     if isinstance(self.stacked, nnx.List):
       keys, values = [], []
       for layer, k, v in zip(self.stacked, cache.k, cache.v, strict=True):
-        x, view = apply(layer, x, LayerCache(k, v, cache.end))
+        view = LayerCache(k, v, cache.end, is_aligned=cache.is_aligned)
+        x, view = apply(layer, x, view)
         keys.append(view.k)
         values.append(view.v)
       return x, dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
@@ -219,7 +227,7 @@ class Layers(nnx.Module, Generic[Layer]):
 
     def body(carry, scanned):
       x, k, v = carry
-      view = LayerCache(k, v, cache.end, scanned[1])
+      view = LayerCache(k, v, cache.end, scanned[1], cache.is_aligned)
       x, view = apply(nnx.merge(graphdef, scanned[0]), x, view)
       return (x, view.k, view.v), None
 
@@ -239,7 +247,7 @@ class Layers(nnx.Module, Generic[Layer]):
 
   def init_cache(self, shape: tuple[int, int, int, int], dtype) -> Cache:
     """An empty cache; shape = [B, N, S, H] of one layer."""
-    end = jnp.zeros((), jnp.int32)
+    end = jnp.zeros(shape[0], jnp.int32)
     if self.is_single:
       empty = tuple(
         sharding.constrain(jnp.zeros(shape, dtype), *sharding.HEADS)

@@ -7,8 +7,9 @@ All rows at once, or some rows after those of a key/value cache, both are
     x           = block(x, position, mask)      every block, in one scan
     hidden      = apply_final_norm(x, position)
 
-Row n of P + T sees the rows 0 .. n, but for padding in the prefix. The blocks
-and these three methods belong to the family.
+Row n of P + T sees the rows 0 .. n, but for padding in the prefix. In a cache
+every image may be at a row of its own, so `rows` are [B, M], or [1, M] if all
+images share them. The blocks and these three methods belong to the family.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class CausalTransformer(nnx.Module):
   ):
     """`config` has grid, width, num_heads and dtype."""
     c = self.config = config
-    self.num_tokens = c.grid[0] * c.grid[1]
+    self.grid, self.num_tokens = c.grid, c.grid[0] * c.grid[1]
     self.width, self.num_heads, self.dtype = c.width, c.num_heads, c.dtype
     self.num_kv_heads = num_kv_heads or c.num_heads
     self.head_dim = head_dim or c.width // c.num_heads
@@ -64,14 +65,15 @@ class CausalTransformer(nnx.Module):
     raise NotImplementedError
 
   def position_inputs(
-    self, cond: Cond, x: Float[Array, "B M D"], rows: Int[Array, "M"]
+    self, cond: Cond, x: Float[Array, "B M D"], rows: Int[Array, "#B M"]
   ) -> tuple[Float[Array, "B M D"], Any]:
     """Adds what depends on the numbers of rows.
 
     Args:
       cond: the condition; when decoding, only its `cached_condition` entries.
       x: the rows that enter.
-      rows: their numbers, consecutive, counted from the start of the prefix.
+      rows: their numbers, consecutive in each image, counted from the start of
+        the prefix. Rows after the last one of the sequence may be anything.
 
     Returns:
       (what enters the first block, what every block reads of the positions,
@@ -102,21 +104,39 @@ class CausalTransformer(nnx.Module):
     """
     return self._run(cond, x, None)
 
-  def prefill(self, cond: Cond) -> tuple[Float[Array, "B D"], Cache]:
+  def prefill(
+    self, cond: Cond, spare: int = 0
+  ) -> tuple[Float[Array, "B D"], Cache]:
     """Runs the prefix; see `Backbone`."""
     x = self.embed_condition(cond)
-    rows = x.shape[1] + self.num_tokens
+    rows = x.shape[1] + self.num_tokens + spare
     cache = self.blocks.init_cache(
       (x.shape[0], self.num_kv_heads, rows, self.head_dim), x.dtype
     )
     context = {n: cond[n] for n in self.cached_condition if n in cond}
-    return self._run_cached(x, dataclasses.replace(cache, context=context))
+    cache = dataclasses.replace(cache, context=context)
+    hidden, cache = self.decode(x, cache)
+    return hidden[:, -1], cache
 
   def decode(
-    self, x: Float[Array, "B D"], cache: Cache
-  ) -> tuple[Float[Array, "B D"], Cache]:
-    """Runs one more row; see `Backbone`."""
-    return self._run_cached(x[:, None], cache)
+    self, x: Float[Array, "B M D"], cache: Cache
+  ) -> tuple[Float[Array, "B M D"], Cache]:
+    """Runs M more rows; see `Backbone`."""
+    cond, length = cache.context, x.shape[1]
+    end = cache.end[:1] if cache.is_aligned else cache.end
+    rows = end[:, None] + jnp.arange(length)
+    x, position = self.position_inputs(cond, x, rows)
+    mask = attention.causal_mask(
+      rows, layers.cache_rows(cache), cond.get("is_padding")
+    )
+
+    def apply(block, x, view):
+      x, view = block(x, position, mask, cache=view)
+      return sharding.constrain(x, sharding.ROWS), view
+
+    x, cache = self.blocks.cached(apply, x, cache)
+    hidden = self.apply_final_norm(x, position)
+    return hidden, dataclasses.replace(cache, end=cache.end + length)
 
   def _run(self, cond, x, rng):
     """Runs all rows: (the stream after every block, hidden states)."""
@@ -128,10 +148,10 @@ class CausalTransformer(nnx.Module):
     if rng is not None and self.token_dropout is not None:
       rng_token, rng = jax.random.split(rng)
       x = layers.dropout(x, self.token_dropout, rng_token)
-    rows, count = jnp.arange(x.shape[1]), self.blocks.num_layers
+    rows, count = jnp.arange(x.shape[1])[None], self.blocks.num_layers
     x = sharding.constrain(x, sharding.ROWS)
     x, position = self.position_inputs(cond, x, rows)
-    mask = attention.causal_mask(rows, len(rows), cond.get("is_padding"))
+    mask = attention.causal_mask(rows, x.shape[1], cond.get("is_padding"))
     keys = None if rng is None else jax.random.split(rng, count)
     rates = jnp.linspace(0.0, self.drop_path, count) if self.drop_path else None
 
@@ -144,26 +164,6 @@ class CausalTransformer(nnx.Module):
 
     x, states = self.blocks(apply, x, (keys, rates))
     return states, self.apply_final_norm(x, position)
-
-  def _run_cached(self, x, cache):
-    """Runs rows x [B, M, D] after those of the cache.
-
-    Returns (the hidden state of the last row, the cache with all of them).
-    """
-    cond, length = cache.context, x.shape[1]
-    rows = cache.end + jnp.arange(length)
-    x, position = self.position_inputs(cond, x, rows)
-    mask = attention.causal_mask(
-      rows, layers.cache_rows(cache), cond.get("is_padding")
-    )
-
-    def apply(block, x, view):
-      x, view = block(x, position, mask, cache=view)
-      return sharding.constrain(x, sharding.ROWS), view
-
-    x, cache = self.blocks.cached(apply, x, cache)
-    hidden = self.apply_final_norm(x, position)[:, -1]
-    return hidden, dataclasses.replace(cache, end=cache.end + length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,13 +228,13 @@ class RotaryConfig:
       dtype=self.dtype,
     )
 
-  def rotation(self, rows: Int[Array, "M"], prefix: int) -> Callable:
+  def rotation(self, rows: Int[Array, "#B M"], prefix: int) -> Callable:
     """Returns q [B, N, M, H] -> q, rotated by the rows' places in the grid.
 
-    The rows are consecutive; the first `prefix` ones are not in the grid.
+    The first `prefix` rows are not in the grid.
     """
     table = layers.rotary_table_2d(
       self.grid, self.block.head_dim, self.rope_base, prefix
     )
-    table = jax.lax.dynamic_slice_in_dim(jnp.asarray(table), rows[0], len(rows))
-    return lambda q: layers.rotate_interleaved(q, table)
+    table = jnp.asarray(table)[jnp.minimum(rows, len(table) - 1)]
+    return lambda q: layers.rotate_interleaved(q, table[:, None])

@@ -50,7 +50,7 @@ def spatial_taps(case):
   start = model.class_embed(case.cond["label"])[:, None]
   x = jnp.concatenate([start, x], axis=1)
   block = model.blocks.each()[0]
-  rotate = model.config.rotation(jnp.arange(x.shape[1]), prefix=1)
+  rotate = model.config.rotation(jnp.arange(x.shape[1])[None], prefix=1)
   rows = jnp.arange(x.shape[1])
   mask = attention.causal_mask(rows, len(rows), None)
   norm = block.attention_norm(x)

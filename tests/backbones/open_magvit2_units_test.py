@@ -42,7 +42,7 @@ def test_the_inner_steps_are_a_plain_causal_transformer(fields):
   tokens = families.tokens(model.vocab_sizes, length=3)
   pairs = [hidden, model.token_embeds[0](tokens[..., 0])]
   x = jnp.stack(pairs, axis=2).reshape(-1, 2, 24)
-  rotate = model.config.rotation(jnp.arange(2), prefix=1)
+  rotate = model.config.rotation(jnp.arange(2)[None], prefix=1)
   mask = attention.causal_mask(jnp.arange(2), 2, None)
 
   @jax.jit
