@@ -2,12 +2,17 @@
 
     logits -> guidance -> rule -> token
 
-The rule of the papers is temperature -> top-k -> top-p -> one uniform number
-(`InverseCDF`). To add a rule, write a small frozen dataclass with what
-`DrawingRule` lists and enter an instance in `RULES` at the end of this file;
-`sampling.rule` finds it by that name. From Python an instance will do:
-`SamplingConfig(rule=Mine(0.5))`. A rule is a pure function of what `draw` is
-given; the sampler keeps the earlier looks that it asks for.
+Both rules here apply temperature, top-k and top-p, and draw from the same
+distribution. `InverseCDF`, the default, inverts the CDF at one uniform number.
+`GumbelMax` takes the largest of logits + noise, with a number for every entry
+of the vocabulary: it costs more, but two distributions that are near each other
+mostly give the same token, which the parallel decoder lives on.
+
+To add a rule, write a small frozen dataclass with what `DrawingRule` lists and
+enter an instance in `RULES` at the end of this file; `sampling.draw` finds it
+by that name. From Python an instance will do: `SamplingConfig(draw=Mine(0.5))`.
+A rule is a pure function of what `draw` is given; the sampler keeps the earlier
+looks that it asks for.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
+
+from tensorar_jax.interfaces import Key
 
 Guidance = float | tuple[float, ...]  # a scale, or one for each sub-token
 
@@ -55,7 +62,7 @@ def guidance_text(scale: Guidance) -> str:
 
 
 def guide(
-  logits: Float[Array, "both *n V"], scale: Float[Array | np.ndarray, ""]
+  logits: Float[Array, "both *n V"], scale: Float[Array | np.ndarray, "..."]
 ) -> Float[Array, "half *n V"]:
   """Returns uncond + scale (cond - uncond) of a [cond | uncond] batch.
 
@@ -124,20 +131,60 @@ def token_probs(
   return jax.nn.softmax(logits, axis=-1)
 
 
+# --- random numbers ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """The random numbers of one sub-token in some windows.
+
+  They come from (image, step, slot, sub-token) alone: the same in any batch, on
+  any number of devices, and however many windows are drawn at once.
+
+  Attributes:
+    keys: the key of each window's image, [R].
+    steps: the step that draws each window.
+    slots: how many slots a window has.
+    factors: how many sub-tokens a token has.
+    f: which sub-token.
+  """
+
+  keys: Key
+  steps: Int[Array, "R"]
+  slots: int
+  factors: int
+  f: int
+
+  def uniform(self) -> Float[Array, "R k"]:
+    """A number in [0, 1) for each slot."""
+    draw = lambda key: jax.random.uniform(key, (self.factors,))
+    return jax.vmap(jax.vmap(draw))(self._slot_keys())[..., self.f]
+
+  def gumbel(self, vocab: int) -> Float[Array, "R k {vocab}"]:
+    """Standard Gumbel numbers for each slot, one for each of `vocab` tokens."""
+    fold = lambda key: jax.random.fold_in(key, self.f)
+    draw = lambda key: jax.random.gumbel(fold(key), (vocab,))
+    return jax.vmap(jax.vmap(draw))(self._slot_keys())
+
+  def _slot_keys(self) -> Key:
+    """The key of every slot, [R, k]; slot 0's does not depend on k."""
+    keys = jax.vmap(jax.random.fold_in)(self.keys, self.steps)
+    slots = jnp.arange(self.slots)
+    return jax.vmap(
+      lambda key: jax.vmap(lambda j: jax.random.fold_in(key, j))(slots)
+    )(keys)
+
+
 # --- drawing -----------------------------------------------------------------
 
 
-def draw_token(
+def invert_cdf(
   uniform: Float[Array, "*n"],
   logits: Float[Array, "*n V"],
   temperature: float,
   config: TokenConfig,
 ) -> Int[Array, "*n"]:
-  """Draws one token of each distribution by inverting its CDF at `uniform`.
-
-  It takes one uniform number a token; V Gumbel numbers would cost more than the
-  head.
-  """
+  """Draws one token of each distribution by inverting its CDF at `uniform`."""
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   probs = token_probs(logits, temperature, config)
@@ -148,17 +195,37 @@ def draw_token(
   return jnp.argmax(reached, axis=-1).astype(jnp.int32)
 
 
-def draw_slots(
-  uniform: Float[Array, "B k"],
-  logits: Float[Array, "B k V"],
+def gumbel_max(
+  gumbel: Float[Array, "*n V"],
+  logits: Float[Array, "*n V"],
+  temperature: float,
   config: TokenConfig,
-) -> Int[Array, "B k"]:
-  """Draws a token for every slot, drafts at a temperature of their own."""
+) -> Int[Array, "*n"]:
+  """Draws one token of each distribution: the largest of logits + noise."""
+  if temperature > 0:
+    logits = filter_logits(logits / max(temperature, 1e-5), config) + gumbel
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def draw_slots(
+  draw_one: Callable,
+  noise: Array,
+  logits: Float[Array, "R k V"],
+  config: TokenConfig,
+) -> Int[Array, "R k"]:
+  """Draws a token for every slot, drafts at a temperature of their own.
+
+  Args:
+    draw_one: `invert_cdf` or `gumbel_max`.
+    noise: what it draws from, with the leading axes [R, k].
+    logits: guided ones.
+    config: temperatures and filters.
+  """
   temperature, draft = config.temperature, config.draft_temperature
   if draft in (None, temperature) or logits.shape[1] == 1:
-    return draw_token(uniform, logits, temperature, config)
-  first = draw_token(uniform[:, :1], logits[:, :1], temperature, config)
-  rest = draw_token(uniform[:, 1:], logits[:, 1:], draft, config)
+    return draw_one(noise, logits, temperature, config)
+  first = draw_one(noise[:, :1], logits[:, :1], temperature, config)
+  rest = draw_one(noise[:, 1:], logits[:, 1:], draft, config)
   return jnp.concatenate([first, rest], axis=1)
 
 
@@ -170,8 +237,8 @@ class Earlier(Protocol):
   """Logits that earlier steps have predicted for the present positions."""
 
   def __call__(
-    self, f: int, tokens: Int[Array, "B m F"], look: int = 1
-  ) -> Float[Array, "B m _"]:
+    self, f: int, tokens: Int[Array, "R m F"], look: int = 1
+  ) -> Float[Array, "R m _"]:
     """Logits of sub-token f at the first m slots, as of `look` steps ago.
 
     The position of slot j was slot j + look then. `tokens` are those of the m
@@ -202,18 +269,20 @@ class DrawingRule(Protocol):
   def draw(
     self,
     f: int,
-    uniform: Float[Array, "B k"],
-    logits: Float[Array, "B k V"],
-    tokens: Int[Array, "B k F"],
+    noise: Noise,
+    logits: Float[Array, "R k V"],
+    tokens: Int[Array, "R k F"],
     earlier: Earlier,
     config: TokenConfig,
-  ) -> Int[Array, "B k"]:
-    """Draws sub-token f of every slot.
+  ) -> Int[Array, "R k"]:
+    """Draws sub-token f of every slot of R windows.
+
+    The windows may be of different images or of different steps of one image;
+    each is drawn by itself.
 
     Args:
       f: which sub-token.
-      uniform: a number in [0, 1) for each slot, determined by image, step,
-        slot and f.
+      noise: random numbers, determined by image, step, slot and f.
       logits: the present, guided ones.
       tokens: the sub-tokens < f as drawn; the others are 0.
       earlier: logits that earlier steps have predicted for these positions.
@@ -228,12 +297,27 @@ class InverseCDF:
 
   looks: ClassVar[int] = 0
 
-  def draw(self, f, uniform, logits, tokens, earlier, config):
+  def draw(self, f, noise, logits, tokens, earlier, config):
     del f, tokens, earlier
-    return draw_slots(uniform, logits, config)
+    return draw_slots(invert_cdf, noise.uniform(), logits, config)
 
 
-RULES: dict[str, DrawingRule] = {"inverse_cdf": InverseCDF()}
+@dataclasses.dataclass(frozen=True)
+class GumbelMax:
+  """Temperature, top-k, top-p, then the largest of logits + Gumbel noise."""
+
+  looks: ClassVar[int] = 0
+
+  def draw(self, f, noise, logits, tokens, earlier, config):
+    del f, tokens, earlier
+    gumbel = noise.gumbel(logits.shape[-1])
+    return draw_slots(gumbel_max, gumbel, logits, config)
+
+
+RULES: dict[str, DrawingRule] = {
+  "inverse_cdf": InverseCDF(),
+  "gumbel": GumbelMax(),
+}
 
 
 def find_rule(rule: str | DrawingRule) -> DrawingRule:
@@ -242,7 +326,7 @@ def find_rule(rule: str | DrawingRule) -> DrawingRule:
     return rule
   if rule not in RULES:
     raise ValueError(
-      f"sampling rule={rule!r}: choose one of {tuple(RULES)}, or pass a"
+      f"sampling draw={rule!r}: choose one of {tuple(RULES)}, or pass a"
       " DrawingRule."
     )
   return RULES[rule]

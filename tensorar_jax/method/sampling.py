@@ -1,9 +1,13 @@
-"""Sliding-window sampling: prefill, then one `lax.scan` over the tokens.
+"""Samples images: the sampler's public functions, for one device or many.
 
-Step n turns the window drawn at step n - 1 into one backbone input, decodes one
-position with the KV cache, and draws the next window; its first token is
-committed. Whatever k is, there are T backbone steps. See docs/method.md,
-section 6. How a token is drawn from its logits is a rule of `drawing`.
+    prepare(model, mesh)          the form in which the devices decode fastest
+    generate(model, cond, ...)    samples an image for each condition
+    draft_along(model, tokens)    the windows that it would read along tokens
+    advance(model, ...)           some steps of the parallel decoder, for a run
+                                  that refills the places of finished images
+
+`SamplingConfig.decoder` chooses how: `window_decoder` or `parallel_decoder`.
+How a token is drawn from its logits is a rule of `drawing`.
 
 The random numbers of image i come from (rng, i, step, slot) alone, so an image
 is the same in any batch, on any number of devices, in any process.
@@ -13,190 +17,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from tensorar_jax.interfaces import Cache, Cond, Key, Samples
-from tensorar_jax.method import drawing
-from tensorar_jax.method.drawing import DrawingRule
+from tensorar_jax.method import drawing, window_decoder
+from tensorar_jax.method.decoding import (
+  SamplingInputs,
+  SamplingProgram,
+  WindowDrawer,
+)
+from tensorar_jax.method.marginals import Marginals
+from tensorar_jax.method.parallel_decoder import ParallelDecoder, ParallelState
 from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
-from tensorar_jax.method.windows import valid_slots
 from tensorar_jax.nn import layers
 from tensorar_jax.parallel import sharding, weights
-
-
-@struct.dataclass
-class SamplingState:
-  """What one step of the sampler hands to the next.
-
-  Attributes:
-    cache: keys and values of all rows so far; with guidance, those of the
-      conditions and after them those of the null conditions.
-    window: the tokens drawn at the last step, [B, k, F]; the first of them is
-      committed, the others are drafts.
-    looks: for a drawing rule that asks for earlier looks, the vectors whose
-      logits predicted slots 1 to k - 1 at each step, [B or 2B, T, k - 1, D];
-      steps to come are 0. None for a rule that asks for none.
-  """
-
-  cache: Cache
-  window: Int[Array, "B k F"]
-  looks: Float[Array, "_ T _ D"] | None
-
-
-@struct.dataclass
-class SamplingInputs:
-  """The arrays of one call of the sampler, beside the weights.
-
-  Shapes or partition specs may stand for them.
-
-  Attributes:
-    cond: the condition of each image.
-    null: their null conditions; None samples without guidance.
-    rng: the key of the whole run.
-    image_index: int32 [B], the index of each image in the run.
-    scales: float32 [T, F], the guidance scale of each token and sub-token.
-    committed: int32 [B, T, F], None, or tokens to commit as they are.
-  """
-
-  cond: Any
-  null: Any
-  rng: Any
-  image_index: Any
-  scales: Any
-  committed: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingProgram:
-  """What a sampler is compiled for, beside the shapes of its inputs.
-
-  Attributes:
-    config: how tokens are drawn; its guidance is in the inputs' scales.
-    platform: what it runs on: "cpu", "gpu" or "tpu".
-    mesh: the mesh of the inputs, which splits the rows if it has several
-      devices; None is one device without a mesh.
-  """
-
-  config: SamplingConfig
-  platform: str
-  mesh: Mesh | None
-
-
-def _uniforms(
-  keys: Key, step: Int[Array, ""] | int, window: int, factors: int
-) -> Float[Array, "B k F"]:
-  """Uniform numbers of (image, step, slot): slot 0's do not depend on k."""
-
-  def slot(key, j):
-    return jax.random.uniform(jax.random.fold_in(key, j), (factors,))
-
-  keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-  return jax.vmap(
-    lambda key: jax.vmap(lambda j: slot(key, j))(jnp.arange(window))
-  )(keys)
-
-
-@dataclasses.dataclass(frozen=True)
-class WindowDrawer:
-  """Draws windows from the vectors of `TensorAR.decode_window`.
-
-  Attributes:
-    model: its head makes logits of vectors.
-    config: temperatures and filters.
-    rule: how tokens are drawn.
-    keys: the key of each image, [B].
-    scales: the guidance scale of each token and sub-token.
-    guided: whether vectors are [cond | null], 2B of them.
-  """
-
-  model: TensorAR
-  config: SamplingConfig
-  rule: DrawingRule
-  keys: Key
-  scales: Float[Array | np.ndarray, "T F"]
-  guided: bool
-
-  def init_looks(
-    self, vectors: Float[Array, "rows k D"]
-  ) -> Float[Array, "rows T _ D"] | None:
-    """Room for earlier looks, or None if the rule asks for none."""
-    rows, window, width = vectors.shape
-    if self.rule.looks == 0 or window == 1:
-      return None
-    shape = (rows, self.model.num_tokens, window - 1, width)
-    return jnp.zeros(shape, vectors.dtype)
-
-  def keep_looks(self, looks, vectors: Float[Array, "rows k D"], step):
-    """The looks with those of a step entered."""
-    if looks is None:
-      return None
-    return jax.lax.dynamic_update_slice_in_dim(
-      looks, vectors[:, None, 1:], step, axis=1
-    )
-
-  def draw(
-    self,
-    vectors: Float[Array, "rows k D"],
-    looks: Float[Array, "rows T _ D"] | None,
-    step: Int[Array, ""] | int,
-  ) -> tuple[Int[Array, "B k F"], tuple[Float[Array, "B k _"], ...]]:
-    """The tokens of a step's window and the guided logits they come from."""
-    factors = len(self.model.vocab_sizes)
-    window = self.model.window
-    uniform = _uniforms(self.keys, step, window, factors)
-    tokens = jnp.zeros((self.keys.shape[0], window, factors), jnp.int32)
-    present = []
-
-    def earlier(f, tokens, look=1):
-      return self._earlier(looks, step, present, f, tokens, look)
-
-    for f in range(factors):
-      present.append(self._logits(vectors, tokens, f, step))
-      drawn = self.rule.draw(
-        f=f,
-        uniform=uniform[..., f],
-        logits=present[f],
-        tokens=tokens,
-        earlier=earlier,
-        config=self.config.sub_token(f),
-      )
-      tokens = tokens.at[..., f].set(drawn)
-    return tokens, tuple(present)
-
-  def _logits(self, vectors, tokens, f, step):
-    """Guided logits [B, m, V_f] of vectors [B or 2B, m, D]."""
-    both = jnp.concatenate([tokens, tokens]) if self.guided else tokens
-    logits = self.model.logits(vectors, both)[f]
-    scale = self.scales[step, f]
-    return drawing.guide(logits, scale) if self.guided else logits
-
-  def _earlier(self, looks, step, present, f, tokens, look):
-    """See `drawing.Earlier`."""
-    if not 1 <= look <= self.rule.looks:
-      raise ValueError(
-        f"{self.rule} asks for look={look}: expected 1 to its"
-        f" looks={self.rule.looks}. Raise `looks`."
-      )
-    slots = tokens.shape[1]
-    now = present[f][:, :slots]
-    # A slot's position was `look` slots further on, if that was in the window.
-    count = min(slots, self.model.window - look)
-    if count < 1:
-      return now
-    vectors = jax.lax.dynamic_index_in_dim(
-      looks, step - look, axis=1, keepdims=False
-    )[:, look - 1 : look - 1 + count]
-    then = self._logits(vectors, tokens[:, :count], f, step)
-    then = jnp.where(step >= look, then, now[:, :count])
-    return jnp.concatenate([then, now[:, count:]], axis=1)
 
 
 def _platform_and_mesh(cond) -> tuple[str, Mesh | None]:
@@ -215,79 +58,132 @@ def _platform_and_mesh(cond) -> tuple[str, Mesh | None]:
   return platform, cast(Mesh, layout.mesh)  # of devices, as they are here
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "program"))
-def _generate(graphdef, state, inputs: SamplingInputs, program):
-  """`generate`, compiled once for each `SamplingProgram`."""
-  graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
-  run = functools.partial(_generate_rows, graphdef, program)
+# --- on one device, or split over several ------------------------------------
+
+
+def _by_rows(run: Callable, program: SamplingProgram, specs: tuple) -> Callable:
+  """`run(weights, *arrays)` for all devices of the program's mesh.
+
+  `specs` are the partition specs of the arrays, the results' one last.
+  """
   if program.mesh is None or program.mesh.size == 1:
-    with sharding.on_one_device(program.platform, program.mesh):
-      return run(state, inputs)
+
+    def on_one_device(*args):
+      with sharding.on_one_device(program.platform, program.mesh):
+        return run(*args)
+
+    return on_one_device
   # Left to the partitioner, [cond | null] would be one batch to split, and the
   # halves of an image would meet across devices at every token. Rows are split
   # by hand, and what `fsdp` splits of the weights is gathered once; `tensor` is
   # the partitioner's.
-  whole, rows = PartitionSpec(), PartitionSpec(sharding.ROWS)
-  split = SamplingInputs(
-    cond=rows,
-    null=rows,
-    rng=whole,
-    image_index=rows,
-    scales=whole,
-    committed=rows,
-  )
-  run = jax.shard_map(
+  return jax.shard_map(
     run,
     mesh=program.mesh,
-    in_specs=(whole, split),
-    out_specs=rows,
+    in_specs=(PartitionSpec(), *specs[:-1]),
+    out_specs=specs[-1],
     axis_names=set(sharding.ROWS),
     check_vma=False,
   )
-  return run(state, inputs)
 
 
-def _generate_rows(graphdef, program, state, inputs: SamplingInputs):
-  """Samples of the rows of one device, or of those that share its rows."""
+_WHOLE, _ROWS = PartitionSpec(), PartitionSpec(sharding.ROWS)
+_INPUTS = SamplingInputs(
+  cond=_ROWS,
+  null=_ROWS,
+  rng=_WHOLE,
+  image_index=_ROWS,
+  scales=_WHOLE,
+  committed=_ROWS,
+  marginals=_WHOLE,
+  group=_ROWS,
+)
+
+
+def _drawer(graphdef, state, inputs, program):
+  """(what draws windows, the key of each image, the conditions of all rows)."""
   model = layers.for_decoding(nnx.merge(graphdef, state), program.platform)
-  config, cond = program.config, inputs.cond
-  num_tokens, window = model.num_tokens, model.window
-  guided = inputs.null is not None
+  cond, guided = inputs.cond, inputs.null is not None
   if guided:
     cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, inputs.null)
   image_key = lambda index: jax.random.fold_in(inputs.rng, index)
   drawer = WindowDrawer(
     model=model,
-    config=config,
-    rule=drawing.find_rule(config.rule),
-    keys=jax.vmap(image_key)(inputs.image_index),
+    config=program.config,
+    rule=drawing.find_rule(program.config.draw),
     scales=inputs.scales,
     guided=guided,
   )
+  return drawer, jax.vmap(image_key)(inputs.image_index), cond
 
-  def draw(vectors, cache, looks, step):
-    """(the state after a step, what is kept of it) from its vectors."""
-    tokens, logits = drawer.draw(vectors, looks, step)
-    if inputs.committed is not None:  # in place of what was drawn
-      tokens = tokens.at[:, 0].set(inputs.committed[:, step])
-    looks = drawer.keep_looks(looks, vectors, step)
-    kept = (tokens, logits if config.return_logits else None)
-    return SamplingState(cache=cache, window=tokens, looks=looks), kept
 
-  def decode(state, step):
-    valid = valid_slots(step - 1, window, num_tokens)
-    h = model.encode_window(state.window, valid)
-    h = jnp.concatenate([h, h]) if guided else h
-    hidden, cache = model.backbone.decode(h, state.cache)
-    return draw(model.decode_window(hidden), cache, state.looks, step)
+def _total(program: SamplingProgram) -> Callable:
+  """Sums a number over the devices that split the rows."""
+  if program.mesh is None or program.mesh.size == 1:
+    return lambda number: number
+  return lambda number: jax.lax.psum(number, sharding.ROWS)
 
-  hidden, cache = model.backbone.prefill(cond)
-  vectors = model.decode_window(hidden)
-  state, first = draw(vectors, cache, drawer.init_looks(vectors), 0)
-  _, rest = jax.lax.scan(decode, state, jnp.arange(1, num_tokens))
-  steps_second = lambda a, b: jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1)
-  drafts, logits = jax.tree.map(steps_second, first, rest)
-  return Samples(tokens=drafts[:, :, 0], drafts=drafts, logits=logits)
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "program"))
+def _generate(graphdef, state, inputs: SamplingInputs, program):
+  """`generate`, compiled once for each `SamplingProgram`."""
+  graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
+
+  def run(state, inputs):
+    drawer, keys, cond = _drawer(graphdef, state, inputs, program)
+    if program.config.decoder == "window":
+      return window_decoder.generate(drawer, inputs, keys, cond)
+    decoder = ParallelDecoder(drawer, inputs, keys, cond)
+    total = _total(program)
+    everyone = total(jnp.asarray(len(keys)))
+    return decoder.samples(decoder.run(decoder.begin(), everyone, total))
+
+  return _by_rows(run, program, (_INPUTS, _ROWS))(state, inputs)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("graphdef", "program"),
+  donate_argnames="parallel_state",
+)
+def _advance(
+  graphdef, state, inputs, parallel_state, is_new, enough, program
+) -> tuple[ParallelState, Samples]:
+  """`advance`, compiled once for each `SamplingProgram`."""
+  graphdef, state = nnx.split(in_compute_dtype(nnx.merge(graphdef, state)))
+
+  def run(state, inputs, parallel_state, is_new, enough):
+    drawer, keys, cond = _drawer(graphdef, state, inputs, program)
+    decoder = ParallelDecoder(drawer, inputs, keys, cond)
+    if parallel_state is None:
+      parallel_state = decoder.begin()
+    else:
+      parallel_state = decoder.refill(parallel_state, is_new)
+    total = _total(program)
+    parallel_state = decoder.run(parallel_state, enough, total)
+    return parallel_state, decoder.samples(parallel_state)
+
+  # Stacked layers have the layers' axis before that of the rows.
+  single = layers.is_for_decoding(nnx.merge(graphdef, state))
+  single = single or program.platform != "tpu"
+  arrays = _ROWS if single else PartitionSpec(None, sharding.ROWS)
+  layout = ParallelState(
+    cache=Cache(k=arrays, v=arrays, end=_ROWS, context=_ROWS, is_aligned=False),
+    windows=_ROWS,
+    count=_ROWS,
+    age=_ROWS,
+    steps=_ROWS,
+    looks=_ROWS,
+    logits=_ROWS,
+  )
+  before = None if parallel_state is None else layout
+  specs = (_INPUTS, before, _ROWS, _WHOLE, (layout, _ROWS))
+  return _by_rows(run, program, specs)(
+    state, inputs, parallel_state, is_new, enough
+  )
+
+
+# --- weights -----------------------------------------------------------------
 
 
 def in_compute_dtype(model: weights.Model) -> weights.Model:
@@ -324,6 +220,9 @@ def prepare(model: TensorAR, mesh: Mesh) -> TensorAR:
   return layers.for_decoding(model, platform)
 
 
+# --- calls -------------------------------------------------------------------
+
+
 def generate(
   model: TensorAR,
   cond: Cond,
@@ -331,6 +230,7 @@ def generate(
   rng: Key,
   config: SamplingConfig = SamplingConfig(),
   image_index: Int[Array | np.ndarray, "B"] | None = None,
+  marginals: Marginals | None = None,
 ) -> Samples:
   """Samples one image per row of `cond`.
 
@@ -343,22 +243,73 @@ def generate(
     config: how tokens are drawn.
     image_index: the index of each image in the run, 0..B-1 by default; with
       `rng` it alone decides the image's random numbers.
+    marginals: for `first_guess="marginals"` of the parallel decoder.
   """
   state, inputs, program = _prepare_call(
-    model, cond, null, rng, config, image_index
+    model, cond, null, rng, config, image_index, marginals=marginals
   )
   return _generate(*state, inputs, program=program)
 
 
+def advance(
+  model: TensorAR,
+  cond: Cond,
+  null: Cond | None,
+  rng: Key,
+  config: SamplingConfig,
+  image_index: Int[Array | np.ndarray, "B"],
+  state: ParallelState | None,
+  is_new: Bool[Array | np.ndarray, "B"],
+  enough: int,
+  marginals: Marginals | None = None,
+) -> tuple[ParallelState, Samples]:
+  """Takes steps of the parallel decoder until some images are finished.
+
+  The images are in B places. Those where `is_new` are begun, in the place of
+  whatever was there before; `cond`, `null` and `image_index` are those of all
+  places. See `generate` for the other arguments.
+
+  Args:
+    state: of the call before, whose memory is used again; None begins with all
+      places new.
+    is_new: the places with another image than in the call before.
+    enough: how many places are finished when it returns.
+
+  Returns:
+    (the state, samples that mean something where `state.count` is T).
+  """
+  if config.decoder != "parallel":
+    raise ValueError(
+      f"decoder={config.decoder!r}: only the decoder 'parallel' advances."
+    )
+  model_state, inputs, program = _prepare_call(
+    model, cond, null, rng, config, image_index, marginals=marginals
+  )
+  return _advance(
+    *model_state,
+    inputs,
+    parallel_state=state,
+    is_new=is_new,
+    enough=enough,
+    program=program,
+  )
+
+
 def trace(
-  model, cond, null, rng, config=SamplingConfig(), image_index=None
+  model,
+  cond,
+  null,
+  rng,
+  config=SamplingConfig(),
+  image_index=None,
+  marginals=None,
 ) -> jax.stages.Traced:
   """Traces `generate` without running it; it takes the same arguments.
 
   Shapes will do in place of arrays, on a mesh that need not be here.
   """
   state, inputs, program = _prepare_call(
-    model, cond, null, rng, config, image_index
+    model, cond, null, rng, config, image_index, marginals=marginals
   )
   return _generate.trace(*state, inputs, program=program)
 
@@ -375,8 +326,10 @@ def draft_along(
 
   As `generate`, but every step commits the given token in place of the one it
   drew; the slots >= 1 are the model's own drafts, each drawn after a window of
-  such drafts. Along the tokens of `generate` these are its `drafts`.
+  such drafts. Along the tokens of `generate` these are its `drafts`. There is
+  nothing to guess, so it takes one step for each token with either decoder.
   """
+  config = dataclasses.replace(config, decoder="window")
   state, inputs, program = _prepare_call(
     model, cond, null, rng, config, committed=tokens
   )
@@ -384,7 +337,14 @@ def draft_along(
 
 
 def _prepare_call(
-  model, cond, null, rng, config, image_index=None, committed=None
+  model,
+  cond,
+  null,
+  rng,
+  config,
+  image_index=None,
+  committed=None,
+  marginals=None,
 ) -> tuple[tuple, SamplingInputs, SamplingProgram]:
   """((graphdef, state), inputs, program) of `_generate`, checked."""
   if not isinstance(model, TensorAR):
@@ -404,6 +364,11 @@ def _prepare_call(
       " each condition."
     )
   config.check(factors)
+  group = None
+  if config.decoder == "parallel":
+    group, marginals = _prepare_guesses(model, cond, config, marginals)
+  else:
+    marginals = None
   scales = config.guidance_scales(model.num_tokens, factors)
   if null is None and config.guided:
     raise ValueError(
@@ -424,6 +389,8 @@ def _prepare_call(
     image_index=image_index,
     scales=scales,
     committed=committed,
+    marginals=marginals,
+    group=group,
   )
   # The scales are arrays: one program serves every guidance.
   config = dataclasses.replace(
@@ -431,3 +398,27 @@ def _prepare_call(
   )
   program = SamplingProgram(config, platform=platform, mesh=mesh)
   return nnx.split(model), inputs, program
+
+
+def _prepare_guesses(model, cond, config, marginals):
+  """(the group of each image, the marginals' arrays), or None of both."""
+  if config.rows > model.num_tokens:
+    raise ValueError(
+      f"rows={config.rows}: the image has {model.num_tokens} tokens. Run at"
+      " most as many rows at once."
+    )
+  if config.first_guess != "marginals":
+    return None, None
+  if marginals is None:
+    raise ValueError(
+      "first_guess='marginals' needs how often each token occurs: pass"
+      " marginals=marginals.measure(...), or choose another first_guess."
+    )
+  shapes = [table.shape[1:] for table in marginals.logits]
+  expected = [(model.num_tokens, size) for size in model.vocab_sizes]
+  if shapes != expected:
+    raise ValueError(
+      f"marginals of {shapes} positions and tokens: the model has {expected}."
+      " Measure them with its own tokenizer."
+    )
+  return marginals.groups_of(cond), marginals.logits

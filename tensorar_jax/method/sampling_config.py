@@ -10,6 +10,8 @@ from jaxtyping import Float
 from tensorar_jax.method import drawing
 from tensorar_jax.method.drawing import DrawingRule, TokenConfig
 
+DECODERS = ("window", "parallel")
+GUESSES = ("last_row", "left", "above", "marginals")
 _PER_SUB_TOKEN = {  # and the type of each
   "temperature": float,
   "draft_temperature": float,
@@ -36,8 +38,15 @@ class SamplingConfig:
     top_k*: keeps logits not below the k-th largest; 0 keeps all. Ties survive.
     top_p*: keeps the fewest tokens whose probability reaches p; 1 keeps all.
       Applied to what top-k left, the token that crosses p included.
-    rule: how tokens are drawn from guided logits, a name of `drawing.RULES` or
+    draw: how tokens are drawn from guided logits, a name of `drawing.RULES` or
       a `DrawingRule`.
+    decoder: "window" takes a step of the backbone for each token; "parallel"
+      guesses ahead and needs fewer, for the same tokens. It guesses best with
+      draw="gumbel".
+    rows: how many steps of an image the parallel decoder tries at once.
+    first_guess: where its first guess of a token comes from: "last_row" draws
+      from the newest prediction, "marginals" from how often each token occurs
+      at that position, "left" and "above" repeat a neighbour.
     return_logits: whether `Samples.logits` is filled.
   """
 
@@ -48,7 +57,10 @@ class SamplingConfig:
   guidance_interval: tuple[int, int] | None = None
   top_k: int | tuple[int, ...] = 0
   top_p: float | tuple[float, ...] = 1.0
-  rule: str | DrawingRule = "inverse_cdf"
+  draw: str | DrawingRule = "inverse_cdf"
+  decoder: str = "window"
+  rows: int = 16
+  first_guess: str = "last_row"
   return_logits: bool = False
 
   def __post_init__(self):
@@ -72,7 +84,14 @@ class SamplingConfig:
           " end, the half-open range of guided tokens."
         )
       object.__setattr__(self, "guidance_interval", (int(first), int(end)))
-    drawing.find_rule(self.rule)
+    drawing.find_rule(self.draw)
+    for name, choices in (("decoder", DECODERS), ("first_guess", GUESSES)):
+      if getattr(self, name) not in choices:
+        raise ValueError(
+          f"sampling {name}={getattr(self, name)!r}: choose one of {choices}."
+        )
+    if self.rows < 1:
+      raise ValueError(f"sampling rows={self.rows}: expected 1 or more.")
 
   def _expect(self, name, is_right, words):
     value = getattr(self, name)

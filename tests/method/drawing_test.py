@@ -28,12 +28,12 @@ class AwayFromEarlier:
   second: float = 0.25
   looks: ClassVar[int] = 2
 
-  def draw(self, f, uniform, logits, tokens, earlier, config):
+  def draw(self, f, noise, logits, tokens, earlier, config):
     mixed = logits + self.first * (logits - earlier(f, tokens))
     committed = earlier(f, tokens[:, :1], look=2)
     change = self.second * (logits[:, :1] - committed)
     mixed = mixed.at[:, :1].add(change)
-    return drawing.draw_slots(uniform, mixed, config)
+    return drawing.InverseCDF().draw(f, noise, mixed, tokens, earlier, config)
 
 
 def wrapped(name):
@@ -48,7 +48,7 @@ def test_a_rule_sees_the_earlier_looks_at_the_same_positions(name):
   model, cond = wrapped(name), families.cond(name)
   null, rule = conditions.null(cond), AwayFromEarlier()
   settings = dict(temperature=0.0, guidance=2.0, guidance_power=1.0)
-  config = SamplingConfig(rule=rule, **settings)
+  config = SamplingConfig(draw=rule, **settings)
   rng = jax.random.key(0)
   drafts = np.array(sampling.generate(model, cond, null, rng, config).drafts)
   steps, factors = model.num_tokens, len(model.vocab_sizes)
@@ -113,15 +113,15 @@ def carried(config):
 
 def test_earlier_looks_are_carried_only_for_a_rule_that_asks():
   plain = carried(SamplingConfig())
-  assert carried(SamplingConfig(rule=AwayFromEarlier())) == plain + 1
+  assert carried(SamplingConfig(draw=AwayFromEarlier())) == plain + 1
 
 
 def test_a_rule_is_found_by_its_name(monkeypatch):
   rule = AwayFromEarlier()
   monkeypatch.setitem(drawing.RULES, "away", rule)
-  assert drawing.find_rule(SamplingConfig(rule="away").rule) is rule
-  with pytest.raises(ValueError, match="rule='home': choose one of"):
-    SamplingConfig(rule="home")
+  assert drawing.find_rule(SamplingConfig(draw="away").draw) is rule
+  with pytest.raises(ValueError, match="draw='home': choose one of"):
+    SamplingConfig(draw="home")
 
 
 def test_a_rule_that_looks_too_far_back_says_so():
@@ -129,9 +129,9 @@ def test_a_rule_that_looks_too_far_back_says_so():
   class Greedy:
     looks: ClassVar[int] = 1
 
-    def draw(self, f, uniform, logits, tokens, earlier, config):
+    def draw(self, f, noise, logits, tokens, earlier, config):
       return jnp.argmax(earlier(f, tokens, look=2), axis=-1)
 
-  model, config = tiny.wrapped(WINDOW), SamplingConfig(rule=Greedy())
+  model, config = tiny.wrapped(WINDOW), SamplingConfig(draw=Greedy())
   with pytest.raises(ValueError, match="look=2: expected 1 to its looks=1"):
     sampling.generate(model, tiny.cond(), None, jax.random.key(0), config)

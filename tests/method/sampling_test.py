@@ -235,7 +235,7 @@ def test_draws_follow_the_filtered_distribution():
   batch = jnp.broadcast_to(logits, (4000, 5))
 
   def frequencies(config, temperature=1.0):
-    draws = drawing.draw_token(uniform, batch, temperature, config)
+    draws = drawing.invert_cdf(uniform, batch, temperature, config)
     return np.bincount(draws, minlength=5) / 4000
 
   np.testing.assert_allclose(
@@ -353,7 +353,7 @@ def test_no_removed_token_is_ever_drawn():
   logits = jax.random.normal(jax.random.key(0), (4, 16384)) * 2
   config = TokenConfig(top_k=2000)
   even = np.linspace(0, 1 - 2**-24, 4000, dtype=np.float32)
-  draw = lambda u, row: drawing.draw_token(u, row, 1.0, config)
+  draw = lambda u, row: drawing.invert_cdf(u, row, 1.0, config)
   for row in logits:
     probs = drawing.token_probs(row, 1.0, config)
     cdf = np.asarray(jnp.cumsum(probs))
