@@ -27,7 +27,7 @@ from tensorar_jax.conditioning.conditions import (
 )
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
-from tensorar_jax.generation import batches, requests
+from tensorar_jax.generation import batches, guesses, requests
 from tensorar_jax.interfaces import Conditioning, TextEncoder, Tokenizer
 from tensorar_jax.method import drawing, sampling
 from tensorar_jax.method.tensorar import TensorAR
@@ -180,6 +180,7 @@ class Studio:
       dataclasses.replace(loaded.config, guidance=scale),
       seed,
       loaded.mesh,
+      guesses.load(self.workdir / name, loaded.config),
     )
     # Short batches are filled up, and cut after everything compiled has run.
     out, _ = next(sampler.batches(np.full(count, label), self.num_images))

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,14 @@ from jaxtyping import Array, Bool, Int, UInt8
 from tensorar_jax.generation.resize import resize_bicubic
 from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.method import sampling, windows
+from tensorar_jax.method.marginals import Marginals
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.nn.image_bytes import normalise, to_uint8
 from tensorar_jax.parallel import sharding
 
 STRIPS = 6  # images in a refinement strip
 DECODED = 8  # images that a device decodes at once: activations are large
+REFILL = 1 / 8  # share of finished images at which places are filled again
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "size", "mesh"))
@@ -99,7 +102,8 @@ class Sampler:
   """Draws the labelled images of a run with one model, any number at a time.
 
   `mesh` is of this process's devices; by default they split the rows. The model
-  is kept only in the form of `sampling.prepare`.
+  is kept only in the form of `sampling.prepare`. `marginals` are for a parallel
+  decoder that guesses by them.
   """
 
   model: TensorAR
@@ -107,6 +111,7 @@ class Sampler:
   config: sampling.SamplingConfig
   seed: int
   mesh: Mesh = dataclasses.field(default_factory=sharding.local_mesh)
+  marginals: Marginals | None = None
 
   def __post_init__(self):
     prepared = sampling.prepare(self.model, self.mesh)
@@ -119,22 +124,77 @@ class Sampler:
 
     Samples may still be being computed. A short batch is filled up, so there is
     one compiled shape: batch_size, or the next one that the mesh splits evenly.
+    The parallel decoder begins an image of a later batch in the place of one
+    that is finished, where there are several batches.
     """
-    rng, parts = jax.random.key(self.seed), sharding.row_parts(self.mesh)
+    parts = sharding.row_parts(self.mesh)
     batch_size = math.ceil(batch_size / parts) * parts
+    refills = len(labels) > batch_size and not self.config.return_logits
+    if self.config.decoder == "parallel" and refills:
+      yield from self._refilled(labels, batch_size, first)
+      return
     for start in range(0, len(labels), batch_size):
       count = min(batch_size, len(labels) - start)
       index = start + np.arange(batch_size)
-      rows = np.minimum(index, len(labels) - 1)
-      cond = self.conditioning.encode(labels[rows])
-      null = self.conditioning.null(cond)
-      cond, null, index = jax.device_put(
-        (cond, null, first + index), sharding.rows(self.mesh)
+      yield sampling.generate(**self._call(labels, index, first)), count
+
+  def _call(self, labels, index, first) -> dict[str, Any]:
+    """What the sampler is called with for the labels of these indices."""
+    cond = self.conditioning.encode(labels[np.minimum(index, len(labels) - 1)])
+    null = self.conditioning.null(cond)
+    cond, null, image_index = jax.device_put(
+      (cond, null, first + index), sharding.rows(self.mesh)
+    )
+    return dict(
+      model=self.model,
+      cond=cond,
+      null=null,
+      rng=jax.random.key(self.seed),
+      config=self.config,
+      image_index=image_index,
+      marginals=self.marginals,
+    )
+
+  def _refilled(
+    self, labels, batch_size: int, first: int
+  ) -> Iterator[tuple[sampling.Samples, int]]:
+    """`batches` in which a finished image makes room for the next one."""
+    rows = sharding.rows(self.mesh)
+    index, is_new = np.arange(batch_size), np.ones(batch_size, bool)
+    following, state = batch_size, None
+    finished: dict[int, list[np.ndarray]] = {}  # by index, arrays of one image
+    start = 0  # the first index that was not yielded yet
+    is_done = np.zeros(batch_size, bool)
+    while start < len(labels):
+      waits = following < len(labels)
+      enough = math.ceil(REFILL * batch_size) if waits else batch_size
+      state, out = sampling.advance(
+        **self._call(labels, index, first),
+        state=state,
+        is_new=jax.device_put(is_new, rows),
+        enough=enough,
       )
-      yield (
-        sampling.generate(self.model, cond, null, rng, self.config, index),
-        count,
-      )
+      arrays, structure = jax.tree.flatten(out)
+      arrays = list(map(np.asarray, arrays))
+      now_done = np.asarray(state.count) == self.model.num_tokens
+      index, is_new = index.copy(), np.zeros(batch_size, bool)
+      for place in np.flatnonzero(now_done):
+        if not is_done[place]:  # else there was nothing left to begin there
+          finished[int(index[place])] = [a[place] for a in arrays]
+        if following < len(labels):
+          index[place], is_new[place] = following, True
+          following += 1
+      is_done = now_done & ~is_new
+      while start < len(labels):
+        count = min(batch_size, len(labels) - start)
+        batch = range(start, start + count)
+        if not all(i in finished for i in batch):
+          break
+        images = [finished.pop(i) for i in batch]
+        images += [images[-1]] * (batch_size - count)
+        stacked = [np.stack(a) for a in zip(*images, strict=True)]
+        start += count
+        yield structure.unflatten(jax.device_put(stacked, rows)), count
 
   def images(
     self,
@@ -172,11 +232,14 @@ def generate(
   seed: int,
   config: sampling.SamplingConfig,
   batch_size: int,
+  marginals: Marginals | None = None,
 ) -> Iterator[sampling.Samples]:
   """Yields samples for the labels, by batch, the last one cut to size.
 
   Image i of the run is the same for every batch size.
   """
-  sampler = Sampler(model, conditioning, config, seed)
+  sampler = Sampler(
+    model, conditioning, config, seed, sharding.local_mesh(), marginals
+  )
   for out, count in sampler.batches(labels, min(batch_size, len(labels))):
     yield _cut(out, count)

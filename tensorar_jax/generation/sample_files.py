@@ -41,7 +41,7 @@ from tensorar_jax.checkpoints import files, orbax_io, resumable
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
-from tensorar_jax.generation import batches, npz, pictures
+from tensorar_jax.generation import batches, guesses, npz, pictures
 from tensorar_jax.generation.requests import Request, condition
 from tensorar_jax.interfaces import Samples, Tokenizer
 from tensorar_jax.parallel import sharding
@@ -122,7 +122,14 @@ def sample(
   completes = worker.is_first
   if not target.complete:
     model = build.load_tensorar(chosen, checkpoint, mesh)
-    sampler = batches.Sampler(model, conditioning, sampling, request.seed, mesh)
+    sampler = batches.Sampler(
+      model,
+      conditioning,
+      sampling,
+      request.seed,
+      mesh,
+      guesses.load(stage_folder, sampling),
+    )
     draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
     overview = functools.partial(
       _save_overview, target.folder, tokenizer, request

@@ -50,6 +50,7 @@ def test_images_are_the_same_on_every_mesh(rows):
   for (_, mesh), row in rows.items():
     if sample := row.get("sample"):
       assert sample["difference"]["drafts"] == 0, mesh
+      assert sample["difference"]["parallel"] == 0, mesh
       assert sample["difference"]["logits"] < 1e-4, mesh
       assert sample["devices"] == (8 if mesh else 1)
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -22,6 +24,22 @@ def test_images_do_not_depend_on_the_batch_size(batch_size):
 
   np.testing.assert_array_equal(draw(batch_size), draw(5))
   assert draw(batch_size).shape == (8, 9, 2, 1)
+
+
+def test_the_parallel_decoder_fills_places_again_and_keeps_the_order():
+  model, labels = tiny.wrapped(2), np.arange(8) % 5
+  config = SamplingConfig(guidance=1.5, draw="gumbel")
+  parallel = dataclasses.replace(config, decoder="parallel", rows=3)
+
+  def draw(config, size):
+    parts = batches.generate(model, tiny.CLASSES, labels, 3, config, size)
+    return jax.tree.map(lambda *a: jax.numpy.concatenate(a), *parts)
+
+  want = draw(config, 8)
+  one_batch, several = draw(parallel, 8), draw(parallel, 3)
+  for got in (one_batch, several):
+    np.testing.assert_array_equal(got.drafts, want.drafts)
+  np.testing.assert_array_equal(several.steps, one_batch.steps)
 
 
 def test_images_are_resized_on_request():
