@@ -12,6 +12,7 @@ loss says little about samples. Measured here, with j a slot:
 | `window_accuracy` | how often input slot j >= 1 was right, the same windows  |
 | `copy_rate`       | committed token = draft of j >= 1 looks before, sampling |
 | `entropy`         | of what a committed token is drawn from, nats, sampling  |
+| `steps`           | of the backbone for an image, by the parallel decoder    |
 
 The first three are measured twice: given windows with the noise of training,
 and given the windows that the sampler reads when it commits the tokens of the
@@ -41,6 +42,7 @@ from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 
 SEED = 2**21  # apart from every seed that images are measured with
+STEP_IMAGES = 64  # are enough for a mean number of steps
 
 
 def measure(
@@ -67,6 +69,9 @@ def measure(
     "window": model.window,
     **free_running(model, conditioning, labels, config, batch_size),
     **held_out(model, conditioning, batch, config, noise, batch_size),
+    "steps": expected_steps(
+      model, conditioning, labels[:STEP_IMAGES], config, batch_size
+    ),
   }
 
 
@@ -93,6 +98,38 @@ def free_running(
   if model.window > 1:
     measured["copy_rate"] = copy_rate(np.concatenate(drafts))
   return measured
+
+
+def expected_steps(
+  model: TensorAR,
+  conditioning: Conditioning,
+  labels: Int[np.ndarray, "n"],
+  config: SamplingConfig,
+  batch_size: int,
+) -> dict[str, Any]:
+  """How many backbone steps the parallel decoder takes for an image.
+
+  With Gumbel noise, the rows of `config` and first guesses from the last row,
+  which need nothing else.
+
+  Returns:
+    {"rows", "tokens": of an image, "mean", "min", "max": steps of an image}.
+  """
+  rows = min(config.rows, model.num_tokens)
+  config = dataclasses.replace(
+    config, draw="gumbel", decoder="parallel", rows=rows, first_guess="last_row"
+  )
+  drawn = batches.generate(
+    model, conditioning, labels, SEED, config, batch_size
+  )
+  taken = np.concatenate([np.asarray(out.steps)[:, -1] + 1 for out in drawn])
+  return {
+    "rows": rows,
+    "tokens": model.num_tokens,
+    "mean": float(taken.mean()),
+    "min": int(taken.min()),
+    "max": int(taken.max()),
+  }
 
 
 def entropy(

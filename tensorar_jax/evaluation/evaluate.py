@@ -20,12 +20,13 @@ from absl import logging
 from jaxtyping import Int
 
 from tensorar_jax.checkpoints import files, orbax_io
+from tensorar_jax.conditioning.conditions import ClassConditioning
 from tensorar_jax.evaluation import diagnostics, yardsticks
 from tensorar_jax.evaluation.metrics import METRICS
 from tensorar_jax.evaluation.yardsticks import YARDSTICKS, Yardstick
 from tensorar_jax.experiment import build, saved
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage
-from tensorar_jax.generation import batches
+from tensorar_jax.generation import batches, guesses
 from tensorar_jax.interfaces import Conditioning
 from tensorar_jax.method.drawing import Guidance
 from tensorar_jax.training import logs
@@ -84,7 +85,15 @@ class LoadedSubject:
     self.tokenizer = build.frozen_tokenizer(stage, folder.parent)
     self.conditioning = conditions or build.conditioning(stage.conditioning)
     self.config, self.noise = stage.sampling, stage.noise
-    self.batch_size = batch_size
+    self.batch_size, self.folder = batch_size, folder
+
+  def count_tokens(self, held_out: dict[str, np.ndarray]) -> None:
+    """Writes how often each token occurs, for the parallel decoder."""
+    tokens = batches.encode(self.tokenizer, held_out["image"])
+    vocab_sizes, labels, classes = self.model.vocab_sizes, None, 1
+    if isinstance(self.conditioning, ClassConditioning):
+      labels, classes = held_out["label"], self.conditioning.num_classes
+    guesses.save(self.folder, tokens, vocab_sizes, labels, classes)
 
   def draw(
     self, scale: Guidance, seed: int, labels: Int[np.ndarray, "n"]
@@ -93,7 +102,13 @@ class LoadedSubject:
     config = dataclasses.replace(self.config, guidance=scale)
     images, drafts = [], []
     for batch in batches.generate(
-      self.model, self.conditioning, labels, seed, config, self.batch_size
+      self.model,
+      self.conditioning,
+      labels,
+      seed,
+      config,
+      self.batch_size,
+      guesses.load(self.folder, config),
     ):
       images.append(batches.decode(self.tokenizer, batch.tokens))
       drafts.append(np.asarray(batch.drafts))
@@ -128,6 +143,8 @@ def measure_model(
   started = time.monotonic()
   conditions = yardstick.conditions(subject.stage)
   model = LoadedSubject(subject, settings.batch_size, conditions)
+  held_out = yardstick.held_out(settings.held_out_images)
+  model.count_tokens(held_out)
   labels = yardstick.labels(settings.num_images, settings.scan_images)
   scan = {}
   for scale in settings.guidance if len(settings.guidance) > 1 else ():
@@ -150,7 +167,6 @@ def measure_model(
     **{k: np.concatenate([part[k] for part in shown]) for k in shown[0]},
     names=np.array(yardstick.names),
   )
-  held_out = yardstick.held_out(settings.held_out_images)
   refinement = model.diagnose(best, held_out)
   result["entropy"] = refinement["entropy"]
   result["cross_entropy"] = refinement["cross_entropy"]["training_noise"][0]

@@ -217,11 +217,15 @@ def test_everything_is_there_and_is_json(family):
   for name, length in lengths.items():
     assert list(found[name]) == ["training_noise", "own_drafts"]
     assert all(len(values) == length for values in found[name].values())
+  steps = found["steps"]
+  assert steps["rows"] == steps["tokens"] == model.num_tokens
+  assert 1 < steps["min"] <= steps["mean"] <= steps["max"] <= 9
 
 
 def test_the_base_model_has_no_refinement_to_measure():
   found = measure(TensorAR(tiny.backbone()), SamplingConfig())
-  assert set(found) == {"window", "entropy", "cross_entropy", "accuracy"}
+  names = {"window", "entropy", "cross_entropy", "accuracy", "steps"}
+  assert set(found) == names
   for name in ("cross_entropy", "accuracy"):
     assert list(found[name]) == ["training_noise"]
     assert len(found[name]["training_noise"]) == 1
