@@ -47,10 +47,12 @@ class Compile(Products, Shared):
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(Products, Shared):
-  """Measures speed on random weights, beside the machine's own limits.
+  """Measures speed beside the machine's own limits.
 
   Of drawing images, of the tokenizer's decoder and of training steps. All cases
-  run in turn; figures are medians with their range.
+  run in turn; figures are medians with their range. The weights are those of
+  the stage if it is trained, else random ones; only the parallel decoder's
+  speed depends on them.
   """
 
   example = (
@@ -67,6 +69,14 @@ class Benchmark(Products, Shared):
   windows: tuple[int, ...] = option((1, 2, 4, 8), "Windows k.")
   depths: tuple[int, ...] = option(
     (1, 2, 4), "Depths of the decoder that TensorAR adds, with one window."
+  )
+  decoders: tuple[str, ...] = option(
+    ("window",),
+    "How to draw: a token a step, or several rows at once.",
+    choices=("window", "parallel"),
+  )
+  rows: tuple[int, ...] = option(
+    (4, 16), "Rows that the parallel decoder tries at once."
   )
   rounds: int = option(3, "How often every case is timed.", least=1)
   train_batch: int | None = option(
@@ -136,6 +146,8 @@ def run_benchmark(
     batches=options.batches,
     windows=options.windows,
     depths=options.depths,
+    decoders=options.decoders,
+    rows=options.rows,
     rounds=options.rounds,
     train_batch=options.train_batch,
     parts=options.parts,

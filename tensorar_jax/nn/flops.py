@@ -23,18 +23,22 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 
-def matmul_flops(function: Callable, *args: Any) -> int:
+def matmul_flops(
+  function: Callable, *args: Any, while_runs: int | None = None
+) -> int:
   """Counts the FLOPs of one call of `function`, traced at arrays or shapes.
+
+  `while_runs` is how often every `while` of unknown length runs.
 
   Operations that no result depends on do not count. A `cond` counts its largest
   branch, a `shard_map` every shard, a convolution its border as well.
 
   Raises:
-    ValueError: a `while` of unknown length holds any of them.
+    ValueError: a `while` of unknown length holds any, without `while_runs`.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-  return _count(live)
+  return _count(live, while_runs)
 
 
 def training_flops(loss: Callable, params: Any, *args: Any) -> int:
@@ -50,11 +54,11 @@ def training_flops(loss: Callable, params: Any, *args: Any) -> int:
   return matmul_flops(derivative, params, *args)
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
-  return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def _count(jaxpr: core.Jaxpr, while_runs: int | None) -> int:
+  return sum(_count_equation(line, while_runs) for line in jaxpr.eqns)
 
 
-def _count_equation(equation: core.JaxprEqn) -> int:
+def _count_equation(equation: core.JaxprEqn, while_runs: int | None) -> int:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     left = _shape(equation.invars[0])
@@ -63,14 +67,18 @@ def _count_equation(equation: core.JaxprEqn) -> int:
     return 2 * inner * math.prod(_shape(equation.outvars[0]))
   if name == "conv_general_dilated":
     return _count_convolution(equation)
-  inner = [_count(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
+  inner = [
+    _count(jaxpr, while_runs) for jaxpr in core.jaxprs_in_params(params)
+  ]
   if name == "cond":
     return max(inner)
-  if name == "while" and any(inner):
+  if name == "while" and any(inner) and while_runs is None:
     raise ValueError(
       "a `while` loop around matrix products: how often it runs is not known"
       " before it runs. Use `jax.lax.scan`, or a `fori_loop` of fixed length."
     )
+  if name == "while":
+    return (while_runs or 0) * sum(inner)
   return _repeats(name, params) * sum(inner)
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 from absl import logging
 
-from tensorar_jax.checkpoints import files
+from tensorar_jax.checkpoints import files, orbax_io
 from tensorar_jax.experiment import saved
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import sample_files
+from tensorar_jax.method.sampling_config import DECODERS
 from tensorar_jax.parallel import chips
 from tensorar_jax.performance import benchmark_report as report
 from tensorar_jax.performance import machine, peer_torch, traces, workloads
@@ -49,6 +50,9 @@ class Settings:
       or 4 on a CPU.
     parts: a selection of PARTS.
     unguided: whether the base model also runs without guidance.
+    decoders: a selection of DECODERS, for the guided cases.
+    rows: how many steps the parallel decoder tries at once; each runs at every
+      batch and window, at the first depth.
     peer: one of PEERS, or None.
     peer_modes: a selection of `peer_torch.MODES`.
     precision: the value of --precision, for the record only; the caller has
@@ -65,6 +69,8 @@ class Settings:
   train_batch: int | None = None
   parts: tuple[str, ...] = PARTS
   unguided: bool = True
+  decoders: tuple[str, ...] = ("window",)
+  rows: tuple[int, ...] = (4, 16)
   peer: str | None = None
   peer_modes: tuple[str, ...] = ("eager", "compile")
   precision: str | None = None
@@ -72,7 +78,7 @@ class Settings:
   seconds: float | None = None
 
   def __post_init__(self):
-    for name in ("batches", "windows", "depths"):
+    for name in ("batches", "windows", "depths", "rows"):
       values = getattr(self, name)
       if not values or min(values) < 1 or len({*values}) < len(values):
         raise ValueError(
@@ -84,6 +90,8 @@ class Settings:
         raise ValueError(f"--{name}={value}: expected at least 1.")
     for part in self.parts:
       choose("--parts", part, list(PARTS))
+    for decoder in self.decoders:
+      choose("--decoders", decoder, list(DECODERS))
     for part in self.profile:
       choose("--profile", part, list(PARTS))
     for mode in self.peer_modes:
@@ -106,8 +114,14 @@ def plan(
     for batch in settings.batches:
       for window in settings.windows:
         depths = settings.depths if window == deep else (first,)
-        for depth in depths if window > 1 else (1,):
-          works.append(Work("decode", batch, window, depth, True))
+        depths = depths if window > 1 else (1,)
+        if "window" in settings.decoders:
+          works += [Work("decode", batch, window, d, True) for d in depths]
+        if "parallel" in settings.decoders:
+          works += [
+            Work("decode", batch, window, depths[0], True, rows)
+            for rows in settings.rows
+          ]
       if 1 in settings.windows and settings.unguided:
         works.append(Work("decode", batch, 1, 1, False))
   if "tokenizer" in settings.parts:
@@ -162,7 +176,9 @@ def run(
   if settings.peer:
     peer_torch.check_installed()
   folder = _new_folder(output, workdir / "benchmark")
-  loads = workloads.Workloads(stages[name], workdir)
+  trained = (workdir / name / "checkpoints").is_dir()
+  checkpoint = orbax_io.find(workdir / name) if trained else None
+  loads = workloads.Workloads(stages[name], workdir, checkpoint)
   peer = make_peer(loads) if settings.peer else None
   record = {"stage": name, **about(stages[name], loads, settings, peer)}
   folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +209,7 @@ def about(stage, loads, settings: Settings, peer) -> dict[str, Any]:
   return {
     "started": now.isoformat(timespec="seconds"),
     "config": saved.saved_config(dataclasses.replace(stage, source=None)),
+    "weights": str(loads.checkpoint) if loads.checkpoint else "random",
     "settings": dataclasses.asdict(settings),
     "dtype": dtype,
     "products": chips.products_of(dtype, jax.default_backend()),
@@ -257,7 +274,7 @@ class Cases:
         continue
       case = self._build(work)
       self._start(case)
-      peer_can_run = work.kind == "train" or work.guided
+      peer_can_run = work.kind == "train" or work.guided and not work.rows
       if self.peer and peer_can_run and work.window == 1:
         for mode in self.settings.peer_modes:
           logging.info("warm-up of the peer: %s, %s", work.name, mode)
@@ -269,7 +286,9 @@ class Cases:
 
   def _build(self, work: Work) -> Case:
     if work.kind == "decode":
-      return self.loads.decode(work.batch, work.window, work.depth, work.guided)
+      return self.loads.decode(
+        work.batch, work.window, work.depth, work.guided, work.rows
+      )
     if work.kind == "tokenizer":
       return self.loads.tokenizer(work.batch)
     return self.loads.train(work.batch, work.window, work.depth)

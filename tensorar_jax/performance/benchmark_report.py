@@ -34,6 +34,7 @@ def figures(
   seconds: Sequence[float],
   limits: Sequence[Mapping[str, float]],
   peak: float | None = None,
+  steps: int | None = None,
 ) -> dict[str, Stat]:
   """Returns the rates of a case and its shares of the limits.
 
@@ -42,13 +43,15 @@ def figures(
     seconds: the time of a run, for each round.
     limits: {"flops": FLOP/s, "read": bytes/s} measured in each round.
     peak: FLOP/s by the data sheet; "mfu" is the share of it.
+    steps: steps of the backbone in a run, if not one for each token.
   """
   rates = {
     "images_per_second": [work.batch / s for s in seconds],
     "tokens_per_second": [work.batch * work.tokens / s for s in seconds],
   }
   if work.kind == "decode":
-    rates["ms_per_step"] = [1000 * s / work.tokens for s in seconds]
+    steps = steps or work.tokens
+    rates["ms_per_step"] = [1000 * s / steps for s in seconds]
   if work.flops and peak:
     rates["mfu"] = [work.flops / s / peak for s in seconds]
   for name, amount in (("flops", work.flops), ("read", work.bytes)):
@@ -59,31 +62,37 @@ def figures(
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Returns the time of each window over k = 1, and of the peer over ours.
+  """Returns times over those of the window decoder with k = 1.
 
-  Each has the median and the range over the rounds, and beside them the ratios
-  of the FLOPs and of the bytes of weights, below which the time cannot fall.
+  They are of wider windows, of the peer, and of the parallel decoder, for which
+  it is the window decoder with the same k. Each has the median and the range
+  over the rounds. Beside those of wider windows are the ratios of the FLOPs and
+  of the bytes of weights, below which the time cannot fall.
   """
   good = [row for row in rows if "error" not in row]
   same = ("kind", "batch", "guided")
   compared = []
   for row in good:
     for base in good:
-      if any(row[key] != base[key] for key in same) or base["window"] != 1:
+      if any(row[key] != base[key] for key in same) or base["rows"]:
         continue
-      wider = row["window"] > 1 and row["program"] == base["program"] == OURS
-      peer = row["window"] == 1 and row["program"] != OURS == base["program"]
-      if not wider and not peer:
+      if base["program"] != OURS:
+        continue
+      parallel = row["rows"] and row["window"] == base["window"]
+      of_one = base["window"] == 1 and not row["rows"]
+      wider = of_one and row["window"] > 1
+      peer = of_one and row["window"] == 1 and row["program"] != OURS
+      if not wider and not peer and not parallel:
         continue
       pairs = zip(row["seconds"], base["seconds"])
       compared.append(
         {
           "name": row["name"],
           "of": row["program"],
-          "over": "k=1" if wider else OURS,
+          "over": "k=1" if wider else "one row" if parallel else OURS,
           **summary([a / b for a, b in pairs]),
-          "flops": _ratio(row, base, "flops"),
-          "bytes": _ratio(row, base, "bytes"),
+          "flops": None if parallel else _ratio(row, base, "flops"),
+          "bytes": None if parallel else _ratio(row, base, "bytes"),
         }
       )
   return compared
@@ -118,8 +127,9 @@ def case_record(
     compiled = max(0.0, warm["seconds"] - float(np.median(seconds)))
   row |= {"seconds": seconds, "compile_seconds": compiled}
   row |= {"extra_bytes": max(extra, default=None)}
-  row |= {"device_bytes": warm.get("device_bytes")}
-  return row | figures(case.work, seconds, limits, peak)
+  row |= {"device_bytes": warm.get("device_bytes"), "steps": warm.get("steps")}
+  steps = row["steps"] and row["steps"]["max"]
+  return row | figures(case.work, seconds, limits, peak, steps)
 
 
 # --- tables and plot ---------------------------------------------------------
@@ -134,6 +144,16 @@ def _stat(stat: Row | None, digits: int = 3) -> str:
   return f"{middle} [{low}, {high}]"
 
 
+def _steps(row: Row) -> str:
+  """Formats steps of the backbone for an image, `62 [51, 70]` if they vary."""
+  if row["kind"] != "decode":
+    return "\u2013"
+  steps = row.get("steps")
+  if not steps:
+    return str(row["tokens"])
+  return f"{steps['mean']:.1f} [{steps['min']}, {steps['max']}]"
+
+
 def _percent(stat: Row | None) -> str:
   return "\u2013" if stat is None else f"{stat['median']:.0%}"
 
@@ -144,7 +164,7 @@ def _plain(value: float | int | None, form: str) -> str:
 
 def case_rows(record: Mapping[str, Any]) -> list[list[str]]:
   """Returns a table: a heading, and a line for every case."""
-  heads = ["case", "program", "ms per step", "images/s", "tokens/s"]
+  heads = ["case", "program", "steps", "ms per step", "images/s", "tokens/s"]
   heads += ["of the read limit", "of the FLOP/s limit", "MFU"]
   heads += ["compile s", "adds GiB", "device GiB"]
   lines = [heads]
@@ -155,6 +175,7 @@ def case_rows(record: Mapping[str, Any]) -> list[list[str]]:
       continue
     extra = row["extra_bytes"]
     tokens = row["tokens_per_second"] if row["kind"] == "train" else None
+    line += [_steps(row)]
     line += [_stat(row.get("ms_per_step")), _stat(row["images_per_second"])]
     line += [_stat(tokens)]
     shares = (row.get(name) for name in ("of_read", "of_flops", "mfu"))
@@ -196,7 +217,9 @@ def heading(record: Mapping[str, Any]) -> list[str]:
     f" start {about['load_average']:.2f}. {software}.",
     f"Limits: {_stat(scaled['flops'])} GFLOP/s in a large matrix product,"
     f" {_stat(scaled['read'])} GB/s in a long read.",
-    "ROWSxIMAGES: 2x8 is 8 images, each with and without its condition.",
+    "ROWSxIMAGES: 2x8 is 8 images, each with and without its condition. m rows"
+    " at once are the parallel decoder's; its steps are those of an image, over"
+    " the images of a batch, and ms per step is of the slowest one.",
   ]
   if record["peak_flops"]:
     sentences.append(
@@ -249,6 +272,7 @@ def save_picture(path: pathlib.Path, record: Mapping[str, Any]) -> None:
     if row["kind"] == "decode" and row["guided"]:
       words = [row["program"], f"k = {row['window']}"]
       words += [f"depth {row['depth']}"] if row["depth"] > 1 else []
+      words += [f"m = {row['rows']}"] if row["rows"] else []
       lines.setdefault(", ".join(words), []).append(row)
   for name, rows in lines.items():
     stats = [row["images_per_second"] for row in rows]

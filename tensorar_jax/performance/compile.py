@@ -111,7 +111,10 @@ def train_program(stage: Stage, mesh: Mesh) -> Program:
 
 
 def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
-  """Traces `sampling.generate` for `batch_size` images."""
+  """Traces `sampling.generate` for `batch_size` images.
+
+  The parallel decoder takes as many steps as its guesses ask for; one counts.
+  """
   parts = sharding.row_parts(mesh)
   if batch_size % parts:
     raise ValueError(
@@ -132,8 +135,10 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
   placed = _decoder(stage, mesh)
   traced = sampling.trace(placed, cond, null, rng, config, index)
   both = 2 if config.guided else 1
+  is_parallel = config.decoder == "parallel"
+  spare = config.rows if is_parallel else 0
   _, cache = jax.eval_shape(
-    lambda arrays, cond: skeleton.merge(arrays).backbone.prefill(cond),
+    lambda arrays, cond: skeleton.merge(arrays).backbone.prefill(cond, spare),
     {**params, **frozen},
     _rows(example, both * batch_size, mesh),
   )
@@ -143,9 +148,9 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
     split = NamedSharding(mesh, sharding.fit(spec, array.shape, mesh))
     whole = math.prod(split.shard_shape(array.shape))
     sizes |= {whole, whole // array.shape[0]}  # all layers, or a single one
-  count = _flops(traced)
+  count = _flops(traced, while_runs=1 if is_parallel else None)
   return Program(
-    name="sampler",
+    name=f"sampler, one step, m={spare}" if is_parallel else "sampler",
     lower=traced.lower,
     model_flops=count,
     run_flops=count,
@@ -171,9 +176,10 @@ def _decoder(stage: Stage, mesh: Mesh) -> nnx.Module:
   return skeleton.merge(sharding.layout({**params, **frozen}, model, mesh))
 
 
-def _flops(traced: jax.stages.Traced) -> int:
+def _flops(traced: jax.stages.Traced, while_runs: int | None = None) -> int:
   run = core.jaxpr_as_fun(traced.jaxpr)
-  return flops.matmul_flops(run, *traced.jaxpr.in_avals)
+  inputs = traced.jaxpr.in_avals
+  return flops.matmul_flops(run, *inputs, while_runs=while_runs)
 
 
 # --- reports -----------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The benchmark's cases: generation, the tokenizer's decoder, training steps.
 
-Every case runs the same program as a user would, on fresh random weights. It
-comes with the work that one run needs at least, however it is programmed:
+Every case runs the same program as a user would, on the weights of the stage if
+it has been trained and on fresh random ones if not. Only the parallel decoder's
+speed depends on the weights. A case comes with the work that one run needs at
+least, however it is programmed:
 
     decoding    bytes = steps x (weights that a step reads, in its dtype)
                 FLOPs = steps x (products of a step on [cond | null] rows)
@@ -9,7 +11,7 @@ comes with the work that one run needs at least, however it is programmed:
     training    FLOPs of the loss and its gradient; see `flops`
 
 Embedding tables, of which a step reads only a few rows, and key/value rows are
-not counted.
+not counted. The parallel decoder's work depends on its guesses; it has none.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Int32
+from jaxtyping import Array, Int, Int32
 
 from tensorar_jax.experiment import build, initial_weights
 from tensorar_jax.experiment.schema import Stage
@@ -49,6 +52,7 @@ class Work:
     window: TensorAR's window size; 1 is the base model.
     depth: TensorAR's depth.
     guided: whether every image is decoded twice, with and without condition.
+    rows: steps that the parallel decoder tries at once; 0: window decoder.
     tokens: tokens in an image.
     flops: FLOPs of the matrix products of one run.
     bytes: bytes of weights that all steps together must read; 0 for work that
@@ -60,6 +64,7 @@ class Work:
   window: int = 1
   depth: int = 1
   guided: bool = False
+  rows: int = 0
   tokens: int = 1
   flops: int = 0
   bytes: int = 0
@@ -73,7 +78,8 @@ class Work:
     if self.kind == "train":
       rows = str(self.batch)
     depth = f" depth {self.depth}" if self.window > 1 else ""
-    return f"{self.kind} {rows} k={self.window}{depth}"
+    at_once = f" m={self.rows}" if self.rows else ""
+    return f"{self.kind} {rows} k={self.window}{depth}{at_once}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +90,15 @@ class Case:
     work: the work of one run.
     program: the program's name.
     warm_up: runs it for the first time and returns {"seconds"}; where compile
-      time is known, "compile_seconds" is separate from these.
+      time is known, "compile_seconds" is separate from these. The parallel
+      decoder adds "steps", see `steps_of`.
     time: runs it a given number of times; {"seconds", "extra_bytes"} as in
       `machine.watched`.
   """
 
   work: Work
   program: str
-  warm_up: Callable[[], dict[str, float]]
+  warm_up: Callable[[], dict[str, Any]]
   time: Callable[[int], dict[str, float | None]]
 
 
@@ -107,16 +114,49 @@ def _case(work: Work, run: Callable[[], object]) -> Case:
   return Case(work, OURS, warm_up, lambda count: machine.watched(run, count))
 
 
-class Workloads:
-  """Builds the cases of one stage, on this process's devices in its mesh."""
+def steps_of(steps: Int[Array | np.ndarray, "B T"]) -> dict[str, Any]:
+  """Summarises how many backbone steps images took, of `Samples.steps`.
 
-  def __init__(self, stage: Stage, workdir: pathlib.Path):
+  Returns:
+    {"mean", "min", "max"} over the images, and {"commits": a list}, how many
+    steps after the first committed 1, 2, ... tokens.
+  """
+  steps = np.asarray(steps)
+  taken = steps.max(axis=1) + 1
+  commits = [np.unique(row[row > 0], return_counts=True)[1] for row in steps]
+  counts = np.bincount(np.concatenate(commits))[1:]
+  return {
+    "mean": float(taken.mean()),
+    "min": int(taken.min()),
+    "max": int(taken.max()),
+    "commits": counts.tolist(),
+  }
+
+
+class Workloads:
+  """Builds the cases of one stage, on this process's devices in its mesh.
+
+  `checkpoint` has its trained weights; None takes fresh ones.
+  """
+
+  def __init__(
+    self,
+    stage: Stage,
+    workdir: pathlib.Path,
+    checkpoint: pathlib.Path | None = None,
+  ):
     self.stage = dataclasses.replace(stage, init=None)
-    self.workdir = workdir
+    self.workdir, self.checkpoint = workdir, checkpoint
     self.mesh = sharding.local_mesh(stage.mesh)
     self.conditioning = build.conditioning(stage.conditioning)
-    self.backbone = self._initial_model(self._with(1, 1)).backbone
     self._models: dict[tuple[int, int], TensorAR] = {}
+    if checkpoint is None:
+      self.backbone = self._initial_model(self._with(1, 1)).backbone
+    else:
+      trained = build.load_tensorar(stage, checkpoint, self.mesh)
+      self.backbone = trained.backbone
+      options = stage.tensorar
+      self._models[trained.window, options.depth] = trained
 
   def _with(self, window: int, depth: int) -> Stage:
     options = dataclasses.replace(
@@ -163,14 +203,23 @@ class Workloads:
     drawn = [rng.integers(size, size=shape) for size in model.vocab_sizes]
     return np.stack(drawn, axis=-1).astype(np.int32)
 
-  def decode(self, batch: int, window: int, depth: int, guided: bool) -> Case:
-    """Makes a case that generates a batch: prefill and steps in one program."""
+  def decode(
+    self, batch: int, window: int, depth: int, guided: bool, rows: int = 0
+  ) -> Case:
+    """Makes a case that generates a batch: prefill and steps in one program.
+
+    With `rows`, by the parallel decoder, which draws by Gumbel noise.
+    """
     model = self.model(window, depth)
     prepared = sampling.prepare(model, self.mesh)
     config = self.stage.sampling
     if guided != config.guided:
       scale = GUIDANCE if guided else 1.0
       config = dataclasses.replace(config, guidance=scale)
+    if rows:
+      config = dataclasses.replace(
+        config, draw="gumbel", decoder="parallel", rows=rows
+      )
     cond = self.rows(batch)
     null = self.conditioning.null(cond) if guided else None
     cond, null, index = jax.device_put(
@@ -178,23 +227,34 @@ class Workloads:
     )
     rng = jax.random.key(self.stage.seed)
 
-    def run():
+    def generate():
       out = sampling.generate(prepared, cond, null, rng, config, index)
-      jax.block_until_ready(out.tokens)
+      return jax.block_until_ready(out)
 
-    count, read = step_work(model, cond, guided)
-    copies = self.mesh.size // self.mesh.shape["tensor"]
     work = Work(
       kind="decode",
       batch=batch,
       window=window,
       depth=depth,
       guided=guided,
+      rows=rows,
       tokens=model.num_tokens,
+    )
+    if rows:
+      case = _case(work, generate)
+
+      def warm_up():
+        return {**case.warm_up(), "steps": steps_of(generate().steps)}
+
+      return dataclasses.replace(case, warm_up=warm_up)
+    count, read = step_work(model, cond, guided)
+    copies = self.mesh.size // self.mesh.shape["tensor"]
+    work = dataclasses.replace(
+      work,
       flops=model.num_tokens * count,
       bytes=model.num_tokens * copies * read,
     )
-    return _case(work, run)
+    return _case(work, generate)
 
   def tokenizer(self, batch: int) -> Case:
     """Makes a case that decodes tokens to images, as bytes on the host."""
@@ -261,8 +321,8 @@ def step_work(model: TensorAR, cond: dict, guided: bool) -> tuple[int, int]:
     model = nnx.merge(graphdef, state)
     valid = windows.valid_slots(jnp.asarray(0), k, model.num_tokens)
     h = both(model.encode_window(tokens, valid))
-    hidden, _ = model.backbone.decode(h, cache)
-    return model.logits(model.decode_window(hidden), both(tokens))
+    hidden, _ = model.backbone.decode(h[:, None], cache)
+    return model.logits(model.decode_window(hidden[:, 0]), both(tokens))
 
   rows = jax.tree.map(both, cond)
   _, cache = jax.eval_shape(model.backbone.prefill, rows)
