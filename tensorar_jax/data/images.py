@@ -28,6 +28,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from tensorar_jax.data.eight_bits import eight_bits
+
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by channels
 RECIPES = {"center": 1, "flip": 2, "ten_crop": 10}
 # What torchvision's ImageFolder takes for an image, so that positions agree.
@@ -82,7 +84,7 @@ def decode_image(
   data = file if is_bytes else pathlib.Path(file).read_bytes()
   try:
     with Image.open(io.BytesIO(data)) as image:
-      pixels = np.array(image.convert(mode))
+      pixels = np.array(eight_bits(image).convert(mode))
       return pixels.reshape(*pixels.shape[:2], channels)
   except _DECODING_ERRORS as error:
     # Pillow's own message holds the address of our buffer, never the same.
