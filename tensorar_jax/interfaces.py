@@ -195,6 +195,15 @@ class TextEncoder(Protocol):
 
 
 @runtime_checkable
+class ChecksCaptions(Protocol):
+  """A text encoder that says beforehand which captions it cannot encode."""
+
+  def check(self, caption: str) -> None:
+    """ValueError, with the reason, if the caption cannot be encoded."""
+    ...
+
+
+@runtime_checkable
 class Conditioning(Protocol):
   """The condition that an image is made from: class labels or text."""
 

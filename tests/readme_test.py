@@ -110,6 +110,20 @@ def test_every_page_is_found_from_the_index():
   assert not [name for name in names if f"]({name})" not in index]
 
 
+def test_tests_that_a_page_names_are_there():
+  count = 0
+  for page in DOCS:
+    for file, test in re.findall(
+      r"`(?:tests/)?(\S+_test\.py)::(\w+)`", page.read_text()
+    ):
+      found = [*(ROOT / "tests").rglob(file)]
+      assert found, f"{page.name}: {file}"
+      texts = [path.read_text() for path in found]
+      assert any(f"def {test}(" in text for text in texts), test
+      count += 1
+  assert count > 40
+
+
 def test_sections_that_the_code_cites_are_there():
   heads = re.findall(
     r"^## (\d+)\. ", (ROOT / "docs/method.md").read_text(), re.M

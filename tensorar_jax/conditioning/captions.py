@@ -77,9 +77,43 @@ _WORDS = (
 )
 
 
-def clean(caption: str) -> str:
-  """Cleans a caption as the models' training data are: twice, as published."""
-  return _clean_once(_clean_once(caption))
+# A caption is cut here before it is cleaned, which takes time in the square of
+# the length. It is four times what fills the 120 tokens that models read.
+MAX_LETTERS = 2000
+_TOKEN = 16  # letters of the longest tokens of T5
+
+
+def flaw(text: Any, most: int | None = None) -> str | None:
+  """What is wrong with a text for every encoder, or None.
+
+  It is no text, has no words, more than `most` letters, or half a character,
+  which no file in UTF-8 can hold.
+  """
+  if not isinstance(text, str):
+    return f"{shown(text)} is no text"
+  if not text.strip():
+    return f"{shown(text)} has no words"
+  if most and len(text) > most:
+    return f"{shown(text)} has {len(text):,} letters, more than {most:,}"
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    half = text[error.start]
+    return f"{shown(text)} is no text in UTF-8: it holds {half!r}"
+  return None
+
+
+def shown(text: Any) -> str:
+  """The beginning of a text, for messages."""
+  return repr(text[:60] if isinstance(text, str) else text)[:120]
+
+
+def clean(caption: str, most: int = MAX_LETTERS) -> str:
+  """Cleans a caption as the models' training data are: twice, as published.
+
+  Of a longer one only the first `most` letters are read.
+  """
+  return _clean_once(_clean_once(caption[:most]))
 
 
 def _clean_once(text):
@@ -119,7 +153,7 @@ class CutLog:
       message = (
         "caption %d is longer than %d tokens; the rest of it is not read"
       )
-      logging.warning(f"{message}: %r", number, self._length, caption)
+      logging.warning(f"{message}: %s", number, self._length, shown(caption))
     if self._count == NAMED:
       logging.warning("further captions that are cut are not named")
 
@@ -140,6 +174,7 @@ class CaptionTokenizer:
         f"length={length}: expected at least 2, a token and end."
       )
     self.length, self._log_cut = length, CutLog(length)
+    self._most = max(MAX_LETTERS, _TOKEN * length)
     self._tokens = read_tokenizer(pathlib.Path(path))
     self.sha256 = hashlib.sha256(self._tokens.to_str().encode()).hexdigest()
     self.vocab_size = self._tokens.get_vocab_size()
@@ -160,26 +195,31 @@ class CaptionTokenizer:
     """(ids int32, mask, true at tokens); what is no text is a ValueError."""
     if isinstance(captions, str) or not len(captions):
       raise ValueError(f"captions={captions!r}: expected a list of texts.")
-    cleaned = [_checked(i, caption) for i, caption in enumerate(captions)]
+    cleaned = [self._cleaned(f"caption {i}", c) for i, c in enumerate(captions)]
     encodings = self._tokens.encode_batch(cleaned)
     for number, encoding in enumerate(encodings):
-      if encoding.overflowing:
+      if encoding.overflowing or len(captions[number]) > self._most:
         self._log_cut(number, captions[number])
     ids = np.asarray([encoding.ids for encoding in encodings], np.int32)
     mask = [encoding.attention_mask for encoding in encodings]
     return ids, np.asarray(mask, bool)
 
+  def check(self, caption: str) -> None:
+    """ValueError if a caption cannot be encoded."""
+    self._cleaned("the caption", caption)
 
-def _checked(number: int, caption: Any) -> str:
-  """The cleaned caption; ValueError if it is no text or nothing is left."""
-  if not isinstance(caption, str):
-    raise ValueError(f"caption {number} is {caption!r}: expected a text.")
-  if not (cleaned := clean(caption)):
-    raise ValueError(
-      f"caption {number}, {caption!r}, is empty once links, markup and symbols"
-      " are removed. Describe the image in words, or use the null condition."
-    )
-  return cleaned
+  def _cleaned(self, where: str, caption: Any) -> str:
+    """The cleaned caption; ValueError if it is no text or nothing is left."""
+    if not isinstance(caption, str):
+      raise ValueError(f"{where} is {shown(caption)}: expected a text.")
+    if caption.strip() and (problem := flaw(caption)):
+      raise ValueError(f"{where} {problem}.")
+    if not (cleaned := clean(caption, self._most)):
+      raise ValueError(
+        f"{where}, {shown(caption)}, is empty once links, markup and symbols"
+        " are removed. Describe the image in words, or use the null condition."
+      )
+    return cleaned
 
 
 def read_tokenizer(path: pathlib.Path) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -24,6 +25,8 @@ BEGIN = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"
 IMAGE = "<begin_of_image>"
 BEFORE, AFTER = "<|User|>: ", f"\n\n<|Assistant|>:{IMAGE}"
+
+_TOKEN = 128  # letters of the longest tokens: more of a prompt are not split
 
 
 class PromptEncoder:
@@ -47,6 +50,7 @@ class PromptEncoder:
     self._tokens.no_truncation()
     self._tokens.no_padding()
     self.length, self._log_cut = length, captions.CutLog(length)
+    self._most = _TOKEN * length
     self.sha256 = hashlib.sha256(self._tokens.to_str().encode()).hexdigest()
     self.vocab_size = self._tokens.get_vocab_size()
     ids = {n: self._tokens.token_to_id(n) for n in (BEGIN, PAD, IMAGE)}
@@ -76,17 +80,27 @@ class PromptEncoder:
       raise ValueError(f"prompts={prompts!r}: expected a list of texts.")
     rows = []
     for number, prompt in enumerate(prompts):
-      if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(
-          f"prompt {number} is {prompt!r}: expected a text. For an image of no"
-          " prompt use the null condition."
-        )
-      ids, num_after = self._split(prompt)
-      if len(ids) > self.length:
+      self._check(f"prompt {number}", prompt)
+      text = prompt.strip()
+      ids, num_after = self._split(text[: self._most])
+      if len(ids) > self.length or len(text) > self._most:
         self._log_cut(number, prompt)
         ids = ids[: self.length - num_after] + ids[-num_after:]
       rows.append(ids)
     return conditions.prompt_rows(rows, self.pad, self.length)
+
+  def check(self, caption: str) -> None:
+    """ValueError if a caption cannot be encoded."""
+    self._check("the caption", caption)
+
+  def _check(self, where: str, prompt: Any) -> None:
+    if not isinstance(prompt, str) or not prompt.strip():
+      raise ValueError(
+        f"{where} is {captions.shown(prompt)}: expected a text. For an image"
+        " of no prompt use the null condition."
+      )
+    if problem := captions.flaw(prompt):
+      raise ValueError(f"{where} {problem}.")
 
   def _split(self, prompt: str) -> tuple[list[int], int]:
     """(ids of the prompt in its template, how many come after its text)."""

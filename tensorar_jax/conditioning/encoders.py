@@ -72,6 +72,10 @@ class T5Encoder:
       parts.append(part[start - first :])
     return np.concatenate(parts), mask
 
+  def check(self, caption: str) -> None:
+    """ValueError if a caption cannot be encoded: nothing is left of it."""
+    self.tokenizer.check(caption)
+
   def _batch(self, ids, mask):
     if not self._mesh:
       return _encode(self.model, ids, mask)

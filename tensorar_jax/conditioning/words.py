@@ -14,6 +14,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
+from tensorar_jax.conditioning import captions as captions_lib
+
 
 def signs(text: str, width: int) -> Float[np.ndarray, "E"]:
   """`width` signs, +1 or -1, that are bits of the hash of the text."""
@@ -67,17 +69,21 @@ class WordEncoder:
       mask[i, : len(words)] = True
     return features, mask
 
+  def check(self, caption: str) -> None:
+    """ValueError if a caption has other words, none, or too many."""
+    self._split(caption)
+
   def _split(self, caption: str) -> list[str]:
+    shown = captions_lib.shown(caption)
     words = re.findall(r"[^\s.,]+", caption.lower())
     for word in words:
       if word not in self.words:
         raise ValueError(
-          f"caption {caption!r}: the word {word!r} is unknown; known are"
+          f"caption {shown}: the word {word[:60]!r} is unknown; known are"
           f" {', '.join(self.words)}."
         )
     if not 1 <= len(words) <= self.length:
       raise ValueError(
-        f"caption {caption!r} has {len(words)} words: expected 1 to"
-        f" {self.length}."
+        f"caption {shown} has {len(words)} words: expected 1 to {self.length}."
       )
     return words

@@ -25,7 +25,7 @@ from jaxtyping import Array, Int, UInt8
 
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import codes, images, shards, sources
-from tensorar_jax.interfaces import TextEncoder, Tokenizer
+from tensorar_jax.interfaces import ChecksCaptions, TextEncoder, Tokenizer
 from tensorar_jax.nn import image_bytes
 
 Crops = UInt8[np.ndarray, "n A s s C"]
@@ -177,7 +177,7 @@ def _batches(
 ) -> Iterator[tuple[list[int] | list[str], Crops]]:
   """Labels or captions, and crops, in whole batches except for the last."""
   threads = min(64, os.cpu_count() or 1)
-  read = functools.partial(_read, source, encoder.recipe)
+  read = functools.partial(_read, source, encoder)
   dataset = grain.MapDataset.range(positions.start, positions.stop)
   examples = dataset.map(read).to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -196,12 +196,27 @@ def _batches(
     yield about, np.stack(batch)
 
 
-def _read(source, recipe, position: int):
+def _read(source, encoder, position: int):
   """(position, label or caption, crops), or (position, None, error)."""
   try:
     example = source[position]
+    label = example.get("label")
+    if label is not None:
+      subject = int(label)
+    else:
+      subject = example["caption"]
+      _check_caption(encoder.text, subject, source, position)
   except images.BrokenSampleError as error:
     return position, None, error
-  label = example.get("label")
-  subject = example["caption"] if label is None else int(label)
-  return position, subject, recipe(example["image"])
+  return position, subject, encoder.recipe(example["image"])
+
+
+def _check_caption(text: TextEncoder | None, caption, source, position) -> None:
+  """BrokenSampleError if the encoder that is to read a caption cannot."""
+  if not isinstance(text, ChecksCaptions):
+    return
+  try:
+    text.check(caption)
+  except ValueError as error:
+    where = getattr(source, "where", "sample {}".format)(position)
+    raise images.BrokenSampleError(where, str(error)) from error

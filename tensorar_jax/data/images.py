@@ -12,6 +12,10 @@ LlamaGen and most class-conditional models share: halve with a box filter while
 the short side is at least twice the target, then bicubic, then crop. The ten
 crops are torchvision's: the corners, the centre, and all five mirrored.
 LlamaGen is trained on those of ranges 1.1 and 1.05, drawn alike.
+
+All images are opened here, and only in `FORMATS`: Pillow knows some, such as
+EPS, that start another program. What is larger than the bounds below is no
+image of a data set, but a mistake or an attack.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import stat
 import struct
 import zlib
 from typing import Any
@@ -28,11 +33,20 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from tensorar_jax.data import leftovers
+from tensorar_jax.data.eight_bits import eight_bits
+
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by channels
 RECIPES = {"center": 1, "flip": 2, "ten_crop": 10}
 # What torchvision's ImageFolder takes for an image, so that positions agree.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm")
 EXTENSIONS += (".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 2**27  # decoded, 3 bytes each
+MAX_BYTES = 2**30  # of a file
+# How many times as long as it is wide an image is scaled. Scaling all of a
+# strip of 2 x 8000 pixels to a side of 256 would take gigabytes.
+MAX_RATIO = 32
 # Pillow's decoders raise all of these on damaged bytes.
 _DECODING_ERRORS = (
   OSError,
@@ -65,7 +79,13 @@ class BrokenImageError(BrokenSampleError):
   """The bytes are no image, or not a whole one; `reason` is Pillow's."""
 
   problem = "cannot be decoded"
-  expected = "a complete JPEG, PNG or other image that Pillow reads"
+  expected = f"a whole image in one of the formats {', '.join(FORMATS)}"
+
+
+def check_name(name: str) -> None:
+  """BrokenSampleError if a file's name is no UTF-8: no report can hold it."""
+  if (shown := leftovers.shown(name)) != name:
+    raise BrokenSampleError(shown, "its name is not UTF-8; rename it")
 
 
 def decode_image(
@@ -77,19 +97,32 @@ def decode_image(
   decoded. A file that cannot be read at all is an OSError: then the disk is at
   fault, and the run should not go on without the image.
   """
-  mode = MODES[channels]
   is_bytes = isinstance(file, bytes)
-  data = file if is_bytes else pathlib.Path(file).read_bytes()
+  name = "these bytes" if is_bytes else leftovers.shown(os.fspath(file))
+  data = file if is_bytes else _read(pathlib.Path(file), name)
   try:
-    with Image.open(io.BytesIO(data)) as image:
-      pixels = np.array(image.convert(mode))
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+      if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"{size}, more than {MAX_PIXELS:,}")
+      pixels = np.array(eight_bits(image).convert(MODES[channels]))
       return pixels.reshape(*pixels.shape[:2], channels)
   except _DECODING_ERRORS as error:
     # Pillow's own message holds the address of our buffer, never the same.
     known = not isinstance(error, Image.UnidentifiedImageError)
     reason = str(error) if known else f"{len(data)} bytes of unknown format"
-    name = "these bytes" if is_bytes else os.fspath(file)
     raise BrokenImageError(name, reason) from error
+
+
+def _read(file: pathlib.Path, name: str) -> bytes:
+  """The bytes of a regular file of bounded size; others are broken images."""
+  status = file.stat()
+  if not stat.S_ISREG(status.st_mode):
+    raise BrokenImageError(name, "no regular file")
+  if status.st_size > MAX_BYTES:
+    size = f"{status.st_size:,} bytes, more than {MAX_BYTES:,}"
+    raise BrokenImageError(name, size)
+  return file.read_bytes()
 
 
 def center_crop(
@@ -101,6 +134,7 @@ def center_crop(
       f"cannot crop an image of shape {image.shape} to {size}x{size}; expected"
       " at least one pixel"
     )
+  image = _middle(image)
   # Pillow has no name for a last axis of 1.
   picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
   while min(picture.size) >= 2 * size:
@@ -112,6 +146,17 @@ def center_crop(
   pixels = np.array(picture).reshape(*scaled[::-1], image.shape[-1])
   top, left = ((side - size) // 2 for side in pixels.shape[:2])
   return pixels[top : top + size, left : left + size]
+
+
+def _middle(image):
+  """The middle of a strip, MAX_RATIO times as long as wide; others whole.
+
+  All of the centre crop lies in it. What is cut off is the same at both ends,
+  so that the pixels of the crop stay where they are.
+  """
+  most = MAX_RATIO * min(image.shape[:2])
+  top, left = (max(0, (side - most) // 2) for side in image.shape[:2])
+  return image[top : len(image) - top, left : image.shape[1] - left]
 
 
 def ten_crop(

@@ -24,7 +24,7 @@ from array_record.python import (
 
 from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.data import encoder as encoder_lib
-from tensorar_jax.data import images, shards, sources
+from tensorar_jax.data import images, leftovers, shards, sources
 from tensorar_jax.interfaces import TextEncoder, Tokenizer
 
 
@@ -77,8 +77,11 @@ def tokenize(
   progress = resumable.Progress("tokenize", sum(map(len, missing.values())))
   for file, positions in missing.items():
     _write_shard(file, positions, source, encoder, progress)
-  settings["damaged_files"] = list(getattr(source, "damaged", ()))
-  return _finish(folder, list(shard_files), settings, progress)
+  found = {
+    "damaged_files": list(getattr(source, "damaged", ())),
+    "left_out": getattr(source, "left_out", {}),
+  }
+  return _finish(folder, list(shard_files), settings | found, progress)
 
 
 def _check_options(batch_size, shard_size):
@@ -114,8 +117,9 @@ def _write_shard(
     logging.warning("skipped: %s", error)
     # The names of files are relative: the folder may be moved.
     names = getattr(source, "names", None)
-    name = names[position] if names else error.name
-    entry = {"position": position, "name": name, "reason": error.reason}
+    name = leftovers.shown(names[position]) if names else error.name
+    reason = leftovers.shown(error.reason)
+    entry = {"position": position, "name": name, "reason": reason}
     skipped.append(entry)
     progress.add()
 
@@ -183,6 +187,7 @@ def _finish(folder, shard_files, settings, progress) -> dict[str, Any] | None:
   files.write_json(folder / shards.MANIFEST, manifest)
   for left_by_a_kill in folder.glob("tokens-*.partial"):
     left_by_a_kill.unlink(missing_ok=True)
+  leftovers.say_all(folder, manifest)
   logging.info(
     "%s: %d images in %d shards, %d broken images skipped; %d images in this "
     "run, %.3g images/s",

@@ -127,5 +127,10 @@ def resample_prompts(
 
 def read_lines(path: pathlib.Path) -> list[str]:
   """The lines of a text file in UTF-8, without their ends."""
-  text = path.read_text("utf-8").removesuffix("\n")
+  try:
+    text = path.read_text("utf-8").removesuffix("\n")
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"{path} is not text in UTF-8 ({error}): score again."
+    ) from error
   return text.split("\n") if text else []

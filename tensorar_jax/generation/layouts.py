@@ -87,9 +87,10 @@ def parse_line(
   """Reads a line of JSON; ValueError unless it is an object with `fields`."""
   try:
     value = json.loads(line)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
+    reason = getattr(error, "msg", error)  # without json's own "line 1"
     raise ValueError(
-      f"{where} is not JSON ({error.msg}): {line[:60]!r}; expected an object on"
+      f"{where} is not JSON ({reason}): {line[:60]!r}; expected an object on"
       " each line."
     ) from error
   for name, kind in fields.items():

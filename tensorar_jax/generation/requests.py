@@ -17,12 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, Num, UInt8
 
-from tensorar_jax.conditioning import conditions
+from tensorar_jax.conditioning import captions, conditions
 from tensorar_jax.conditioning.conditions import (
   ClassConditioning,
   TextConditioning,
 )
-from tensorar_jax.data import encoder
+from tensorar_jax.data import encoder, folders, leftovers
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation.layouts import LAYOUTS, parse_line
@@ -201,10 +201,15 @@ def read_prompts(
   names, and the source is the id. ValueError for anything else.
   """
   if layout == "dpg":
-    files = sorted(path.glob("*.txt"), key=lambda file: file.name)
+    if not path.is_dir():
+      raise ValueError(f"--prompts={path}: expected a folder of .txt files.")
+    tree = folders.Tree(path)
+    files = [path / name for name in tree.with_ending(".txt")]
+    leftovers.say(path, tree.left_out)
     if not files:
       raise ValueError(f"--prompts={path}: expected a folder of .txt files.")
     sources = tuple(file.stem for file in files)
+    check_prompts(sources, f"--prompts={path}, name")
     if dotted := [source for source in sources if "." in source]:
       raise ValueError(
         f"--prompts={path}: {dotted[0]}.txt has a dot in its id; the scorer"
@@ -226,6 +231,8 @@ def read_prompts(
     entry = parse_line(line, where, {"prompt": str, "tag": str})
     if not entry["prompt"].strip():
       raise ValueError(f"{where}: the prompt is empty.")
+    if flaw := captions.flaw(entry["prompt"]):
+      raise ValueError(f"{where}: the prompt {flaw}: correct it.")
     if (first := seen.setdefault(line, number)) != number:
       raise ValueError(
         f"{where} is line {first} again: the scorer would count the two as one"
@@ -261,6 +268,8 @@ def check_prompts(prompts: Sequence[str], where: str, start: int = 0) -> None:
   for number, prompt in enumerate(prompts, start):
     if not prompt.strip():
       raise ValueError(f"{where} {number} is empty: expected a prompt.")
+    if flaw := captions.flaw(prompt):
+      raise ValueError(f"{where} {number}: {flaw}; expected plain text.")
     odd = [c for c in prompt if unicodedata.category(c) == "Cc" and c != "\t"]
     if odd:
       raise ValueError(

@@ -60,6 +60,59 @@ def test_a_long_caption_is_cut_before_its_end_and_the_log_says_so(
   assert told[0].startswith("caption 1 is longer than 4 tokens")
 
 
+def test_cleaning_reads_a_bounded_length(path, monkeypatch):
+  """It takes time in the square of the length: 20 MB would never end."""
+  words = "a cat on a mat " * 200
+  cut = captions.clean(words[: captions.MAX_LETTERS])
+  assert captions.clean(words) == cut and len(cut) > 1990
+  assert captions.clean("1" * 20_000_000) == ""
+  told = []
+  monkeypatch.setattr(
+    logging, "warning", lambda text, *a: told.append(text % a)
+  )
+  tokenize = captions.CaptionTokenizer(path, 9)
+  markup = "<b>a cat</b>" + "<i></i>" * 10_000 + "a mat"
+  ids, mask = tokenize([markup, "a cat"])
+  np.testing.assert_array_equal(ids[0], ids[1])
+  assert len(told) == 1 and "caption 0 is longer than" in told[0]
+  assert len(told[0]) < 200
+  # As many letters as can fill the tokens, where they are more.
+  ids, mask = captions.CaptionTokenizer(path, 700)(["s " * 1000 + "cat"])
+  assert mask.all()
+
+
+def test_half_a_character_is_refused(path):
+  tokenize = captions.CaptionTokenizer(path)
+  with pytest.raises(ValueError, match=r"caption 1 'a \\ud83d' is no text in"):
+    tokenize(["a cat", "a \ud83d"])
+
+
+def test_what_an_encoder_cannot_read_it_says_beforehand(path):
+  tokenize = captions.CaptionTokenizer(path)
+  tokenize.check("a cat")
+  for bad in ("", EMPTY, "\u732b", "a \ud83d"):
+    with pytest.raises(ValueError, match="the caption"):
+      tokenize.check(bad)
+    with pytest.raises(ValueError, match="caption 0"):
+      tokenize([bad])
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    (7, "7 is no text"),
+    (None, "None is no text"),
+    (" \n", r"' \\n' has no words"),
+    ("a" * 9, "'aaaaaaaaa' has 9 letters, more than 8"),
+    ("a\udce9", r"'a\\udce9' is no text in UTF-8: it holds '\\udce9'"),
+  ],
+)
+def test_flaws_of_texts(text, words):
+  assert words.replace("\\\\", "\\") == captions.flaw(text, 8)
+  assert captions.flaw("\u732b") is None
+  assert len(captions.flaw(["x" * 9999])) < 200
+
+
 def test_captions_without_words_are_refused(path):
   tokenize = captions.CaptionTokenizer(path)
   for empty in ("", "  ", EMPTY):

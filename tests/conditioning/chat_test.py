@@ -130,6 +130,22 @@ def test_bad_files_prompts_and_lengths_are_refused(encode, folder, tmp_path):
     ("a cat", "expected a list"),
     (["a", " \n"], r"prompt 1 is ' \\n': expected a text"),
     ([None], "prompt 0 is None"),
+    (["a", "a \ud83d"], "prompt 1 .* is no text in UTF-8"),
   ):
     with pytest.raises(ValueError, match=words):
       encode(prompts)
+  encode.check("a cat")
+  for bad in (" \n", "a \ud83d"):
+    with pytest.raises(ValueError, match="the caption"):
+      encode.check(bad)
+
+
+def test_a_prompt_without_end_is_cut_before_it_is_split(encode, monkeypatch):
+  seen = []
+  split = encode._split
+  monkeypatch.setattr(
+    encode, "_split", lambda text: seen.append(len(text)) or split(text)
+  )
+  ids, mask = encode(["  " + "a cat " * 10**6, "a cat on a mat " * 9])
+  assert mask.all() and seen[0] == 128 * 15
+  np.testing.assert_array_equal(ids[0, -4:], ids[1, -4:])

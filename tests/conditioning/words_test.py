@@ -61,6 +61,9 @@ def test_no_two_captions_look_alike():
 def test_what_cannot_be_read_is_refused(caption, words):
   with pytest.raises(ValueError, match=words):
     build.text_encoder(SECTION)(["a circle", caption])
+  with pytest.raises(ValueError, match=words):
+    build.text_encoder(SECTION).check(caption)
+  build.text_encoder(SECTION).check("a circle")
 
 
 def test_a_list_of_texts_is_wanted():

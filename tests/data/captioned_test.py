@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import os
+import re
 import tarfile
 
 import jax.numpy as jnp
@@ -12,11 +14,12 @@ from flax import nnx
 from PIL import Image
 
 from tensorar_jax.checkpoints import resumable
-from tensorar_jax.conditioning import conditions
+from tensorar_jax.conditioning import captions, chat, conditions
 from tensorar_jax.data import codes, images, sources, tokenize
 from tensorar_jax.data.sources import webdataset
 from tensorar_jax.nn import image_bytes
 from tensorar_jax.tokenizers import pixels
+from tests.conditioning import tiny_chat, tiny_text
 from tests.data import tokenize_test
 
 SIZE = 5
@@ -196,6 +199,59 @@ def test_metadata_of_another_layout(tmp_path, files, message):
     sources.load(f"captions:{tmp_path}", "train")
 
 
+def test_blank_lines_of_metadata_are_counted(tmp_path, caplog):
+  row = '{"file_name": "1.png", "text": "one"}\n'
+  (tmp_path / "metadata.jsonl").write_text(f"\n{row}  \n{row}\n\n")
+  (tmp_path / "1.png").write_bytes(png(1))
+  source = sources.load(f"captions:{tmp_path}", "train")
+  assert source[1]["caption"] == "one" and len(source) == 2
+  assert "left out 4: a blank line (line 1, line 3, line 5" in caplog.text
+
+
+BAD_ROWS = {
+  '{"file_name": "1.png", "text": "a \\ud83d"}': r"no text .*'.ud83d'",
+  '{"file_name": "1.png", "text": "caf\udce9"}': r"no text .*'.udce9'",
+  '{"file_name": "1.png", "text": null}': "None is no text",
+  '{"file_name": "caf\udce9.png", "text": "a"}': r"caf.udce9.*not UTF-8",
+  '{"file_name": "\\ud83d.png", "text": "a"}': r"ud83d.*not UTF-8",
+  f'{{"file_name": "{"n" * 9999}", "text": "a"}}': "no such file",
+  '{"file_name": "1.png/1.png", "text": "a"}': "no such file",
+  '{"file_name": "pipe.png", "text": "a"}': "no regular file",
+  '{"file_name": "zero.png", "text": "a"}': "no regular file",
+  '{"file_name": "a.png", "text": "%s"}'
+  % ("a" * 2_000_000): "2,000,000 letter",
+}
+
+
+def test_one_bad_row_ends_no_run(tmp_path, tokenizer):
+  good = '{"file_name": "1.png", "text": "one"}'
+  folder = tmp_path / "in"
+  folder.mkdir()
+  (folder / "1.png").write_bytes(png(1))
+  os.mkfifo(folder / "pipe.png")
+  (folder / "zero.png").symlink_to("/dev/zero")
+  lines = "\n".join([*BAD_ROWS, good])
+  (folder / "metadata.jsonl").write_text(lines, errors="surrogateescape")
+  source = sources.load(f"captions:{folder}", "train")
+  options = OPTIONS | dict(text=Letters())
+  manifest = tokenize.tokenize(source, tokenizer, tmp_path / "out", **options)
+  assert manifest["num_images"] == 1
+  skipped = manifest["skipped"]
+  assert [one["position"] for one in skipped] == list(range(len(BAD_ROWS)))
+  for one, words in zip(skipped, BAD_ROWS.values()):
+    assert re.search(words, f"{one['name']}: {one['reason']}"), one
+
+
+def test_a_csv_may_have_a_caption_of_any_length(tmp_path):
+  (tmp_path / "1.png").write_bytes(png(1))
+  rows = ["file_name,text", "1.png,one", "", f"1.png,{'a' * 2_000_000}"]
+  (tmp_path / "metadata.csv").write_text("\n".join(rows))
+  source = sources.load(f"captions:{tmp_path}", "train")
+  assert len(source) == 2 and source[0]["caption"] == "one"
+  with pytest.raises(images.BrokenSampleError, match="2,000,000 letters"):
+    source[1]
+
+
 def test_metadata_that_is_no_text(tmp_path):
   (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xd8\xff\xe0" * 9)
   with pytest.raises(ValueError, match="metadata.jsonl is no text in UTF-8"):
@@ -264,6 +320,31 @@ def test_texts_are_stored_without_padding(folder, tokenizer, tmp_path):
   size = 16 + 2 * SIZE * SIZE * 3 * 2  # a header and the codes
   sizes = [len(stored.records[i]) for i in range(4)]
   assert sum(sizes) == 4 * size + rows * 3 * 2
+
+
+def test_each_encoder_judges_its_own_captions(tokenizer, tmp_path):
+  """T5's cleaning drops Chinese, which others read."""
+
+  class English(Letters):
+    def check(self, caption):
+      cleaned.check(caption)
+
+  tiny_text.tokenizer().save(str(tmp_path / "tokenizer.json"))
+  cleaned = captions.CaptionTokenizer(tmp_path / "tokenizer.json")
+  members = {"0.png": png(0), "0.txt": "\u4e00\u53ea\u732b".encode()}
+  members |= {"1.png": png(1), "1.txt": b"a cat"}
+  write_tar(tmp_path / "in" / "a.tar", members)
+  source = sources.load(f"webdataset:{tmp_path / 'in'}", "")
+  assert source[0]["caption"] == "\u4e00\u53ea\u732b"
+  prompts = chat.import_prompt_encoder(tiny_chat.folder(tmp_path / "chat"), 16)
+  for name, text, count in (("t5", English(), 1), ("chat", prompts, 2)):
+    options = OPTIONS | dict(text=text)
+    out = tmp_path / name
+    manifest = tokenize.tokenize(source, tokenizer, out, **options)
+    assert manifest["num_images"] == count
+    for one in manifest["skipped"]:
+      assert one["name"] == "a.tar, sample 0"
+      assert "empty once links" in one["reason"]
 
 
 def test_a_killed_run_continues(folder, tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -260,6 +261,22 @@ def test_gaps_are_named(folder, remove, message):
     (folder / f"imagenet48_{name}").unlink()
   with pytest.raises(ValueError, match=message):
     sources.load(f"codes:{folder}", "train")
+
+
+def test_other_files_beside_the_codes_are_left_out(folder, caplog):
+  published(folder)
+  for name in (".DS_Store", "._0.npy", "notes.txt"):
+    (folder / "imagenet48_codes" / name).write_bytes(b"")
+  os.mkfifo(folder / "imagenet48_labels" / "13.npy")
+  source = sources.load(f"codes:{folder}", "train")
+  assert len(source) == NUM_IMAGES
+  source.check()
+  for line in (
+    "imagenet48_codes: left out 2: hidden, or of the system (.DS_Store, ._0",
+    "imagenet48_codes: left out 1: not .npy by the name (notes.txt)",
+    "imagenet48_labels: left out 1: no regular file",
+  ):
+    assert line in caplog.text
 
 
 def test_missing_folders_are_named(folder):

@@ -1,6 +1,7 @@
 """Crops against the published arrays, decoding, and folders by class."""
 
 import io
+import pathlib
 
 import numpy as np
 import pytest
@@ -128,6 +129,40 @@ def test_small_and_grey_images():
   )
 
 
+def test_a_strip_is_cut_before_it_is_scaled(monkeypatch):
+  """Whole, a strip of 2 x 8000 would take gigabytes."""
+  areas, resize = [], Image.Image.resize
+
+  def told(self, size, *args):
+    areas.append(size[0] * size[1])
+    return resize(self, size, *args)
+
+  monkeypatch.setattr(Image.Image, "resize", told)
+  for shape in ((2, 8000), (60_000, 3), (1, 70), (2, 8001)):
+    image = picture(*shape)
+    crop = images.center_crop(image, 64)
+    assert max(areas) <= 64 * 64 * (images.MAX_RATIO + 1)
+    # The same middle, wherever the strip ends.
+    top, left = ((side - min(side, 12)) // 2 for side in shape)
+    middle = image[top : top + 12 + shape[0] % 2, left:]
+    middle = middle[:, : 12 + shape[1] % 2]
+    expected = images.center_crop(middle, 64).astype(int)
+    np.testing.assert_array_less(np.abs(crop - expected), 3)
+    mirrored = images.center_crop(image[::-1, ::-1], 64).astype(int)
+    np.testing.assert_array_less(np.abs(mirrored[::-1, ::-1] - crop), 3)
+
+
+@pytest.mark.parametrize("size", [(300, 9600), (6, 192), (4000, 125)])
+def test_other_crops_are_of_the_whole_image(size):
+  """Bit for bit those of the published cropping, which scales it all."""
+  image = picture(*size)
+  monkey = pytest.MonkeyPatch()
+  with monkey.context() as patched:
+    patched.setattr(images, "_middle", lambda image: image)
+    expected = images.center_crop(image, 17)
+  np.testing.assert_array_equal(images.center_crop(image, 17), expected)
+
+
 @pytest.mark.parametrize(
   ("make", "message"),
   [
@@ -161,6 +196,40 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
   file.write_bytes(encoded(pixels, "JPEG"))
   assert images.decode_image(file).shape == (5, 7, 3)
   assert images.decode_image(str(file)).dtype == np.uint8
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n"
+
+
+def test_only_listed_formats_are_opened(tmp_path, monkeypatch):
+  """Pillow would start Ghostscript for an EPS file, whatever its name."""
+  monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", pytest.fail)
+  file = tmp_path / "cat.jpg"
+  file.write_bytes(EPS)
+  with pytest.raises(images.BrokenImageError, match="unknown format.*JPEG"):
+    images.decode_image(file)
+  for kind in ("ICO", "TGA", "PCX", "SGI"):
+    with pytest.raises(images.BrokenImageError, match="unknown format"):
+      images.decode_image(encoded(picture(16, 16), kind))
+  for kind in images.FORMATS:
+    assert images.decode_image(encoded(picture(4, 6), kind)).shape == (4, 6, 3)
+
+
+def test_images_are_opened_in_one_place():
+  package = pathlib.Path(images.__file__).parents[1]
+  files = [p for p in package.rglob("*.py") if "Image.open(" in p.read_text()]
+  assert files == [pathlib.Path(images.__file__)]
+
+
+def test_the_number_of_pixels_is_bounded():
+  """Before one is decoded; beyond Pillow's own bound, by Pillow."""
+  for width, message in (
+    (11_700, "11700 x 11500 pixels, more than 134,217,728"),
+    (117_000, "1345500000 pixels. exceeds limit"),
+  ):
+    header = f"P5 {width} 11500 255\n".encode()
+    with pytest.raises(images.BrokenImageError, match=message):
+      images.decode_image(header)
 
 
 def damaged():

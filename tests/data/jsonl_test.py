@@ -266,6 +266,21 @@ def test_some_bad_lines_are_found_at_once(file, number):
     load(file)
 
 
+@pytest.mark.parametrize("end", ["\n", "\n\n\r\n", "  \t"])
+def test_blank_lines_at_the_end_are_counted(file, end, caplog):
+  first = load(file)
+  with file.open("a") as more:
+    more.write(end)
+  source = load(file)
+  assert len(source) == NUM_LINES
+  source.check()
+  expected = everything(first)["tokens"]
+  np.testing.assert_array_equal(everything(source)["tokens"], expected)
+  count = max(1, end.count("\n"))
+  line = f"line {NUM_LINES + 1}"
+  assert f"left out {count}: blank lines at the end ({line})" in caplog.text
+
+
 def test_missing_and_empty_files(file):
   with pytest.raises(ValueError, match="nope.jsonl is missing; expected a"):
     load(file.with_name("nope.jsonl"))

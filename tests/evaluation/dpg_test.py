@@ -1,6 +1,7 @@
 """DPG-Bench: prompt folders, grids of images, the table of its scores."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -74,6 +75,8 @@ def test_every_text_file_is_a_prompt(tmp_path):
   (tmp_path / "b.txt").write_text("two\ndogs  \n")
   (tmp_path / "10.txt").write_text("\ufeffa cat")
   (tmp_path / "README.md").write_text("no prompt")
+  (tmp_path / "._b.txt").write_bytes(b"\0\5\x16\7")  # a Mac's
+  os.mkfifo(tmp_path / "pipe.txt")
   prompts, sources = requests.read_prompts(tmp_path, "dpg")
   assert (prompts, sources) == (("a cat", "two dogs"), ("10", "b"))
   options = dict(prompts=prompts, layout="dpg", sources=sources)
@@ -92,6 +95,7 @@ def test_every_text_file_is_a_prompt(tmp_path):
     ("a.txt", b"\xff", "a.txt is not text in UTF-8"),
     ("a.txt", b"a\0", "a.txt, prompt 0 holds the control"),
     ("a.b.txt", b"a cat", "a.b.txt has a dot in its id"),
+    (os.fsdecode(b"\xe9.txt"), b"a cat", "name 0: .* is no text in UTF-8"),
   ],
 )
 def test_prompt_folders_that_are_refused(tmp_path, name, content, message):

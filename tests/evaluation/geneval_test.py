@@ -56,6 +56,11 @@ def test_the_folders_are_those_of_the_fixture(layouts, tmp_path):
     (f"{LINE}\n\n{LINE}", "line 2 is empty"),
     (f"{LINE}\n{LINE}", "line 2 is line 1 again"),
     (b"\xff\xfe", "not text in UTF-8"),
+    (
+      f'{LINE}\n{{"tag": "colors", "prompt": "a \\ud83d"}}',
+      "line 2: the prompt .* is no text in UTF-8",
+    ),
+    ('{"tag": ' + "1" * 5000 + "}", "line 1 is not JSON .Exceeds the limit"),
     ("", "is empty"),
   ],
 )

@@ -68,6 +68,7 @@ def test_images_of_a_prompt_stand_in_a_row():
     (dict(prompts=()), "at least one"),
     (dict(prompts=("a", " ")), "prompt 1 is empty"),
     (dict(prompts=("a",), classes=(1,)), "one or the other"),
+    (dict(prompts=("a", "b \ud83d")), "prompt 1: .* is no text in UTF-8"),
   ],
 )
 def test_bad_requests_are_refused(options, message):

@@ -13,7 +13,6 @@ may leave a few surplus files at the end, which repeat the first images.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
@@ -21,10 +20,11 @@ import numpy as np
 from absl import logging
 from jaxtyping import Integer
 
-from tensorar_jax.data import splits
+from tensorar_jax.data import folders, leftovers, splits
 from tensorar_jax.data.codes import Positions, check_codes, check_label
 
 USAGE = "codes:<path> of published codes"
+_ENDING = ".npy"
 
 
 def load(argument: str, split: str, data_dir: str | None) -> CodeFolders:
@@ -68,8 +68,8 @@ class CodeFolders:
   def check(self) -> None:
     """ValueError if a file's length differs from the first's; opens none."""
     for folder in (folder for pair in self.folders for folder in pair):
-      with os.scandir(folder) as entries:
-        sizes = {entry.name: entry.stat().st_size for entry in entries}
+      names = folders.Tree(folder).with_ending(_ENDING)
+      sizes = {name: (folder / name).stat().st_size for name in names}
       others = [name for name in sizes if sizes[name] != sizes["0.npy"]]
       if others:
         raise ValueError(
@@ -94,20 +94,20 @@ def open_code_folders(root: pathlib.Path) -> CodeFolders:
   if twin != root and (twin / codes_name).is_dir():
     logging.info("%s: half of the draws are from %s", root, twin)
     roots.append(twin)
-  folders = tuple((r / codes_name, r / labels_name) for r in roots)
-  counts = {folder: _count(folder) for pair in folders for folder in pair}
-  num_images = counts[folders[0][0]]
+  pairs = tuple((r / codes_name, r / labels_name) for r in roots)
+  counts = {folder: _count(folder) for pair in pairs for folder in pair}
+  num_images = counts[pairs[0][0]]
   for folder, count in counts.items():
     if count != num_images:
       missing = min(count, num_images)
-      lacks = folder if count < num_images else folders[0][0]
+      lacks = folder if count < num_images else pairs[0][0]
       raise ValueError(
         f"{lacks / f'{missing}.npy'} is missing: {folder} holds {count} files, "
-        f"{folders[0][0]} {num_images}; expected as many"
+        f"{pairs[0][0]} {num_images}; expected as many"
       )
-  first = _read_npy(folders[0][0] / "0.npy", (1, None, None))
+  first = _read_npy(pairs[0][0] / "0.npy", (1, None, None))
   return CodeFolders(
-    folders=folders,
+    folders=pairs,
     num_images=num_images,
     num_crops=first.shape[1],
     num_tokens=first.shape[2],
@@ -118,8 +118,9 @@ def _count(folder: pathlib.Path) -> int:
   """Counts the files 0.npy, 1.npy, ...; ValueError for a gap."""
   if not folder.is_dir():
     raise ValueError(f"{folder} is missing; expected files 0.npy, 1.npy, ...")
-  with os.scandir(folder) as entries:
-    names = {entry.name for entry in entries}
+  tree = folders.Tree(folder)
+  names = {*tree.with_ending(_ENDING)}
+  leftovers.say(folder, tree.left_out)
   for i in range(len(names)):
     if f"{i}.npy" not in names:
       raise ValueError(

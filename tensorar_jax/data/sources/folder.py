@@ -6,13 +6,12 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int32
 
-from tensorar_jax.data import images, splits
+from tensorar_jax.data import folders, images, leftovers, splits
 
 USAGE = "folder:<path> of images, a folder for each class"
 
@@ -35,6 +34,7 @@ class ImageFolder:
   class_names: tuple[str, ...]
   names: tuple[str, ...]  # of the files, relative to `folder`
   labels: Int32[np.ndarray, " n"]
+  left_out: leftovers.Counts = dataclasses.field(default_factory=dict)
 
   @property
   def num_classes(self) -> int:
@@ -49,50 +49,50 @@ class ImageFolder:
     return len(self.names)
 
   def __getitem__(self, position: SupportsIndex, /) -> dict[str, Any]:
-    image = images.decode_image(self.folder / self.names[position])
+    name = self.names[position]
+    images.check_name(name)
+    image = images.decode_image(self.folder / name)
     return {"image": image, "label": self.labels[position]}
 
   def fingerprint(self) -> str:
     """A digest of the names: it changes where files are added or removed."""
-    return hashlib.sha256("\0".join(self.names).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\0".join(self.names))).hexdigest()
 
 
 def open_folder(folder: pathlib.Path) -> ImageFolder:
-  """The images of `<folder>/<class>/...`; files of other types are ignored.
+  """The images of `<folder>/<class>/...`, every regular file once.
 
-  ValueError where there is no class, or a class without images.
+  Files of other types are counted. ValueError where there is no class, or a
+  class without images.
   """
-  with os.scandir(folder) as entries:
-    class_names = tuple(sorted(e.name for e in entries if e.is_dir()))
+  tree = folders.Tree(folder)
+  class_names, beside = tree.entries()
+  for name in beside:
+    tree.leave_out("beside the class folders", name)
+  names, counts = [], []
+  for class_name in class_names:
+    files = list(tree.walk(class_name))
+    chosen = [f for f in files if f.lower().endswith(images.EXTENSIONS)]
+    for name in sorted({*files} - {*chosen}):
+      tree.leave_out("no image by its name", name)
+    names += chosen
+    counts.append(len(chosen))
+  leftovers.say(folder, tree.left_out)
   if not class_names:
     raise ValueError(
       f"{folder} has no subfolders; expected one folder of images per class"
     )
-  names, counts = [], []
-  for class_name in class_names:
-    in_class = list(_image_names(folder, class_name))
-    if not in_class:
-      endings = ", ".join(images.EXTENSIONS)
-      raise ValueError(
-        f"{folder / class_name} holds no images ({endings}); expected some in"
-        " every class folder: add them or remove the folder"
-      )
-    names += in_class
-    counts.append(len(in_class))
+  if 0 in counts:
+    endings = ", ".join(images.EXTENSIONS)
+    raise ValueError(
+      f"{folder / class_names[counts.index(0)]} holds no images ({endings});"
+      " expected some in every class folder: add them or remove the folder"
+    )
   labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
   return ImageFolder(
     folder=folder,
-    class_names=class_names,
+    class_names=tuple(map(leftovers.shown, class_names)),
     names=tuple(names),
     labels=labels,
+    left_out=tree.left_out,
   )
-
-
-def _image_names(folder: pathlib.Path, class_name: str) -> Iterator[str]:
-  """Names relative to `folder`, sorted by directory and then by file."""
-  prefix = len(os.fspath(folder)) + 1
-  walk = os.walk(folder / class_name, followlinks=True)
-  for directory, _, files in sorted(walk):
-    for file in sorted(files):
-      if file.lower().endswith(images.EXTENSIONS):
-        yield os.path.join(directory, file)[prefix:]

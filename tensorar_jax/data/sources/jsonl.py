@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int64
 
-from tensorar_jax.data import cache, codes, splits
+from tensorar_jax.data import cache, codes, leftovers, splits
 
 USAGE = "jsonl:<file> of published lines of tokens"
 _CHUNK = 2**24  # bytes looked through at once for the ends of lines
@@ -35,6 +35,7 @@ _PARSING_ERRORS = (
   RecursionError,
 )
 _WORTH_KEEPING = 2**26  # bytes; in smaller files lines are found at once
+_Starts = Int64[np.ndarray, "_"]  # see `JsonLines.starts`
 _FORM = '{"class_id": integer, "tokens": [integers]}'
 
 
@@ -49,7 +50,7 @@ class JsonLines:
   """See `codes.TokenSource`; a line is an image of a single variant."""
 
   file: pathlib.Path
-  starts: Int64[np.ndarray, " lines_and_end"]  # in bytes; then the file's size
+  starts: _Starts  # in bytes; then the end of the last line
   num_tokens: int
   vocab_sizes: tuple[int, ...] | None = None
   num_classes: int | None = None
@@ -104,12 +105,31 @@ def open_jsonl(file: pathlib.Path) -> JsonLines:
     raise ValueError(f"{file} is empty; expected lines {_FORM}")
   with file.open("rb") as first:
     _, tokens = _parse(first.readline(), f"{file}, line 1")
-  source = JsonLines(file, _line_starts(file), len(tokens))
+  starts = _without_blank_end(file, _line_starts(file))
+  source = JsonLines(file, starts, len(tokens))
   # Finds blank lines, and the end of half a copy, before training starts.
   shortest = int(np.diff(source.starts).argmin())
   suspects = np.array([shortest, len(source) - 1])
   source.fetch(suspects, np.zeros(2, int))
   return source
+
+
+def _without_blank_end(file: pathlib.Path, starts: _Starts) -> _Starts:
+  """The starts of the lines without the blank ones at the end."""
+  last = len(starts) - 1  # the end of the lines that are kept
+  with file.open("rb") as opened:
+    while last > 1:
+      start, end = starts[last - 1 : last + 1].tolist()
+      # No more than a few bytes are taken for a blank line.
+      line = os.pread(opened.fileno(), min(end - start, 99), start)
+      if line.strip():
+        break
+      last -= 1
+  if blank := len(starts) - 1 - last:
+    found: leftovers.Counts = {}
+    leftovers.add(found, "blank lines at the end", f"line {last + 1}", blank)
+    leftovers.say(file, found)
+  return starts[: last + 1]
 
 
 def _parse(line: bytes, where: str) -> tuple[int, Int64[np.ndarray, "T 1"]]:
@@ -132,7 +152,7 @@ def _parse(line: bytes, where: str) -> tuple[int, Int64[np.ndarray, "T 1"]]:
     ) from error
 
 
-def _line_starts(file: pathlib.Path) -> Int64[np.ndarray, " lines_and_end"]:
+def _line_starts(file: pathlib.Path) -> _Starts:
   """The start of each line, from the cache, which is written if need be."""
   stat = file.stat()
   stamp = np.array([stat.st_size, stat.st_mtime_ns])
@@ -154,7 +174,7 @@ def _line_starts(file: pathlib.Path) -> Int64[np.ndarray, " lines_and_end"]:
   return starts
 
 
-def _find_lines(file: pathlib.Path) -> Int64[np.ndarray, " lines_and_end"]:
+def _find_lines(file: pathlib.Path) -> _Starts:
   """Reads the whole file for the start of each line, and its size."""
   starts, size = [np.zeros(1, np.int64)], 0
   with file.open("rb", buffering=0) as unread:

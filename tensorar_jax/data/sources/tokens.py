@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import codes as codes_lib
-from tensorar_jax.data import splits
+from tensorar_jax.data import leftovers, splits
 from tensorar_jax.data.shards import (
   MANIFEST,
   TextFormat,
@@ -110,6 +110,7 @@ class TokenShards:
 def open_shards(folder: pathlib.Path) -> TokenShards:
   """The shards of a complete folder; ValueError where something is missing."""
   manifest = read_manifest(folder)
+  leftovers.say_all(folder, manifest)
   # An empty shard, all of whose images were broken, has nothing to read.
   counts = {name: n for name, n in manifest["shards"].items() if n}
   if not counts:

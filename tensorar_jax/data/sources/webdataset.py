@@ -2,10 +2,17 @@
 
   000000.jpg  000000.txt  000001.jpg  000001.json  ...
 
-Consecutive members with one key, the name up to the first dot after the last
-slash, are a sample: an image, and a caption in `.txt` or as "caption" of
-`.json`. Tars stay as they are: only the position of each image and caption is
-in memory. Those of a large folder are looked up once and kept in it, in
+Members with one key are a sample: an image, and a caption in `.txt` or as
+"caption" of `.json`. The key is the name without its ending, so that it may
+have dots (`photo_1.5x.jpg`). WebDataset itself ends it at the first dot: so a
+member that is alone under its key, `0.seg.png`, belongs to the sample `0` if
+there is one, and is not read. Of members with one name the last is read, as
+when a tar is unpacked; of several images of a sample, the first. Archives
+that were joined to one file are read one after the other, each with its own
+keys. What is not read is in `left_out`.
+
+Tars stay as they are: only the position of each image and caption is in
+memory. Those of a large folder are looked up once and kept in it, in
 `webdataset.index.npz`, as long as names, sizes and times of change stay.
 
 A tar that is cut or damaged gives the samples before the damage; the other tars
@@ -20,30 +27,35 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import tarfile
 import time
 import zipfile
 from concurrent import futures
-from typing import Any, SupportsIndex
+from typing import Any, BinaryIO, SupportsIndex, cast
 
 import numpy as np
 from absl import logging
 from jaxtyping import Bool, Int64
 
-from tensorar_jax.data import cache, images, splits
+from tensorar_jax.data import cache, folders, images, leftovers, splits
 from tensorar_jax.data.sources import captions
 
 USAGE = "webdataset:<path> of images with captions in tar files"
 INDEX = "webdataset.index.npz"
 _WORTH_KEEPING = 2**26  # bytes; in smaller tars members are found at once
-_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<kind>[^/]*)")
 _CAPTIONS = (".txt", ".json")
+_SCAN = 2  # of the rules above: another number discards the old index
+_HEADER = 2**20  # bytes of a long name, and more than any
+_MAX_CAPTION = 2**20  # bytes, and the JSON around it
 _EXPECTED = (
   "KEY.jpg (or .png, .webp, ...) and KEY.txt (or .json with a caption)"
 )
 _NONE = (0, -1)  # start and size of a missing part
 _DAMAGED_INDEX = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+# Besides its own errors, tarfile has these for damaged extended headers.
+_DAMAGED_TAR = (tarfile.TarError, ValueError, LookupError, RecursionError)
+
+Place = tuple[int, int]  # start and size in bytes
 
 
 def load(argument: str, split: str, data_dir: str | None) -> WebDataset:
@@ -63,6 +75,7 @@ class WebDataset(captions.Captioned):
       is -1 where that is missing.
     is_json: how each caption is stored.
     damaged: {"name", "reason", "num_samples" read} of tars that lack their end.
+    left_out: files and members that are not read; see `leftovers`.
   """
 
   folder: pathlib.Path
@@ -71,6 +84,7 @@ class WebDataset(captions.Captioned):
   places: Int64[np.ndarray, "n 4"]
   is_json: Bool[np.ndarray, " n"]
   damaged: tuple[dict[str, Any], ...]
+  left_out: leftovers.Counts = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.places)
@@ -79,8 +93,7 @@ class WebDataset(captions.Captioned):
     position = int(position)
     tar = int(np.searchsorted(self.ends, position, side="right"))
     file, places = self.files[tar], self.places[position].tolist()
-    first = self.ends[tar - 1] if tar else 0
-    where = f"{file.name}, sample {position - first}"
+    where = self.where(position)
     # Opened each time: threads and processes then have nothing to share.
     with file.open("rb") as opened:
       image_data = _read(opened, "image", where, *places[:2])
@@ -93,6 +106,13 @@ class WebDataset(captions.Captioned):
       raise images.BrokenImageError(where, error.reason) from error
     return {"image": image, "caption": caption}
 
+  def where(self, position: int) -> str:
+    """The tar of a sample and its number there, for messages."""
+    tar = int(np.searchsorted(self.ends, position, side="right"))
+    first = self.ends[tar - 1] if tar else 0
+    name = leftovers.shown(self.files[tar].name)
+    return f"{name}, sample {position - first}"
+
   def fingerprint(self) -> str:
     """A digest of names and sizes: it changes where tars do."""
     return _digest([(f.name, f.stat().st_size) for f in self.files])
@@ -102,6 +122,10 @@ def _read(opened, part: str, where: str, start: int, size: int) -> bytes:
   """Reads a part of a sample; BrokenSampleError at `where` if it is missing."""
   if size < 0:
     reason = f"the {part} is missing; expected {_EXPECTED}"
+    raise images.BrokenSampleError(where, reason)
+  most = images.MAX_BYTES if part == "image" else _MAX_CAPTION
+  if size > most:
+    reason = f"the {part} has {size:,} bytes, more than {most:,}"
     raise images.BrokenSampleError(where, reason)
   data = os.pread(opened.fileno(), size, start)
   if len(data) < size:
@@ -117,14 +141,19 @@ def open_webdataset(folder: pathlib.Path) -> WebDataset:
 
   ValueError where there is no tar, or no sample with image and caption.
   """
-  files = tuple(sorted(folder.glob("*.tar")))
+  tree = folders.Tree(folder)
+  names = tree.with_ending(".tar", ours=(INDEX,))
+  files = tuple(folder / name for name in names)
   if not files:
+    leftovers.say(folder, tree.left_out)
     raise ValueError(
       f"{folder} holds no .tar files; expected some with members {_EXPECTED};"
       " compressed ones have to be unpacked to .tar first"
     )
-  ends, places, is_json, damaged = _places(folder, files)
+  ends, places, is_json, damaged, left_out = _places(folder, files)
   damaged = tuple(json.loads(str(entry)) for entry in damaged)
+  left_out = leftovers.merged([tree.left_out, json.loads(str(left_out))])
+  leftovers.say(folder, left_out)
   for tar in damaged:
     logging.warning(
       "%s: %s; %d samples before that are used",
@@ -151,6 +180,7 @@ def open_webdataset(folder: pathlib.Path) -> WebDataset:
     places=places,
     is_json=is_json,
     damaged=damaged,
+    left_out=left_out,
   )
 
 
@@ -158,7 +188,7 @@ def _kinds(file: pathlib.Path) -> str:
   """Counts the kinds of members, as "3 x .jpg, 3 x .cls"."""
   with tarfile.open(file, "r:") as tar:
     names = [member.name for member in tar]
-  kinds = collections.Counter(_split(name)[1] or name for name in names)
+  kinds = collections.Counter(os.path.splitext(n)[1] or n for n in names)
   return ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5))
 
 
@@ -170,10 +200,15 @@ def _digest(value) -> str:
 
 
 def _places(folder: pathlib.Path, files: tuple[pathlib.Path, ...]):
-  """(ends, places, is_json, damaged), from the cache, written if need be."""
+  """(ends, places, is_json, damaged, left_out), from the cache if it is there.
+
+  Writes the cache if need be.
+  """
   stats = [(file.name, file.stat()) for file in files]
-  stamp = _digest([(n, s.st_size, s.st_mtime_ns) for n, s in stats])
-  index, names = folder / INDEX, ("ends", "places", "is_json", "damaged")
+  files_now = [(n, s.st_size, s.st_mtime_ns) for n, s in stats]
+  stamp = _digest([_SCAN, files_now])
+  names = ("ends", "places", "is_json", "damaged", "left_out")
+  index = folder / INDEX
   try:
     with np.load(index) as stored:
       if str(stored["stamp"]) == stamp:
@@ -190,12 +225,13 @@ def _places(folder: pathlib.Path, files: tuple[pathlib.Path, ...]):
       logging.log_every_n_seconds(
         logging.INFO, message, 5, folder, done, len(files)
       )
-  counts, places, is_json, damaged = zip(*scanned)
+  counts, places, is_json, damaged, left_out = zip(*scanned)
   arrays = {
     "ends": np.cumsum(counts, dtype=np.int64),
     "places": np.concatenate(places),
     "is_json": np.concatenate(is_json),
     "damaged": np.array([json.dumps(tar) for tar in damaged if tar], str),
+    "left_out": np.array(json.dumps(leftovers.merged([*left_out]))),
   }
   seconds = time.monotonic() - started
   logging.info(
@@ -211,61 +247,145 @@ def _places(folder: pathlib.Path, files: tuple[pathlib.Path, ...]):
 
 
 def _scan(file: pathlib.Path):
-  """Scans a tar: (number of samples, places, is_json, its damage or None)."""
-  samples: list[dict[str, tuple[int, int]]] = []
-  size, end, key, problem = file.stat().st_size, 0, None, None
-  try:
-    with tarfile.open(file, "r:") as tar:
-      for member in tar:
-        end = member.offset_data + -(-member.size // 512) * 512
-        new, kind = _split(member.name) if member.isfile() else (None, None)
-        if kind is None or kind not in images.EXTENSIONS + _CAPTIONS:
-          continue
-        if new != key:
-          samples.append({})
-          key = new
-        samples[-1].setdefault(kind, (member.offset_data, member.size))
-    problem = _wrong_end(file, end)
-  except tarfile.TarError as error:
-    problem = f"it cannot be read to its end ({error})"
-  parts = list(map(_parts, samples))
-  if problem and parts:  # the last sample may be cut in two
-    image, caption, _ = parts[-1]
-    inside = all(n >= 0 and start + n <= size for start, n in (image, caption))
-    parts = parts if inside else parts[:-1]
+  """Scans a tar.
+
+  Returns (number of samples, places, is_json, its damage or None, left_out).
+  """
+  parts, problem, left_out = [], None, {}
+  with file.open("rb") as opened:
+    start, headers = 0, _Headers(opened)
+    while start is not None:
+      archive = _Archive(file.name, left_out)
+      end, problem = archive.read(headers, start)
+      parts += archive.samples(is_cut=problem is not None)
+      start = headers.next_archive(end) if problem is None else None
   places = [(*image, *caption) for image, caption, _ in parts]
   places = np.array(places, np.int64).reshape(-1, 4)
   is_json = np.array([is_json for *_, is_json in parts], bool)
   if problem:
-    count = len(places)
-    problem = {"name": file.name, "reason": problem, "num_samples": count}
-  return len(places), places, is_json, problem
+    name = leftovers.shown(file.name)
+    problem = {"name": name, "reason": problem, "num_samples": len(places)}
+  return len(places), places, is_json, problem, left_out
 
 
-def _split(name: str) -> tuple[str | None, str | None]:
-  """(key, ".kind" in lower case) of a member; None if it has no kind."""
-  match = _MEMBER.fullmatch(name)
-  return (match["key"], f".{match['kind'].lower()}") if match else (None, None)
+class _Headers:
+  """A tar as `tarfile` reads it, which has to read headers only.
+
+  Other sizes than such a file can have are errors of tarfile's own: it would
+  seek to them, or read as much.
+  """
+
+  def __init__(self, file: BinaryIO):
+    self._file, self.size = file, os.fstat(file.fileno()).st_size
+    self.tell = file.tell
+
+  def seek(self, position: int) -> int:
+    if not 0 <= position <= self.size:
+      raise tarfile.ReadError(f"the file has no byte {position}")
+    return self._file.seek(position)
+
+  def read(self, size: int) -> bytes:
+    if not 0 <= size <= _HEADER:
+      raise tarfile.ReadError(f"a header of {size} bytes")
+    return self._file.read(size)
+
+  def next_archive(self, end: int) -> int | None:
+    """Where the next archive of the file begins: the first byte not zero."""
+    self._file.seek(end)
+    while block := self._file.read(_HEADER):
+      if rest := block.lstrip(b"\0"):
+        return end + len(block) - len(rest)
+      end += len(block)
+    return None
 
 
-def _parts(sample: dict[str, tuple[int, int]]):
-  """(place of the image, of the caption, whether that is JSON)."""
-  image = next((p for k, p in sample.items() if k not in _CAPTIONS), _NONE)
-  return (
-    image,
-    sample.get(".txt", sample.get(".json", _NONE)),
-    ".txt" not in sample and ".json" in sample,
-  )
+class _Archive:
+  """The samples of one archive, as its members come."""
+
+  def __init__(self, tar: str, left_out: leftovers.Counts):
+    self._tar, self._left_out = tar, left_out
+    self._samples: dict[str, dict[str, Place]] = {}
+    self._last = ""  # the key of the last member
+
+  def read(self, file: _Headers, start: int) -> tuple[int, str | None]:
+    """Reads the members: (where they end, what is wrong there or None)."""
+    end = start
+    try:
+      file.seek(start)
+      with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:") as tar:
+        for member in tar:
+          self._add(member, file.size)
+        end = tar.offset  # after the last member, whatever its type
+    except _DAMAGED_TAR as error:
+      return end, f"it cannot be read to its end ({error})"
+    return end, _wrong_end(file, end)
+
+  def _add(self, member: tarfile.TarInfo, file_size: int) -> None:
+    name = os.path.normpath(member.name)
+    key, kind = os.path.splitext(name)
+    kind = kind.lower()
+    if member.isdir():
+      return
+    if folders.is_hidden(name):
+      return self._leave_out(folders.HIDDEN, name)
+    if not member.isreg() or member.issparse():
+      return self._leave_out("a link, or another special member", name)
+    if kind not in images.EXTENSIONS + _CAPTIONS:
+      return self._leave_out("no image or caption by its name", name)
+    self._last = key
+    if not 0 <= member.size <= file_size - member.offset_data:
+      raise tarfile.ReadError(
+        f"{name} has {member.size} bytes by its header, the file only"
+        f" {file_size}"
+      )
+    sample = self._samples.setdefault(key, {})
+    if kind in sample:
+      self._leave_out("followed by another member of that name", name)
+    sample[kind] = member.offset_data, member.size
+
+  def _leave_out(self, reason: str, name: str) -> None:
+    leftovers.add(self._left_out, reason, f"{self._tar}: {name}")
+
+  def samples(self, is_cut: bool) -> list[tuple[Place, Place, bool]]:
+    """(place of the image, of the caption, whether that is JSON) of each.
+
+    The last one is left out where the tar is cut in the middle of it.
+    """
+    found = []
+    for key, sample in self._samples.items():
+      pictures = [kind for kind in sample if kind not in _CAPTIONS]
+      is_whole = pictures and len(pictures) < len(sample)
+      if not is_whole and is_cut and key == self._last:
+        continue
+      if not is_whole and self._continues(key):
+        for kind in sample:
+          self._leave_out("a further part of a sample", key + kind)
+        continue
+      for kind in pictures[1:]:
+        self._leave_out("a further image of a sample", key + kind)
+      image = sample[pictures[0]] if pictures else _NONE
+      caption = sample.get(".txt", sample.get(".json", _NONE))
+      is_json = ".txt" not in sample and ".json" in sample
+      found.append((image, caption, is_json))
+    return found
+
+  def _continues(self, key: str) -> bool:
+    """Whether a key is that of another sample, a dot, and more."""
+    folder, slash, key = key.rpartition("/")
+    while "." in key:
+      key = key.rpartition(".")[0]
+      if folder + slash + key in self._samples:
+        return True
+    return False
 
 
-def _wrong_end(file: pathlib.Path, end: int) -> str | None:
+def _wrong_end(file: _Headers, end: int) -> str | None:
   """What is wrong at the end of the members of a tar, or None.
 
   Python takes any block that is no header for the end, a block of zeros.
   """
-  with file.open("rb") as opened:
-    opened.seek(end)
-    block = opened.read(512)
+  file.seek(min(end, file.size))
+  block = file.read(512)
   if block == bytes(512):
     return None
   problem = "a damaged member" if len(block) == 512 else "the end of the file"
