@@ -10,9 +10,9 @@ import re
 import jax
 import numpy as np
 from absl import logging
+from tensorboardX import SummaryWriter
 
 from tensorar_jax.checkpoints import files
-from tensorar_jax.training import event_file
 
 
 def log_to_console() -> None:
@@ -69,7 +69,8 @@ class TrainLog:
   def __init__(self, folder: pathlib.Path, num_steps: int):
     self._path = folder / "log.jsonl"
     self._stage, self._num_steps = folder.name, num_steps
-    self._events = event_file.EventFile(folder / "tensorboard")
+    # TensorBoard's own writer would install its server as well.
+    self._events = SummaryWriter(str(folder / "tensorboard"))
 
   def resume(self, step: int) -> None:
     """Removes the rows after `step`, which will be computed again."""
@@ -90,7 +91,9 @@ class TrainLog:
       for name, value in {**speeds, "eta_seconds": eta}.items()
     }
     row = {**scalars, **speeds}
-    self._events.write(step, row)
+    for name, value in row.items():
+      self._events.add_scalar(name, value, step)
+    self._events.flush()
     logging.info("%s", console_line(self._stage, step, self._num_steps, row))
 
   def close(self) -> None:
