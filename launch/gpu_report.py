@@ -5,10 +5,11 @@ python -m launch.gpu_report   # rewrites the tables in docs/speed.md
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from tensorar_jax.checkpoints import files
 
 RESULTS = "results.jsonl"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,7 +28,11 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   lines = path.read_text().split("\n")[:-1]  # a torn last line has no \n
-  return [json.loads(line) for line in lines]
+  remedy = "Remove this line."
+  return [
+    files.parse_json(line, f"{path}, line {i}", dict, remedy=remedy)
+    for i, line in enumerate(lines, 1)
+  ]
 
 
 def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -58,9 +63,9 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def write(folder: pathlib.Path) -> str:
   """Writes summary.json and summary.md; returns the latter."""
   summary = summarise(read(folder / RESULTS))
-  (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+  files.write_json(folder / "summary.json", summary)
   text = markdown(summary)
-  (folder / "summary.md").write_text(text)
+  files.write_text(folder / "summary.md", text)
   return text
 
 
@@ -203,7 +208,7 @@ def page(text: str, folder: pathlib.Path = FOLDER) -> str:
   _, _, tail = rest.partition(END)
   parts = []
   for path in sorted(folder.glob("*.json")):
-    summary = json.loads(path.read_text())
+    summary = files.read_json(path, {"about": dict, "cases": [dict]})
     parts.append(markdown(summary, f"### {path.stem}", PAGE_KERNELS))
   for path in sorted(folder.glob("*_single_layers.jsonl")):
     parts.append(layers_text(read(path)))

@@ -280,7 +280,7 @@ class Study:
 
 def read(path: pathlib.Path) -> dict[str, dict]:
   """Reads the records by name; {} where there is no file yet."""
-  return files.read_json(path, default={})
+  return files.read_json(path, {...: dict}, default={})
 
 
 def check(results: dict, quick: bool) -> None:

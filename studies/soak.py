@@ -25,7 +25,7 @@ import time
 
 from absl import app, flags
 
-from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.checkpoints import files, orbax_io
 from tensorar_jax.experiment import config_file
 from tensorar_jax.parallel import preemption
 from tensorar_jax.training import logs
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> None:
     "different": different,
     "seconds": {"alone": alone, "killed": time.monotonic() - started},
   }
-  (folder / "soak.json").write_text(json.dumps(record, indent=2) + "\n")
+  files.write_json(folder / "soak.json", record)
   print(json.dumps(record, indent=2))
   print("DIFFERENT" if different else f"equal bit for bit; {folder}/soak.json")
   sys.exit(1 if different else 0)

@@ -70,6 +70,8 @@ def carry_out(command: parser.Command, values) -> None:
 
   options, mode = command.options, MODES[command.mode]
   count = jax.process_count()
+  if count > 1:
+    config.check_processes(command.mode, options, values)
   if count > 1 and not options.shares_work():
     raise ValueError(
       f"--mode={command.mode} in {count} processes: expected train, sample,"

@@ -129,6 +129,27 @@ def test_heavy_packages_are_imported_lazily_and_in_one_place(path):
     assert not name.startswith(("clu.metric_writers", "clu.periodic_actions"))
 
 
+# Modules that parse JSON: one what this project wrote, others what users or
+# authors have written, or what never was in a file.
+JSON = {
+  "checkpoints.files",
+  *("data.sources.captions", "data.sources.jsonl", "data.sources.webdataset"),
+  *("generation.layouts", "cli.config", "experiment.parse"),
+  *("parallel.processes", "performance.peer_torch"),
+}
+# Modules that write a file in its place: of the kernel, and a temporary one.
+IN_PLACE = {"performance.machine", "data.sources.tfds"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_own_files_are_read_and_written_by_one_module(path):
+  text, module = path.read_text(), module_name(path)
+  assert module in JSON or not re.search(r"json\.loads?\(", text)
+  writes = re.findall(r"(\w+|\))\.(?:write_text|write_bytes|savefig)\(", text)
+  writes = {*writes} - {"partial", "files"}
+  assert module in IN_PLACE | {"generation.pictures"} or not writes
+
+
 # Where the published files of every family are: one table, and data alone.
 TABLES = ("checkpoints.locations",)
 # Modules that read what a family's authors have written, in words only.

@@ -20,7 +20,7 @@ import jax
 from absl import logging
 
 from tensorar_jax.ablations.variants import Ablation, Run
-from tensorar_jax.checkpoints import files, resumable
+from tensorar_jax.checkpoints import files, locks, resumable
 from tensorar_jax.evaluation import evaluate, protocol, yardsticks
 from tensorar_jax.experiment import parse, saved, values
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage
@@ -30,6 +30,11 @@ from tensorar_jax.performance import benchmark
 from tensorar_jax.reports import ablation_report
 from tensorar_jax.training import logs, loop
 
+# What is read again of a file of results.
+RESULTS = {
+  "records": {...: {"metrics": dict}},
+  "times": [{"window": int, "depth": int}],
+}
 ROUNDS, IMAGES = 15, 8  # of the timing: repetitions, images of a batch
 
 
@@ -141,12 +146,13 @@ def run(
     measure: what measures a trained variant.
   """
   keep_programs(workdir)
-  locks = workdir / "locks"
-  locks.mkdir(parents=True, exist_ok=True)
+  files.remove_leftovers(output.glob("*"))
+  held = workdir / "locks"
+  held.mkdir(parents=True, exist_ok=True)
   path = output / f"{ablation.data}.json"
   missing = prepare(path, ablation, measure.settings)
   if missing:
-    with resumable.lock(locks / "shared"):
+    with locks.lock(held / "shared"):
       for name, stage in ablation.shared.items():
         loop.fit(stage, workdir / name)
 
@@ -168,17 +174,17 @@ def run(
   # Runs that other processes work on come last: they will be done by then.
   for wait, run in itertools.product((False, True), missing):
     name, _ = ablation.stage(run.variant, run.seed)
-    with resumable.lock(locks / name, wait) as acquired:
+    with locks.lock(held / name, wait) as acquired:
       if acquired and run.record not in records(path):
         train_and_measure(run)
-  with resumable.lock(locks / "shared"):
+  with locks.lock(held / "shared"):
     add_times(path, ablation, workdir)
   ablation_report.render(output)
 
 
 def records(path: pathlib.Path) -> dict[str, dict]:
   """Reads what is measured by now, by this process or another."""
-  return files.read_json(path)["records"]
+  return files.read_json(path, RESULTS)["records"]
 
 
 def keep_programs(workdir: pathlib.Path) -> None:
@@ -245,6 +251,9 @@ def prepare(
   settings = describe(ablation, evaluation)
 
   def add(old: dict) -> dict:
+    known = {**RESULTS, "settings": dict, "axes": dict, "shapes": dict}
+    like = {key: kind for key, kind in known.items() if key in old}
+    files.check_shape(old, like, str(path))
     changed = [
       f"{key}: was {str(was)[:100]}, is {str(now)[:100]}"
       for key, was, now in resumable.differences(
@@ -288,7 +297,7 @@ def add_times(
   All take turns in one process, on random weights; ratios to k = 1 are taken
   within a round.
   """
-  known = files.read_json(path)["times"]
+  known = files.read_json(path, RESULTS)["times"]
   wanted = ablation.timed()
   if wanted <= {(row["window"], row["depth"]) for row in known}:
     return
@@ -301,7 +310,7 @@ def add_times(
   )
   stages = {"centre": ablation.centre}
   folder = benchmark.run(stages, workdir, settings, stage="centre")
-  measured = files.read_json(folder / "benchmark.json")
+  measured = files.read_json(folder / "benchmark.json", benchmark.RESULTS)
   ratios = {row["name"]: row for row in measured["ratios"]}
   one = {"median": 1.0, "min": 1.0, "max": 1.0}
   rows = [

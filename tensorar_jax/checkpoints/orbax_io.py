@@ -2,9 +2,13 @@
 
 A checkpoint holds three items: `state` (arrays), `data` (the position of the
 data iterator) and `meta` (the resolved config, so that `load` can rebuild the
-model). Saves are asynchronous and become visible only when complete. Where
-several processes train, each saves and restores its own shards; what one
-process reads for itself waits for no other.
+model), and their digests. Saves are asynchronous and become visible only when
+complete. Where several processes train, each saves and restores its own shards;
+what one process reads for itself waits for no other.
+
+Whoever reads an item compares it with its digests first. Training compares all
+files, each process its share of them; all other modes compare `meta`, and all
+of `state` before they read weights.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from tensorar_jax.checkpoints.files import write_json
+from tensorar_jax.checkpoints import digests, files
 from tensorar_jax.checkpoints.resumable import differences
 from tensorar_jax.parallel import processes
 
@@ -52,7 +56,11 @@ class Checkpoints:
       max_to_keep=keep,
       keep_period=keep_every or None,
       cleanup_tmp_directories=True,
+      async_options=ocp.AsyncOptions(
+        post_finalization_callback=self._write_digests
+      ),
     )
+    self._saving = 0  # the newest step that a save was begun of
     self._manager = _Manager(self.directory, options=options)
 
   def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
@@ -62,6 +70,8 @@ class Checkpoints:
     of the run, which stays the same when it continues, and of the step.
     """
     meta = {**meta, "id": f"{self._run}-{step}"}
+    self._manager.wait_until_finished()
+    self._saving = step
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -71,12 +81,18 @@ class Checkpoints:
       ),
     )
 
+  def _write_digests(self) -> None:
+    """Orbax calls this in the first process, before the folder is named."""
+    (folder,) = self.directory.glob(f"{self._saving}.*tmp*")
+    digests.write(folder, ITEMS)
+
   def restore(self, like: Any) -> tuple[Any, dict, dict] | None:
     """(state, data, meta) of the newest checkpoint, laid out as `like`.
 
     `like` comes from `sharding.layout`; the state may have been saved on any
     other mesh. Returns None if nothing was saved yet. A checkpoint that one of
-    the processes cannot read is renamed, and the one before it is taken.
+    the processes cannot read, or whose digests differ, is renamed, and the one
+    before it is taken.
 
     Raises:
       ValueError: none can be read, the state is another model's, or not all
@@ -91,8 +107,10 @@ class Checkpoints:
       )
     for step in reversed(saved):
       path = self.directory / str(step)
-      _check_fit(path, like)
-      restored, error = _read_all(path, like)
+      restored, error = None, _changed(path)
+      if processes.all_same(error is None) and error is None:
+        _check_fit(path, like)
+        restored, error = _read_all(path, like)
       if processes.all_same(error is None) and restored:
         self._set_aside(damaged, path)
         self._run = restored[2]["id"].split("-")[0]
@@ -140,6 +158,17 @@ def _free_name(path):
   return next(p for name in names if not (p := path.with_suffix(name)).exists())
 
 
+def _changed(path) -> Exception | None:
+  """Compares this process's share of the files; the error, if they differ."""
+  try:
+    digests.verify(path, ITEMS, (jax.process_index(), jax.process_count()))
+  except (ValueError, OSError) as error:
+    if isinstance(error.__cause__ or error, NOT_DAMAGE):
+      raise
+    return error
+  return None
+
+
 def _read_all(path, like):
   """((state, data, meta), None) of a checkpoint folder, or (None, why not)."""
   alone = _this_process()
@@ -149,7 +178,8 @@ def _read_all(path, like):
       state = reader.restore(
         path / "state", args=ocp.args.StandardRestore(like)
       )
-    return (state, _read_json(path / "data"), _read_json(path / "meta")), None
+    data, meta = (_read_json(path / item) for item in ("data", "meta"))
+    return (state, data, meta), None
   except NOT_DAMAGE:
     raise
   except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -224,7 +254,7 @@ def claim(
   if not steps(folder / "checkpoints"):
     if processes.is_first():
       folder.mkdir(parents=True, exist_ok=True)
-      write_json(path, config)
+      files.write_json(path, config)
     return
   before = complete(run_meta(folder)["config"])
   changed = [
@@ -272,7 +302,10 @@ def find(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
 def read_meta(path: pathlib.Path) -> dict:
   """The metadata of a checkpoint folder."""
   try:
-    return _read_json(path / "meta")
+    digests.verify(path, ["meta"])
+    meta = _read_json(path / "meta")
+    files.check_shape(meta, {"config": dict}, "meta", remedy="")
+    return meta
   except Exception as error:  # Orbax and TensorStore raise many kinds
     raise ValueError(_unreadable(path, error)) from error
 
@@ -289,6 +322,7 @@ def run_meta(folder: pathlib.Path) -> dict:
 def weight_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """The shape of every weight of a checkpoint folder, by its path."""
   try:
+    digests.verify(path, ["state"])
     with _reader() as reader:
       tree = reader.metadata(path / "state").item_metadata.tree
   except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -310,6 +344,7 @@ def read_weights(
   first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   sharding_of = lambda name: (shardings or {}).get(name, first)
   try:
+    digests.verify(path, ["state"])
     with _reader() as reader:
       tree = reader.metadata(path / "state").item_metadata.tree
       item = {name: tree[name] for name in parts if tree.get(name)}

@@ -2,16 +2,15 @@
 
 The work is a list of files. Process p of P makes the files p, p + P, ...; a
 file gets its name when it is complete, so the missing files are the work that
-is left. A folder is claimed for one set of settings before the work begins.
+is left. A folder is claimed for one set of settings before the work begins, and
+held by one run while it works.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,30 +19,12 @@ from typing import Any
 import jax
 from absl import logging
 
+from tensorar_jax.checkpoints import locks
 from tensorar_jax.checkpoints.files import read_json, write_json
+from tensorar_jax.parallel import processes
 
 SETTINGS = "settings.json"
 LOG_SECONDS = 5
-
-
-@contextlib.contextmanager
-def lock(path: pathlib.Path, wait: bool = True) -> Iterator[bool]:
-  """Locks a file or folder against other processes; yields whether it did.
-
-  With `wait` False it does not if another process holds the lock. The lock of a
-  process that dies is free.
-  """
-  mode = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
-  handle = os.open(path, mode, 0o644)
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    held = True
-  except BlockingIOError:
-    held = False
-  try:
-    yield held
-  finally:
-    os.close(handle)
 
 
 def update_json(path: pathlib.Path, change: Callable[[Any], Any]) -> Any:
@@ -52,8 +33,8 @@ def update_json(path: pathlib.Path, change: Callable[[Any], Any]) -> Any:
   Returns the new content. Several processes may do so at the same time.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  with lock(path.parent):  # the file itself is replaced
-    value = change(read_json(path, default={}))
+  with locks.lock(path.with_name(f".{path.name}.lock")):
+    value = change(read_json(path, dict, default={}))
     write_json(path, value)
   return value
 
@@ -84,8 +65,9 @@ def claim_settings(
   file = folder / SETTINGS
   if not file.exists():
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, settings)
-  before = read_json(file)
+    with contextlib.suppress(FileExistsError):  # another process is first
+      write_json(file, settings, new=True)
+  before = read_json(file, dict)
   changed = [
     f"{key}: was {str(old)[:100]}, is {str(new)[:100]}"
     for key, old, new in differences(before, settings)
@@ -121,6 +103,99 @@ class Worker:
     return self.index == 0
 
 
+@contextlib.contextmanager
+def holding(
+  folder: pathlib.Path,
+  worker: Worker = Worker(),
+  *,
+  name: str = "lock",
+) -> Iterator[None]:
+  """Holds a folder for this run: no other one may write there meanwhile.
+
+  Each process of a run calls this, and holds a file of its own: `.lock` that of
+  the first. Where jax.distributed has joined them, all of them are refused if
+  one is. `locks` says what is promised. A folder that is new and has stayed
+  empty is removed in the end.
+
+  Args:
+    folder: made where it is missing.
+    worker: this process, of those of the run.
+    name: of the lock; runs that hold other names do not meet.
+
+  Raises:
+    ValueError: another run holds it; with its host and process id.
+  """
+  made = [path for path in (folder, *folder.parents) if not path.exists()]
+  folder.mkdir(parents=True, exist_ok=True)
+  share = f"-{worker.index}-of-{worker.count}"
+  mine = folder / f".{name}{'' if worker.is_first else share}"
+  taken = None
+  try:
+    with locks.lock(mine, wait=False) as held:
+      if not held:
+        taken = mine
+      elif worker.is_first:
+        taken = _share_of_another_run(folder, name, worker)
+      error = taken and (
+        f"{folder} is in use by {locks.owner(taken)}: wait until it has ended,"
+        " or name another folder."
+      )
+      if worker.count == jax.process_count():
+        processes.raise_together(error)
+      if error:
+        raise ValueError(error)
+      yield
+  finally:
+    for path in made if worker.is_first else ():
+      with contextlib.suppress(OSError):  # it is not empty
+        path.rmdir()
+
+
+def _share_of_another_run(
+  folder: pathlib.Path, name: str, worker: Worker
+) -> pathlib.Path | None:
+  """The lock of another run's process, whose first one has ended before."""
+  for path in folder.glob(f".{name}-*-of-*"):
+    # Those of as many processes meet in the processes themselves.
+    if not path.name.endswith(f"-of-{worker.count}"):
+      with locks.lock(path, wait=False) as free:
+        if not free:
+          return path
+  return None
+
+
+def new_folder(parent: pathlib.Path) -> pathlib.Path:
+  """Makes the next numbered folder of `parent`; no two processes get one."""
+  while True:
+    numbers = [int(p.name) for p in parent.glob("*") if p.name.isdigit()]
+    folder = parent / f"{max(numbers, default=-1) + 1:03d}"
+    with contextlib.suppress(FileExistsError):
+      folder.mkdir(parents=True)
+      return folder
+
+
+def check_same(what: str, value: Any) -> None:
+  """ValueError unless all processes of this run have the same JSON value.
+
+  All of them have to call it. The error says which process differs from the
+  first, and where.
+  """
+  values = processes.gather(value)
+  for index, other in enumerate(values):
+    changed = [
+      f"{key or what}: {str(old)[:100]} in process 0, {str(new)[:100]} in"
+      f" process {index}"
+      for key, old, new in differences(values[0], other)
+    ]
+    if changed:
+      listed = "\n  ".join(changed[:20])
+      raise ValueError(
+        f"process {index} of {len(values)} has another {what} than process 0:"
+        f"\n  {listed}\nStart all processes with the same command, packages and"
+        " data."
+      )
+
+
 def shards(
   folder: pathlib.Path, name: str, num_images: int, shard_size: int
 ) -> dict[pathlib.Path, range]:
@@ -133,16 +208,22 @@ def shards(
 
 
 def to_do(
-  files: dict[pathlib.Path, range], worker: Worker
+  files: dict[pathlib.Path, range],
+  worker: Worker,
+  is_complete: Callable[[pathlib.Path], bool] = pathlib.Path.exists,
 ) -> dict[pathlib.Path, range]:
-  """The worker's shards that are not there yet."""
+  """The worker's shards that are not there yet, or not complete."""
   mine = list(files.items())[worker.index :: worker.count]
-  return {file: positions for file, positions in mine if not file.exists()}
+  return {file: positions for file, positions in mine if not is_complete(file)}
 
 
-def all_there(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> bool:
+def all_there(
+  folder: pathlib.Path,
+  files: Sequence[pathlib.Path],
+  is_complete: Callable[[pathlib.Path], bool] = pathlib.Path.exists,
+) -> bool:
   """Whether every file is there; if not, the log says how many are missing."""
-  missing = sum(not file.exists() for file in files)
+  missing = sum(not is_complete(file) for file in files)
   if missing:
     logging.info(
       "%s: done with this process's share; other processes have %d of %d "

@@ -131,7 +131,8 @@ def save(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   if not path.parent.is_dir():
     raise ValueError(f"{path.parent}: no such folder. Create it first.")
   write = _save_safetensors if path.suffix == ".safetensors" else _save_torch
-  with files.replacing(path) as partial:
+  files.remove_leftovers_of(path)
+  with files.replacing(path, sync=True, new=True) as partial:
     write(partial, tensors)
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import json
 import pathlib
+import platform
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensorar_jax.cli.options import Shared
 
 if TYPE_CHECKING:  # help does not wait for JAX
   from tensorar_jax.ablations.variants import Ablation
   from tensorar_jax.experiment import schema
+
+
+# Flags that differ between the processes of a run, or may.
+OF_A_PROCESS = ("config", "coordinator", "num_processes", "process_id", "debug")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+PACKAGES += ("numpy",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +102,39 @@ def workdir(options: Shared, experiment: schema.Experiment) -> pathlib.Path:
     data = experiment.ablation.data
     return pathlib.Path("runs", "ablations", data).absolute()
   return pathlib.Path("runs", experiment.name).absolute()
+
+
+def check_processes(
+  mode: str, options: Shared, experiment: schema.Experiment | None
+) -> None:
+  """Raises ValueError, in all processes of a run, if one is unlike the first.
+
+  Compared are mode, flags, config, versions of packages, and this project's
+  code; the data are when they are opened.
+  """
+  from tensorar_jax.checkpoints import resumable
+
+  flags = {
+    f"--{name}": value
+    for name, value in dataclasses.asdict(options).items()
+    if name not in OF_A_PROCESS
+  }
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  description = {
+    "--mode": mode,
+    **flags,
+    "config": experiment and dataclasses.asdict(experiment),
+    "packages": {"python": platform.python_version(), **versions},
+    "code": code_digest(),
+  }
+  plain: dict[str, Any] = json.loads(json.dumps(description, default=str))
+  resumable.check_same("command, config or packages", plain)
+
+
+def code_digest() -> str:
+  """Returns a digest of this project's modules."""
+  root, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
+  for file in sorted(root.rglob("*.py")):
+    digest.update(f"{file.relative_to(root)}\0".encode())
+    digest.update(file.read_bytes())
+  return digest.hexdigest()[:16]

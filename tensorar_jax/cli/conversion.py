@@ -110,6 +110,12 @@ def tokenize_images(
 
   if not (options.images and options.output):
     raise ValueError("--mode=tokenize needs --images and --output.")
+  output, worker = (
+    pathlib.Path(options.output).expanduser(),
+    resumable.Worker.of_this_process(),
+  )
+  with resumable.holding(output, worker):
+    pass  # asked at once: reading a large data set takes its time
   stages = experiment.stages
   models = [n for n, s in stages.items() if s.objective == "tensorar"]
   stage = stages[options.stage or models[-1]]
@@ -127,11 +133,11 @@ def tokenize_images(
   tokenize.tokenize(
     source,
     tokenizer,
-    options.output,
+    output,
     recipe=options.recipe,
     image_size=rows,
     crop_range=options.crop_range,
-    worker=resumable.Worker.of_this_process(),
+    worker=worker,
     text=text_encoder,
   )
 

@@ -120,7 +120,8 @@ def import_t5(
     mesh: what the weights are split over; None: one device has them.
   """
   folder = _existing(folder)
-  fields = read_json(folder / "config.json", remedy="Download it again.")
+  remedy = "Download it again."
+  fields = read_json(folder / "config.json", dict, remedy=remedy)
   config = t5.published_config(fields, dtype)
   model = weights.abstract(lambda rngs: t5.Model(config, rngs=rngs))
   tensors = torch_import.load_state_dict(hub.weights_of(folder))

@@ -40,8 +40,10 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 _HEADER = struct.Struct("<4siHIBB")
 _MAGIC = b"TOK1"
 _CODE_TYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
-_KEYS = {"shards", "grid", "num_variants", "vocab_sizes", "class_names"}
-_KEYS |= {"format", "num_classes"}
+_LIKE = {
+  **{"format": int, "shards": {...: int}, "grid": [int], "num_variants": int},
+  **{"vocab_sizes": [int], "class_names": [str], "num_classes": None},
+}
 
 Codes = Integer[np.ndarray, "A T F"]
 # What an image is of: its class, or the features of its text.
@@ -130,12 +132,11 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
       f"{file} is missing; expected a folder that --mode=tokenize has "
       "completed: run it again, it continues where it stopped"
     )
-  manifest = files.read_json(
-    file, remedy="Copy the folder again, or run --mode=tokenize again."
-  )
-  if not isinstance(manifest, dict) or (missing := _KEYS - manifest.keys()):
-    lacks = sorted(missing) if isinstance(manifest, dict) else "all keys"
-    raise ValueError(f"{file} is no manifest of token shards: it lacks {lacks}")
+  remedy = "Copy the folder again, or run --mode=tokenize again."
+  manifest = files.read_json(file, _LIKE, remedy=remedy)
+  if text := manifest.get("text"):
+    like = {"width": int, "length": int, "dtype": str}
+    files.check_shape(text, like, f"{file}, text", remedy=remedy)
   if manifest["format"] != FORMAT:
     raise ValueError(
       f"{file} is of format {manifest['format']}; expected {FORMAT}: tokenize "

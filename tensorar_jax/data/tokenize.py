@@ -27,6 +27,8 @@ from tensorar_jax.data import encoder as encoder_lib
 from tensorar_jax.data import images, leftovers, shards, sources
 from tensorar_jax.interfaces import TextEncoder, Tokenizer
 
+REPORT = {"num_images": int, "skipped": [{"reason": str}]}  # of a shard
+
 
 def tokenize(
   source: sources.Source,
@@ -59,7 +61,8 @@ def tokenize(
     The manifest, or None where other processes have still to finish.
 
   Raises:
-    ValueError: bad options, a folder of other settings, or no image is left.
+    ValueError: bad options, a folder of other settings or in use by another
+      run, or no image is left.
   """
   _check_options(batch_size, shard_size)
   ranges = (crop_range,) if isinstance(crop_range, int | float) else crop_range
@@ -70,10 +73,17 @@ def tokenize(
   encoder = encoder_lib.Encoder(tokenizer, crops, channels, batch_size, text)
   folder = pathlib.Path(folder).expanduser()
   settings = _settings(source, tokenizer, crops, shard_size, text)
-  resumable.claim_settings(folder, settings, "tokens")
-  name = "tokens-{}.array_record"
-  shard_files = resumable.shards(folder, name, len(source), shard_size)
-  missing = resumable.to_do(shard_files, worker)
+  with resumable.holding(folder, worker):
+    resumable.claim_settings(folder, settings, "tokens")
+    return _write(folder, source, encoder, settings, worker)
+
+
+def _write(folder, source, encoder, settings, worker) -> dict[str, Any] | None:
+  """Writes what is missing in a folder that this run holds."""
+  files.remove_leftovers(folder.iterdir())
+  name, size = "tokens-{}.array_record", settings["shard_size"]
+  shard_files = resumable.shards(folder, name, len(source), size)
+  missing = resumable.to_do(shard_files, worker, _is_complete)
   progress = resumable.Progress("tokenize", sum(map(len, missing.values())))
   for file, positions in missing.items():
     _write_shard(file, positions, source, encoder, progress)
@@ -139,6 +149,17 @@ def _write_shard(
     files.write_json(file.with_suffix(".json"), report)
 
 
+def _is_complete(file: pathlib.Path) -> bool:
+  """Whether a shard holds what its report says."""
+  try:
+    report = files.read_json(file.with_suffix(".json"), REPORT)
+    return shards.count_records(file) == report["num_images"]
+  except ValueError as error:
+    if file.exists():
+      logging.warning("tokenized again, since %s", error)
+    return False
+
+
 def _settings(source, tokenizer, recipe, shard_size, text) -> dict[str, Any]:
   """All that the shards depend on: the manifest without the results."""
   digest = source.fingerprint() if hasattr(source, "fingerprint") else None
@@ -166,13 +187,10 @@ def _settings(source, tokenizer, recipe, shard_size, text) -> dict[str, Any]:
 
 def _finish(folder, shard_files, settings, progress) -> dict[str, Any] | None:
   """Writes and returns the manifest if all shards are there, else None."""
-  if not resumable.all_there(folder, shard_files):
+  if not resumable.all_there(folder, shard_files, _is_complete):
     return None
   reports = {
-    file.name: files.read_json(
-      file.with_suffix(".json"),
-      remedy=f"Remove {file} to have it tokenized again.",
-    )
+    file.name: files.read_json(file.with_suffix(".json"), REPORT)
     for file in shard_files
   }
   counts = {name: report["num_images"] for name, report in reports.items()}
@@ -185,8 +203,6 @@ def _finish(folder, shard_files, settings, progress) -> dict[str, Any] | None:
   results = {"num_images": sum(counts.values()), "num_skipped": len(skipped)}
   manifest = settings | results | {"skipped": skipped, "shards": counts}
   files.write_json(folder / shards.MANIFEST, manifest)
-  for left_by_a_kill in folder.glob("tokens-*.partial"):
-    left_by_a_kill.unlink(missing_ok=True)
   leftovers.say_all(folder, manifest)
   logging.info(
     "%s: %d images in %d shards, %d broken images skipped; %d images in this "

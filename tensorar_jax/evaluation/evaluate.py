@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
-from tensorar_jax.checkpoints import files, orbax_io
+from tensorar_jax.checkpoints import files, orbax_io, resumable
 from tensorar_jax.conditioning.conditions import ClassConditioning
 from tensorar_jax.evaluation import diagnostics, yardsticks
 from tensorar_jax.evaluation.metrics import METRICS
@@ -31,7 +31,15 @@ from tensorar_jax.interfaces import Conditioning
 from tensorar_jax.method.drawing import Guidance
 from tensorar_jax.training import logs
 
+LOCK = "evaluate.lock"  # of a work directory, beside those of its stages
 SCAN_SEED = 2**20  # of the guidance scan, apart from every measured seed
+RECORD = {  # what is read again of evaluation.json
+  "fingerprint": str,
+  "metrics": dict,
+  "diagnostics": dict,
+  "guidance_scan": dict,
+  "seconds": float,
+}
 SHOWN = 10  # images of a label and a seed that are kept for the pictures
 
 
@@ -136,7 +144,7 @@ def measure_model(
   pictures = subject.folder / "samples.npz"
   fingerprint = subject.fingerprint(settings, yardstick.identity)
   if path.exists() and pictures.exists():
-    before = files.read_json(path)
+    before = files.read_json(path, RECORD)
     if before["fingerprint"] == fingerprint:
       logging.info("%s: evaluated before, %s", subject.name, path)
       return before
@@ -194,7 +202,21 @@ def evaluate(
   settings: EvaluationConfig,
   workdir: pathlib.Path,
 ) -> dict:
-  """Measures every model of `settings`; writes and returns metrics.json."""
+  """Measures every model of `settings`; writes and returns metrics.json.
+
+  ValueError if another run evaluates in this work directory.
+  """
+  with resumable.holding(workdir, name=LOCK):
+    files.remove_leftovers(workdir.iterdir())
+    return _evaluate(stages, settings, workdir)
+
+
+def _evaluate(
+  stages: Mapping[str, Stage],
+  settings: EvaluationConfig,
+  workdir: pathlib.Path,
+) -> dict:
+  """Does so in a work directory that this run holds."""
   yardsticks.check(settings, stages)
   for name in settings.models:
     saved.resolve(name, workdir)  # refuses a stage that is not finished

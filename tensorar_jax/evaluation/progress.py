@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from absl import logging
 
-from tensorar_jax.checkpoints import files, orbax_io
+from tensorar_jax.checkpoints import files, orbax_io, resumable
 from tensorar_jax.evaluation import evaluate, protocol, yardsticks
 from tensorar_jax.experiment.schema import EvaluationConfig, Stage
 from tensorar_jax.generation.requests import Request
@@ -31,8 +31,19 @@ def by_yardstick(
   """Measures each checkpoint by the config's yardstick, at its own guidance.
 
   It draws one set of `settings.num_images`, so `std` is that over prompts, or
-  None.
+  None. ValueError if another run evaluates in this work directory.
   """
+  with resumable.holding(workdir, name=evaluate.LOCK):
+    return _by_yardstick(stages, settings, workdir, names)
+
+
+def _by_yardstick(
+  stages: Mapping[str, Stage],
+  settings: EvaluationConfig,
+  workdir: pathlib.Path,
+  names: Sequence[str],
+) -> Progress:
+  """Does so in a work directory that this run holds."""
   settings = dataclasses.replace(settings, models=tuple(names), seeds=1)
   yardsticks.check(settings, stages)
   yardstick = yardsticks.YARDSTICKS[settings.yardstick](
@@ -43,7 +54,8 @@ def by_yardstick(
   for name, step in _checkpoints(workdir, names):
     subject = evaluate.Subject(name, stages[name], workdir / name, step)
     path = subject.folder / "progress.json"
-    known = files.read_json(path, default={})
+    like = {...: {"fingerprint": str, "metrics": dict}}
+    known = files.read_json(path, like, default={})
     key = subject.fingerprint(settings, yardstick.identity)
     if known.get(str(step), {}).get("fingerprint") != key:
       conditions = yardstick.conditions(subject.stage)

@@ -50,6 +50,8 @@ BATCH_PER_DEVICE = {"cpu": 16}
 KINDS = ("pool", "spatial", "logits")
 # What distances are called in the features of Inception.
 INCEPTION_NAMES = {"frechet": "fid", "spatial_frechet": "sfid"}
+# What is read again of metrics.json, and of the overview of a sweep.
+RECORD = {"metrics": {...: {"value": float}}, "num_images": int}
 NOTES = (
   "std is over bootstrap resamples of the images, interval is value -+ 1.96 of"
   " it; network, manifolds and the reference's statistics are taken as exact.",
@@ -104,7 +106,8 @@ class Judge:
     """The record of a sample file, as in `folder/metrics.json`.
 
     None where other processes have still to do their part, or where
-    this is not the first one. ValueError for files that cannot be compared.
+    this is not the first one. ValueError for files that cannot be compared, and
+    for a folder that another run measures in.
     """
     file, folder = _open(samples), pathlib.Path(folder)
     self._check(file)
@@ -117,18 +120,30 @@ class Judge:
       "bootstrap": self.bootstrap,
     }
     settings = files.as_json(settings)
-    resumable.claim_settings(folder, settings, "measurements")
+    manifest = _manifest(file.path, settings["samples"]["sha256"])
+    with resumable.holding(folder, self.worker):
+      files.remove_leftovers(folder.iterdir())
+      resumable.claim_settings(folder, settings, "measurements")
+      return self._measure(file, folder, settings, manifest)
+
+  def _measure(
+    self,
+    file: npz.SampleFile,
+    folder: pathlib.Path,
+    settings: dict,
+    manifest: dict | None,
+  ) -> dict | None:
+    """Measures a file in a folder that this run holds."""
     done = folder / "metrics.json"
     if done.exists():
       logging.info("%s: measured before", done)
-      return files.read_json(done)
+      return files.read_json(done, RECORD)
     started = time.monotonic()
     fake = self._extract(file, folder, KINDS)
     real = self._reference(folder)
     if fake is None or real is None or not self.worker.is_first:
       return None
     extracted = time.monotonic()
-    manifest = _manifest(file.path, settings["samples"]["sha256"])
     measured = self._metrics(real, fake)
     seconds = {
       "features": round(extracted - started, 1),
@@ -144,8 +159,9 @@ class Judge:
       "notes": NOTES,
     }
     files.write_json(done, record)
-    (folder / "metrics.md").write_text(table({file.path.name: record}) + "\n")
-    for shard in folder.glob("features-*.npz*"):
+    text = table({file.path.name: record})
+    files.write_text(folder / "metrics.md", f"{text}\n")
+    for shard in folder.glob("features-*.npz"):
       shard.unlink(missing_ok=True)
     return record
 
@@ -196,9 +212,10 @@ class Judge:
       for kind in kinds
     }
     for shard, positions in shards.items():
-      with np.load(shard) as part:
-        for kind, array in arrays.items():
-          array[positions.start : positions.stop] = part[kind]
+      remedy = "Remove it to have the features extracted again."
+      part = files.read_arrays(shard, kinds, remedy=remedy)
+      for kind, array in arrays.items():
+        array[positions.start : positions.stop] = part[kind]
     return FeatureSet(**arrays, stored=stored)
 
   def _reference(self, folder: pathlib.Path) -> FeatureSet | None:
@@ -213,6 +230,7 @@ class Judge:
       except OSError:  # a read-only file system
         cache = folder / "reference"
         cache.mkdir(exist_ok=True)
+      files.remove_leftovers(cache.iterdir())
       kinds = ("pool",) if self.file.statistics else ("pool", "spatial")
       self._features = self._extract(self.file, cache, kinds)
     return self._features
@@ -260,17 +278,19 @@ def _gaussians(file: npz.SampleFile) -> dict[str, adm.Gaussian]:
 
 
 def _identity(path: str | os.PathLike) -> dict[str, Any]:
-  with open(path, "rb") as data:
-    digest = hashlib.file_digest(data, "sha256").hexdigest()
-  return {"file": pathlib.Path(path).name, "sha256": digest}
+  return {"file": pathlib.Path(path).name, "sha256": files.sha256(path)}
 
 
 def _manifest(samples: pathlib.Path, digest: str) -> dict | None:
-  """The manifest of a sample file that this project made, else None."""
+  """The manifest of a sample file that this project made, else None.
+
+  ValueError if the file is not the one that it was made for.
+  """
   for folder in (samples.with_suffix(""), samples.parent):
-    file = folder / sample_files.MANIFEST
-    manifest = files.read_json(file, default={})
-    if manifest.get("sha256") == digest:
+    manifest = files.read_json(folder / sample_files.MANIFEST, default=None)
+    # Others call their files manifest.json, too.
+    if isinstance(manifest, dict) and manifest.get("npz") == samples.name:
+      sample_files.check_digest(samples, digest, manifest)
       return manifest
   return None
 
@@ -337,8 +357,9 @@ def sweep(
   if None in records.values():
     return None
   path = overview(judge, workdir, stage)
+  files.remove_leftovers_of(path)
   files.write_json(path, records)
-  path.with_suffix(".md").write_text(f"{table(records)}\n")
+  files.write_text(path.with_suffix(".md"), f"{table(records)}\n")
   return records
 
 

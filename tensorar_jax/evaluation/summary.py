@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
 
 from tensorar_jax.checkpoints import resumable
-from tensorar_jax.checkpoints.files import write_json
+from tensorar_jax.checkpoints.files import sha256, write_json, write_text
 from tensorar_jax.evaluation import dpg, geneval, papers, tables
 from tensorar_jax.evaluation.prompt_scores import BENCHMARKS, RESAMPLES
 
@@ -46,7 +45,7 @@ def summarise(
   except UnicodeDecodeError as error:
     raise ValueError(f"{path} is not text in UTF-8 ({error}).") from error
   settings = {
-    "scores": [{"file": f.name, "sha256": _digest(f)} for f in files],
+    "scores": [{"file": f.name, "sha256": sha256(f)} for f in files],
   }
   done = folder / "metrics.json"
   if done.exists() and not (folder / resumable.SETTINGS).exists():
@@ -66,13 +65,8 @@ def summarise(
     "notes": [*BENCHMARKS[scores.benchmark].notes, SPREAD],
   }
   write_json(done, record)
-  (folder / "metrics.md").write_text(table(path.stem, record) + "\n")
+  write_text(folder / "metrics.md", table(path.stem, record) + "\n")
   return record
-
-
-def _digest(file: pathlib.Path) -> str:
-  with file.open("rb") as data:
-    return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def table(name: str, record: dict) -> str:

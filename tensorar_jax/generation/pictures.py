@@ -11,15 +11,17 @@ nothing. Tiles are laid out in whole pixels, so tiny images keep sharp edges.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from tensorar_jax.checkpoints import files
 from tensorar_jax.method import windows
 
 _TILE = 72  # smaller images are enlarged to about this many pixels
@@ -113,7 +115,7 @@ def _save_panels(
   for x, y, text, style in texts:
     style = {"color": MUTED, "fontsize": 10, "parse_math": False, **style}
     figure.text(x / width, 1 - y / height, text, **style)
-  figure.savefig(path, format="png", dpi=100)
+  save_figure(path, figure, dpi=100)
 
 
 def save_sample_grids(
@@ -304,7 +306,8 @@ def save_gif(path: Path_ | io.BytesIO, frames: UInt8[np.ndarray, "S H W 3"]):
   milliseconds = max(40, min(500, 6000 // len(frames)))
   durations = [milliseconds] * len(more) + [2500]
   options = {"save_all": True, "duration": durations, "loop": 0}
-  first.save(path, format="GIF", append_images=more, **options)
+  with _whole(path) as file:
+    first.save(file, format="GIF", append_images=more, **options)
 
 
 def save_image(path: Path_ | io.BytesIO, image: Any) -> None:
@@ -313,4 +316,21 @@ def save_image(path: Path_ | io.BytesIO, image: Any) -> None:
 
   image = _images(np.asarray(image)[None], "image", 4)[0]
   picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-  picture.save(path, format="PNG")
+  with _whole(path) as file:
+    picture.save(file, format="PNG")
+
+
+def save_figure(path: Path_, figure: Any, **options: Any) -> None:
+  """Writes a figure of matplotlib as a PNG, whole or not at all."""
+  with _whole(path) as file:
+    figure.savefig(file, format="png", **options)
+
+
+@contextlib.contextmanager
+def _whole(path: Path_ | io.BytesIO) -> Iterator[Path | io.BytesIO]:
+  """Where to write: a file that becomes `path` when it is whole, or memory."""
+  if isinstance(path, io.BytesIO):
+    yield path
+  else:
+    with files.replacing(Path(path)) as partial:
+      yield partial

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import itertools
 import math
@@ -37,7 +36,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int, UInt8
 
-from tensorar_jax.checkpoints import files, orbax_io, resumable
+from tensorar_jax.checkpoints import files, locks, orbax_io, resumable
 from tensorar_jax.data import encoder
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
@@ -92,9 +91,17 @@ def sample(
     batch_size: images at once, over this process's devices.
     pngs: whether to write PNGs too; a layout always does. By default up to
       PNGS_UP_TO images.
+
+  Raises:
+    ValueError: bad options, another run writes to `output` or has filled it, or
+      a finished file of this run is damaged.
   """
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+  worker = resumable.Worker.of_this_process()
+  if output:
+    with resumable.holding(_target(output).folder, worker):
+      pass  # asked at once: loading a model takes its time
   name = drawable(stages, stage)
   chosen, stage_folder = stages[name], workdir / name
   checkpoint = orbax_io.find(stage_folder, request.step)
@@ -115,32 +122,37 @@ def sample(
     "software": software(),
   }
   settings = files.as_json(settings)
-  worker = resumable.Worker.of_this_process()
   target = choose_target(
     output, stage_folder / "samples", settings, worker.count
   )
-  completes = worker.is_first
-  if not target.complete:
-    model = build.load_tensorar(chosen, checkpoint, mesh)
-    sampler = batches.Sampler(
-      model,
-      conditioning,
-      sampling,
-      request.seed,
-      mesh,
-      guesses.load(stage_folder, sampling),
-    )
-    draw = _drawing(sampler, tokenizer, len(labels), request.resize, batch_size)
-    overview = functools.partial(
-      _save_overview, target.folder, tokenizer, request
-    )
-    completes = write(
-      draw, labels, target, settings, overview=overview, worker=worker
-    )
-  if pngs is None:
-    pngs = len(labels) <= PNGS_UP_TO
-  if completes and (pngs or request.layout):
-    write_pngs(target, len(labels), request)
+  with resumable.holding(target.folder, worker):
+    _remove_leftovers(target)
+    completes = worker.is_first
+    if target.complete:
+      _check_finished(target)
+    else:
+      model = build.load_tensorar(chosen, checkpoint, mesh)
+      sampler = batches.Sampler(
+        model,
+        conditioning,
+        sampling,
+        request.seed,
+        mesh,
+        guesses.load(stage_folder, sampling),
+      )
+      draw = _drawing(
+        sampler, tokenizer, len(labels), request.resize, batch_size
+      )
+      overview = functools.partial(
+        _save_overview, target.folder, tokenizer, request
+      )
+      completes = write(
+        draw, labels, target, settings, overview=overview, worker=worker
+      )
+    if pngs is None:
+      pngs = len(labels) <= PNGS_UP_TO
+    if completes and (pngs or request.layout):
+      write_pngs(target, len(labels), request)
   if target.complete:
     print(f"{len(labels)} images of {name}: {target.npz}")
   return target
@@ -203,15 +215,13 @@ def choose_target(
       f"{process_count} processes sample together: name the folder that they"
       " share with --output."
     )
-  path = pathlib.Path(output or _numbered_folder(numbered, settings))
-  path = path.expanduser().absolute()
-  is_file = path.suffix == ".npz"
-  folder = path.with_suffix("") if is_file else path
-  target = Target(folder, path if is_file else folder / "samples.npz")
+  target = _target(output or _numbered_folder(numbered, settings))
+  folder = target.folder
   if not (folder / resumable.SETTINGS).exists():
     present = [target.npz] if target.npz.exists() else folder.glob("*")
     # Another process may be about to claim it for the same settings.
-    present = [p for p in present if not p.name.startswith(resumable.SETTINGS)]
+    ours = (resumable.SETTINGS, ".lock")
+    present = [p for p in present if not p.name.startswith(ours)]
     if present:
       raise ValueError(
         f"{present[0]} is there already, and not from this run: name a new"
@@ -221,16 +231,55 @@ def choose_target(
   return target
 
 
+def _target(output: str | os.PathLike) -> Target:
+  """The files of --output, a folder or an .npz beside which there is one."""
+  path = pathlib.Path(output).expanduser().absolute()
+  if path.suffix == ".npz":
+    return Target(path.with_suffix(""), path)
+  return Target(path, path / "samples.npz")
+
+
 def _numbered_folder(
   parent: pathlib.Path, settings: dict[str, Any]
 ) -> pathlib.Path:
-  folders = sorted(p for p in parent.glob("*") if p.name.isdigit())
-  for folder in folders:
-    file = folder / resumable.SETTINGS
-    if files.read_json(file, default=None) == settings:
-      return folder
-  last = max((int(folder.name) for folder in folders), default=-1)
-  return parent / f"{last + 1:03d}"
+  """The folder of these settings, made and claimed if there is none."""
+  parent.mkdir(parents=True, exist_ok=True)
+  with locks.lock(parent / ".lock"):  # two runs with equal settings meet in one
+    for folder in sorted(p for p in parent.glob("*") if p.name.isdigit()):
+      file = folder / resumable.SETTINGS
+      if files.read_json(file, default=None) == settings:
+        return folder
+    folder = resumable.new_folder(parent)
+    resumable.claim_settings(folder, settings, "samples")
+  return folder
+
+
+def _check_finished(target: Target) -> None:
+  """ValueError if the npz of a complete run is not as its manifest says."""
+  manifest = files.read_json(
+    target.folder / MANIFEST,
+    {"npz": str, "sha256": str},
+    remedy="Remove it to have the images drawn again.",
+  )
+  check_digest(target.npz, files.sha256(target.npz), manifest)
+
+
+def check_digest(
+  path: pathlib.Path, digest: str, manifest: Mapping[str, Any]
+) -> None:
+  """ValueError unless a sample file has the digest that its manifest says."""
+  if digest != manifest["sha256"]:
+    raise ValueError(
+      f"{path} is damaged: its sha256 is {digest}, {MANIFEST} says"
+      f" {manifest['sha256']}. Restore it, or remove it to have the images"
+      " drawn again."
+    )
+
+
+def _remove_leftovers(target: Target) -> None:
+  """Removes what killed processes left half-written, layouts included."""
+  files.remove_leftovers(target.folder.rglob("*"))
+  files.remove_leftovers_of(target.npz)
 
 
 def write(
@@ -309,8 +358,7 @@ def _complete(target, shards, labels, settings) -> None:
   try:
     with files.replacing(target.npz, sync=True) as partial:
       shape = npz.join_shards(partial, shards, labels)
-      with partial.open("rb") as written:
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
+      digest = files.sha256(partial)
   except FileNotFoundError:
     if not target.complete:  # by another process, at the same moment
       raise
@@ -321,10 +369,9 @@ def _complete(target, shards, labels, settings) -> None:
     result["classes_drawn"] = len(counts)
     result["images_per_class"] = [int(counts.min()), int(counts.max())]
   files.write_json(target.folder / MANIFEST, settings | result)
-  shards = target.folder.glob("images-*.npy*")
-  partials = target.npz.parent.glob(f"{target.npz.name}.*.partial")
-  for file in (*shards, *partials):
+  for file in target.folder.glob("images-*.npy"):
     file.unlink(missing_ok=True)
+  _remove_leftovers(target)
 
 
 # --- pictures ----------------------------------------------------------------

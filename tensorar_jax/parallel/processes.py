@@ -5,10 +5,11 @@ They communicate through `jax.distributed` alone.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import zlib
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -95,3 +96,24 @@ def all_same(value: object) -> bool:
   checksum = np.array(zlib.crc32(repr(value).encode()), np.uint32)
   checksums = np.ravel(multihost_utils.process_allgather(checksum))
   return bool((checksums == checksums[0]).all())
+
+
+def gather(value: Any) -> list[Any]:
+  """The JSON value of every process, in order; all of them have to call it.
+
+  If all are equal to the first one's, none is sent.
+  """
+  if jax.process_count() == 1 or all_same(text := json.dumps(value)):
+    return [value] * jax.process_count()
+  data = np.frombuffer(text.encode(), np.uint8)
+  sizes = np.ravel(multihost_utils.process_allgather(np.int32(data.size)))
+  padded = np.pad(data, (0, int(sizes.max()) - data.size))
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes)]
+
+
+def raise_together(error: str | None) -> None:
+  """ValueError in all processes if one has an error; all have to call it."""
+  for index, other in enumerate(gather(error)):
+    if other:
+      raise ValueError(f"process {index}: {other}" if index else other)

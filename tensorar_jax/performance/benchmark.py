@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from tensorar_jax.checkpoints import files, orbax_io
+from tensorar_jax.checkpoints import files, orbax_io, resumable
 from tensorar_jax.experiment import saved
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import sample_files
@@ -34,6 +34,13 @@ PARTS = ("decode", "tokenizer", "train")
 PEERS = ("torch",)
 TRAIN_BATCH_CPU = 4
 NO_TIME = {"error": "no time was left"}
+# What others read of benchmark.json.
+RESULTS = {
+  "cases": [
+    {"name": str, "guided": bool, "batch": int, "window": int, "depth": int}
+  ],
+  "ratios": [{"name": str}],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +183,24 @@ def run(
   if settings.peer:
     peer_torch.check_installed()
   folder = _new_folder(output, workdir / "benchmark")
+  with resumable.holding(folder):
+    _check_empty(folder)
+    return _run(stages[name], name, workdir, settings, folder)
+
+
+def _run(
+  stage: Stage,
+  name: str,
+  workdir: pathlib.Path,
+  settings: Settings,
+  folder: pathlib.Path,
+) -> pathlib.Path:
+  """Measures a stage in a folder that this run holds."""
   trained = (workdir / name / "checkpoints").is_dir()
   checkpoint = orbax_io.find(workdir / name) if trained else None
-  loads = workloads.Workloads(stages[name], workdir, checkpoint)
+  loads = workloads.Workloads(stage, workdir, checkpoint)
   peer = make_peer(loads) if settings.peer else None
-  record = {"stage": name, **about(stages[name], loads, settings, peer)}
-  folder.mkdir(parents=True, exist_ok=True)
+  record = {"stage": name, **about(stage, loads, settings, peer)}
   limit = machine.Limits(loads.backbone.dtype)
   try:
     cases = Cases(loads, settings, limit, peer)
@@ -219,17 +238,22 @@ def about(stage, loads, settings: Settings, peer) -> dict[str, Any]:
 
 
 def _new_folder(output: str | None, numbered: pathlib.Path) -> pathlib.Path:
-  """Returns a folder for this run, which does not exist or is empty."""
-  if output is not None:
-    folder = pathlib.Path(output).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-      raise ValueError(
-        f"--output={output} is there already: name a new folder."
-      )
-  else:
-    numbers = [int(p.name) for p in numbered.glob("*") if p.name.isdigit()]
-    folder = numbered / f"{max(numbers, default=-1) + 1:03d}"
+  """Returns the folder for this run, which may not be there yet."""
+  if output is None:
+    files.remove_leftovers(numbered.glob("*/*"))
+    return resumable.new_folder(numbered)
+  folder = pathlib.Path(output).expanduser().absolute()
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"--output={output} is a file: name a new folder.")
   return folder
+
+
+def _check_empty(folder: pathlib.Path) -> None:
+  """ValueError if a folder holds more than the lock of this run."""
+  if others := [p for p in folder.iterdir() if p.name != ".lock"]:
+    raise ValueError(
+      f"{others[0]} is there already: name a new folder by --output."
+    )
 
 
 def make_peer(loads: workloads.Workloads) -> peer_torch.Peer:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from tensorar_jax.checkpoints import files
 from tensorar_jax.evaluation import tables
+from tensorar_jax.generation import pictures
 from tensorar_jax.performance.workloads import OURS, Case, Work
 from tensorar_jax.reports import plots
 
@@ -254,7 +256,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def write(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
   """Writes benchmark.md and benchmark.png."""
-  (folder / "benchmark.md").write_text(markdown(record), encoding="utf-8")
+  files.write_text(folder / "benchmark.md", markdown(record))
   save_picture(folder / "benchmark.png", record)
 
 
@@ -304,4 +306,4 @@ def save_picture(path: pathlib.Path, record: Mapping[str, Any]) -> None:
   shares.set_yticks(range(len(good)), names)
   shares.set_xlim(0, max(1, shares.get_xlim()[1]))
   shares.legend(handles=keys, frameon=False, fontsize=8, loc="lower right")
-  figure.savefig(path, format="png")
+  pictures.save_figure(path, figure)

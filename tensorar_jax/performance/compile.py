@@ -12,7 +12,6 @@ which is a bound and not a forecast: see ASSUMPTIONS.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import time
@@ -25,6 +24,7 @@ from flax import nnx
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tensorar_jax.checkpoints import files
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.method import sampling
@@ -333,7 +333,8 @@ def report(
   }
   print(table(results))
   if path:
-    path.write_text(json.dumps(results, indent=2))
+    files.remove_leftovers_of(path)
+    files.write_json(path, results, new=True)
   names = [one["program"] for one in results["programs"] if not one["fits"]]
   if names:
     raise ValueError(

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from tensorar_jax.checkpoints.files import read_json
+from tensorar_jax.checkpoints import files
 from tensorar_jax.evaluation import metrics, tables
+from tensorar_jax.generation import pictures
 from tensorar_jax.reports import plots
 
 PAGE = "README.md"
@@ -69,12 +70,17 @@ TICKS = (  # from fine to coarse; a panel takes the first with less than 7
   [10.0**n for n in range(-3, 4)],
 )
 Results = Mapping[str, Any]  # a file of results
+LIKE = {"data": str, "base": str, "records": {...: {"metrics": dict}}}
 
 
 def read(folder: pathlib.Path) -> list[dict]:
   """Every file of results; ValueError if there is none."""
-  contents = [read_json(path) for path in sorted(folder.glob("*.json"))]
-  contents = [results for results in contents if results.get("records")]
+  contents = []
+  for path in sorted(folder.glob("*.json")):
+    results = files.read_json(path, dict)
+    if results.get("records"):
+      files.check_shape(results, LIKE, str(path))
+      contents.append(results)
   if not contents:
     raise ValueError(f"{folder} holds no results yet: run an ablation first.")
   return contents
@@ -277,7 +283,7 @@ def save_picture(path: pathlib.Path, results: Results) -> None:
   style = {"frameon": False, "fontsize": 9, "ncols": len(STYLES)}
   marks = panels[0].get_legend_handles_labels()
   figure.legend(*marks, loc="outside lower center", **style)
-  figure.savefig(path, format="png")
+  pictures.save_figure(path, figure)
 
 
 def _draw(panel, results: Results, axis: Mapping, metric: str) -> None:
@@ -341,5 +347,5 @@ def render(folder: pathlib.Path) -> None:
   contents = read(folder)
   for results in contents:
     save_picture(folder / f"{results['data']}.png", results)
-  (folder / PAGE).write_text(page(contents), encoding="utf-8")
+  files.write_text(folder / PAGE, page(contents))
   print(f"{folder / PAGE}")

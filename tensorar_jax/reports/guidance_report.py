@@ -15,7 +15,7 @@ def draw(overview: pathlib.Path) -> pathlib.Path | None:
 
   Draws nothing, and returns None, for fewer than two scales.
   """
-  records = files.read_json(overview)
+  records = files.read_json(overview, {...: protocol.RECORD})
   if len(records) < 2:
     return None
   picture = overview.with_suffix(".png")

@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 
 from tensorar_jax.evaluation.metrics import Metric
-from tensorar_jax.generation.pictures import INK, MUTED, Named, Path_
+from tensorar_jax.generation.pictures import (
+  INK,
+  MUTED,
+  Named,
+  Path_,
+  save_figure,
+)
 
 
 def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
@@ -49,7 +55,7 @@ def save_curves(path: Path_, traces: Mapping[str, Sequence[dict]]) -> None:
       axes.axis("off")
     for axes, (title, curves) in zip(grid.flat, panels.items()):
       _draw(axes, title, curves)
-  figure.savefig(path, format="png")
+  save_figure(path, figure)
 
 
 def _columns(name: str, rows: Sequence[dict]) -> dict[str, np.ndarray]:
@@ -133,7 +139,7 @@ def save_diagnostics(path: Path_, diagnostics: Named) -> None:
   style = {"ls": "--", "mfc": "white", "marker": "o"}
   panels[0].plot([], [], color=MUTED, label="given training noise", **style)
   panels[0].legend(frameon=False, fontsize=9)
-  figure.savefig(path, format="png")
+  save_figure(path, figure)
 
 
 def save_planes(
@@ -177,7 +183,7 @@ def save_planes(
       loc="upper left",
       bbox_to_anchor=(1.02, 1),
     )
-  figure.savefig(path, format="png")
+  save_figure(path, figure)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +224,7 @@ def save_scan(
     tidy(axes, curve.metric.heading)
     axes.set_xticks(x, scales)
     axes.set_xlabel("guidance scale", fontsize=9, color=MUTED)
-  figure.savefig(path, format="png")
+  save_figure(path, figure)
 
 
 def save_progress(
@@ -249,7 +255,7 @@ def save_progress(
     tidy(axes, metric)
     axes.set_xlabel("training step from the start", fontsize=9, color=MUTED)
   grid[0].legend(frameon=False, fontsize=9)
-  figure.savefig(path, format="png")
+  save_figure(path, figure)
 
 
 def save_throughput(
@@ -279,7 +285,7 @@ def save_throughput(
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-  figure.savefig(path, format="png")
+  save_figure(path, figure)
 
 
 def _points(axes, series, plane, color, name) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorar_jax.checkpoints.files import read_json
+from tensorar_jax.checkpoints import files
 from tensorar_jax.evaluation import metrics, tables
 from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage
@@ -65,11 +65,25 @@ CAPTIONS = {
 }
 
 
+# What is read of the files of a work directory.
+METRICS = {"models": {...: dict}}
+SAMPLES = ("images", "labels", "drafts", "names")  # of evaluate.measure_model
+BENCHMARK = {
+  "cases": [
+    {
+      **{"kind": str, "guided": bool, "program": str},
+      **{"batch": int, "window": int, "depth": int},
+    }
+  ]
+}
+
+
 def draw(stages: Mapping[str, Stage], workdir: pathlib.Path, command: str):
   """Writes the pictures and report.html from the files of a work directory."""
-  measured = read_json(workdir / "metrics.json", default={})
+  files.remove_leftovers(workdir.glob("*"))
+  measured = files.read_json(workdir / "metrics.json", METRICS, default={})
   samples = {
-    name: np.load(workdir / name / "samples.npz")
+    name: files.read_arrays(workdir / name / "samples.npz", SAMPLES)
     for name in measured.get("models", {})
     if name in stages and (workdir / name / "samples.npz").exists()
   }
@@ -140,7 +154,7 @@ def throughput_points(
     return {}
   cases = [
     row
-    for row in read_json(benchmarks[-1])["cases"]
+    for row in files.read_json(benchmarks[-1], BENCHMARK)["cases"]
     if row["kind"] == "decode"
     and row["guided"]
     and row["program"] == OURS
@@ -173,7 +187,10 @@ def _distances(stages, measured, workdir):
     if distance := _mean_and_std(model.get("frechet")):
       yield name, metrics.find("frechet").label, distance
     for path in sorted((workdir / name).glob("against-*.json")):
-      entries = [r["metrics"]["fid"] for r in read_json(path).values()]
+      like = {...: {"metrics": {"fid": {"value": float}}}}
+      entries = [
+        r["metrics"]["fid"] for r in files.read_json(path, like).values()
+      ]
       best = min(entries, key=lambda entry: entry["value"])
       distance = tuple(best[key] for key in ("value", "std") if key in best)
       yield name, f"FID, {path.stem.removeprefix('against-')}", distance
@@ -364,4 +381,4 @@ def write_report(
 <h2>Wall time: {sum(seconds.values()):.1f} s</h2>
 <table>{_html_times(seconds)}</table>
 <ul class=muted>{items(measured.get("notes") or [])}</ul></html>"""
-  pathlib.Path(path).write_text(page, encoding="utf-8")
+  files.write_text(pathlib.Path(path), page)

@@ -128,7 +128,11 @@ def read_trace(path: pathlib.Path) -> list[dict]:
   if not path.exists():
     return []
   lines = path.read_text().split("\n")
-  return [json.loads(line) for line in lines[:-1]]  # a torn last line has no \n
+  remedy = "Remove this line."
+  return [
+    files.parse_json(line, f"{path}, line {i}", {"step": int}, remedy=remedy)
+    for i, line in enumerate(lines[:-1], 1)  # a torn last line has no \n
+  ]
 
 
 def floats(

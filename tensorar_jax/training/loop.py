@@ -26,7 +26,7 @@ from clu import parameter_overview
 from flax import nnx
 from jax.sharding import Mesh
 
-from tensorar_jax.checkpoints import orbax_io, torch_import
+from tensorar_jax.checkpoints import files, orbax_io, resumable, torch_import
 from tensorar_jax.conditioning.conditions import TextConditioning
 from tensorar_jax.data import codes, pipeline, sources
 from tensorar_jax.experiment import build, initial_weights, published, saved
@@ -219,9 +219,20 @@ def fit(
     profile: the steps of this start to trace into `<folder>/profile`.
 
   Raises:
-    ValueError: the folder is another config's; the loss is not finite.
+    ValueError: another run trains there; the folder is another config's; the
+      loss is not finite.
     SystemExit: of `preemption.EXIT_CODE`, after SIGTERM.
   """
+  worker = resumable.Worker.of_this_process()
+  with resumable.holding(folder, worker, name="train.lock"):
+    files.remove_leftovers(folder.iterdir())
+    _fit(stage, folder, profile)
+
+
+def _fit(
+  stage: Stage, folder: pathlib.Path, profile: throughput.Steps | None
+) -> None:
+  """Trains or imports a stage whose folder this run holds."""
   if stage.source:
     published.import_stage(stage, folder)
     return
@@ -295,6 +306,8 @@ def _task_and_data(
   source = sources.load(
     config.name, config.train_split, data_dir=config.data_dir
   )
+  if jax.process_count() > 1:
+    resumable.check_same("data set", sources.identity(source))
   images = not isinstance(source, codes.TokenSource)
   if not images:
     if not isinstance(model, TensorAR):

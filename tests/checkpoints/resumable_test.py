@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import threading
+from concurrent import futures
 
 import pytest
 
@@ -58,19 +61,75 @@ def test_a_claimed_folder_is_of_one_set_of_settings(tmp_path):
   assert [p.name for p in folder.iterdir()] == [resumable.SETTINGS]
 
 
-def test_a_lock_is_held_by_one(tmp_path):
-  for path in (tmp_path, tmp_path / "new"):
-    with resumable.lock(path) as mine:
-      assert mine
-      with resumable.lock(path, wait=False) as too:
-        assert not too
-    with resumable.lock(path, wait=False) as again:
-      assert again
+def test_of_racing_claims_one_succeeds(tmp_path):
+  """Each of eight has other settings for the folder."""
+  gate = threading.Barrier(8)
+
+  def claim(mine):
+    entered = 0
+    for i in range(25):
+      gate.wait()
+      try:
+        resumable.claim_settings(tmp_path / str(i), {"of": mine}, "tokens")
+        entered += 1
+      except ValueError as error:
+        assert "holds other tokens:\n  of: was" in str(error)
+    return entered
+
+  with futures.ThreadPoolExecutor(8) as pool:
+    assert sum(pool.map(claim, range(8))) == 25
+
+
+def test_racing_processes_get_folders_of_their_own(tmp_path):
+  (tmp_path / "004").mkdir()
+  with futures.ThreadPoolExecutor(8) as pool:
+    made = {*pool.map(lambda _: resumable.new_folder(tmp_path), range(40))}
+  assert {path.name for path in made} == {f"{i:03d}" for i in range(5, 45)}
+
+
+def refused(folder, *worker, **options):
+  words = f"in use by process {os.getpid()} on host .*, since"
   with (
-    pytest.raises(BlockingIOError, match="of the body"),
-    resumable.lock(tmp_path),
+    pytest.raises(ValueError, match=words),
+    resumable.holding(folder, resumable.Worker(*worker), **options),
   ):
-    raise BlockingIOError("of the body")
+    pass
+
+
+def test_a_folder_is_held_by_one_run(tmp_path):
+  folder = tmp_path / "a" / "b"
+  with resumable.holding(folder):
+    refused(folder)
+    with resumable.holding(folder, name="other"):
+      pass
+  assert list(tmp_path.iterdir()) == []  # nothing was written to it
+
+
+def test_processes_of_one_run_hold_a_folder_together(tmp_path):
+  share = lambda *worker: resumable.holding(tmp_path, resumable.Worker(*worker))
+  with share(1, 2):
+    with share(0, 2):
+      refused(tmp_path)
+      refused(tmp_path, 0, 2)
+    # The first process has done its share; the second one works on.
+    refused(tmp_path)
+    refused(tmp_path, 0, 3)
+    refused(tmp_path, 1, 2)
+  with share(0, 1):
+    pass
+
+
+def test_processes_that_differ_are_named(monkeypatch):
+  values = [{"a": {"seed": 0}, "b": [1]}] * 2 + [{"a": {"seed": 1}, "b": [1]}]
+  monkeypatch.setattr(resumable.processes, "gather", lambda _: values)
+  words = (
+    "process 2 of 3 has another config than process 0:\n"
+    "  a.seed: 0 in process 0, 1 in process 2\nStart all"
+  )
+  with pytest.raises(ValueError, match=words):
+    resumable.check_same("config", values[0])
+  values.pop()
+  resumable.check_same("config", values[0])
 
 
 def test_json_is_changed_as_a_whole(tmp_path):

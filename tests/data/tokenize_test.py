@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -196,6 +197,30 @@ def test_a_lost_shard_is_made_again(source, tokenizer, tmp_path, whole):
     tokens_source.open_shards(tmp_path)
   tokenize.tokenize(source, tokenizer, tmp_path, **OPTIONS)
   assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("cut", ["empty", "short", "no report", "other report"])
+def test_a_shard_that_is_not_whole_is_made_again(
+  source, tokenizer, tmp_path, whole, cut
+):
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  file = tmp_path / "tokens-00001-of-00005.array_record"
+  report = file.with_suffix(".json")
+  if cut == "no report":
+    report.unlink()
+  elif cut == "other report":
+    report.write_text(report.read_text().replace("3", "4"))
+  else:
+    os.truncate(file, 0 if cut == "empty" else file.stat().st_size // 2)
+  tokenize.tokenize(source, tokenizer, tmp_path, **OPTIONS)
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_a_second_run_for_the_folder_is_refused(source, tokenizer, tmp_path):
+  with resumable.holding(tmp_path):
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+      tokenize.tokenize(source, tokenizer, tmp_path, **OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("process_count", [2, 3, 7])

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,6 +104,36 @@ def test_one_process_continues_what_two_began(straight, shared, tmp_path):
   assert "continues from step 2" in text
   assert "'tensor': 2" in text
   assert_same(losses(tmp_path), losses(straight))
+
+
+def test_processes_of_other_configs_are_told_which_differs(tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  together = [
+    subprocess.Popen(
+      commands.words(
+        "--config=tests/e2e/tiny_digits.py",
+        "--mode=train",
+        f"--workdir={tmp_path}",
+        f"--coordinator=127.0.0.1:{port}",
+        "--num_processes=2",
+        f"--process_id={index}",
+        f"--config.seed={index}",
+        f"--config.optim.learning_rate={0.003 + index / 2}",
+      ),
+      cwd=commands.ROOT,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in (0, 1)
+  ]
+  for process in together:
+    text = process.communicate(timeout=300)[1]
+    assert process.returncode == 1 and "process 1 of 2 has another" in text
+    assert "base.seed: 0 in process 0, 1 in process 1" in text
+    assert "optim.learning_rate: 0.003 in process 0, 0.503 in" in text
+  assert list(tmp_path.iterdir()) == []
 
 
 def pid_of(index, workdir) -> int:

@@ -1,7 +1,9 @@
 """Tests of sample files against reference batches, on the narrow network."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -123,6 +125,38 @@ def test_numbers_depend_on_nothing_but_the_images(
   assert two[0].measure(samples, tmp_path / "two") is None
   got = values(two[1].measure(samples, tmp_path / "two"))
   assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_samples_are_those_of_their_manifest(files, network, tmp_path):
+  reference, samples = files
+  path = tmp_path / "samples.npz"
+  path.write_bytes(samples.read_bytes())
+  manifest = {"npz": path.name, "sha256": hashlib.sha256(path.read_bytes())}
+  manifest["sha256"] = manifest["sha256"].hexdigest()
+  place = tmp_path / "manifest.json"
+  place.write_text(json.dumps(manifest))
+  assert protocol._manifest(path, manifest["sha256"]) == manifest
+  content = bytearray(path.read_bytes())
+  content[5000] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match="samples.npz is damaged: its sha256 is"):
+    judge(reference, network).measure(path, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+  place.write_text(json.dumps(manifest)[:30])
+  with pytest.raises(ValueError, match="manifest.json: cannot be read as JSON"):
+    judge(reference, network).measure(path, tmp_path / "out")
+  # Other programs call their files so, too.
+  place.write_text(json.dumps([{"name": "a"}]))
+  assert protocol._manifest(path, "0") is None
+
+
+def test_a_second_measurement_in_a_folder_is_refused(files, network, tmp_path):
+  reference, samples = files
+  with (
+    resumable.holding(tmp_path),
+    pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"),
+  ):
+    judge(reference, network).measure(samples, tmp_path)
 
 
 def test_a_killed_measurement_continues(

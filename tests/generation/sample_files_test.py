@@ -304,6 +304,51 @@ def test_the_manifest_traces_every_image(trained, tmp_path):
   assert {"jax", "jaxlib", "flax", "device"} <= manifest["software"].keys()
 
 
+def test_a_finished_file_that_has_changed_is_not_taken_for_one(
+  trained, tmp_path
+):
+  stages, workdir = trained
+  request = sample_files.Request(3)
+  draw = lambda: sample_files.sample(stages, workdir, request, output=tmp_path)
+  target = draw()
+  before = contents(tmp_path)
+  content = bytearray(target.npz.read_bytes())
+  content[len(content) // 3] ^= 16
+  target.npz.write_bytes(content)
+  with pytest.raises(ValueError, match="samples.npz is damaged: its sha256 is"):
+    draw()
+  target.npz.unlink()
+  draw()
+  assert contents(tmp_path) == before
+  manifest = tmp_path / "manifest.json"
+  text = manifest.read_text()
+  for cut in (text[:100], "[]", text.replace('"sha256": "', '"sha": "')):
+    manifest.write_text(cut)
+    with pytest.raises(ValueError, match="manifest.json: .* Remove it to have"):
+      draw()
+
+
+def test_a_second_run_for_the_folder_is_refused(trained, tmp_path):
+  stages, workdir = trained
+  request = sample_files.Request(3)
+  draw = lambda: sample_files.sample(stages, workdir, request, output=tmp_path)
+  with resumable.holding(tmp_path):
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+      draw()
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+  draw()
+  before = contents(tmp_path)
+  # What killed runs have left goes when the command is given again.
+  (tmp_path / "00000" / "samples").mkdir(parents=True)
+  for name in ("000001.png.00.partial", f"00000/samples/.{'ab' * 16}.png"):
+    (tmp_path / name).touch()
+  draw()
+  assert list((tmp_path / "00000" / "samples").iterdir()) == []
+  (tmp_path / "00000" / "samples").rmdir()
+  (tmp_path / "00000").rmdir()
+  assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize(
   "change, words",
   [

@@ -32,6 +32,16 @@ def test_tensorboard_has_what_is_logged_and_what_it_took(tmp_path):
   }
 
 
+@pytest.mark.parametrize("line", ['{"st', "\0\0", "[]", '{"step": "3"}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+  path = tmp_path / "log.jsonl"
+  path.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"st')
+  with pytest.raises(ValueError, match="log.jsonl, line 2: .*Remove this line"):
+    logs.read_trace(path)
+  path.write_text('{"step": 1, "loss": 2.0}\n{"st')  # torn by a kill
+  assert logs.read_trace(path) == [{"step": 1, "loss": 2.0}]
+
+
 def test_a_line_of_the_console():
   scalars = {"loss": 1.23456, "accuracy/0": 0.5, "speed/step_seconds": 0.1}
   line = logs.console_line("base", 5, 20, scalars)

@@ -15,7 +15,7 @@ import pytest
 from absl import logging
 
 import tensorar_jax as tj
-from tensorar_jax.checkpoints import orbax_io
+from tensorar_jax.checkpoints import orbax_io, resumable
 from tensorar_jax.data import pipeline
 from tensorar_jax.experiment import build
 from tensorar_jax.parallel import preemption, sharding, weights
@@ -163,7 +163,22 @@ def fill(folder):
       file.write_bytes(b"junk")
 
 
+def flip(pattern):
+  """Flips a bit in the middle of the largest file of those."""
+
+  def damage(folder):
+    path = max(folder.glob(pattern), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+  return damage
+
+
 DAMAGE = {
+  "a bit of the arrays": flip("state/**/d/*"),
+  "a bit of the data position": flip("data/metadata"),
+  "a bit of the metadata": flip("meta/metadata"),
   "truncated": truncate,
   "junk": fill,
   "no state": lambda folder: shutil.rmtree(folder / "state"),
@@ -203,6 +218,35 @@ def test_the_console_shows_what_this_project_says_of_checkpoints():
   }
   handler.removeFilter(handler.filters[-1])
   assert list(map(bool, shown.values())) == [True, False]
+
+
+def test_weights_with_a_flipped_bit_are_refused(trained, tmp_path):
+  folder = tmp_path / "stage"
+  shutil.copytree(trained, folder)
+  flip("state/**/d/*")(folder / "checkpoints" / "6")
+  with pytest.raises(ValueError, match="/6: .*cannot be read.*has changed"):
+    tj.load(folder)
+  with pytest.raises(ValueError, match="/6: .*cannot be read.*has changed"):
+    loop.fit(stage(2, init=str(folder)), tmp_path / "other")
+
+
+def test_a_second_run_in_the_folder_is_refused(trained, tmp_path):
+  folder = tmp_path / "stage"
+  shutil.copytree(trained, folder)
+  partial = folder / "log.jsonl.00.partial"
+  partial.touch()
+  before = (folder / "log.jsonl").read_bytes()
+  with (
+    resumable.holding(folder, name="train.lock"),
+    pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"),
+  ):
+    loop.fit(stage(8), folder)
+  assert (folder / "log.jsonl").read_bytes() == before and partial.exists()
+  assert saved(folder) == saved(trained)
+  loop.fit(stage(), folder)
+  assert {p.name for p in folder.iterdir()} == {
+    p.name for p in trained.iterdir()
+  }
 
 
 def test_a_run_after_a_damaged_checkpoint_ends_as_a_sound_one(
