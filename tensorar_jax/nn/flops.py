@@ -67,9 +67,7 @@ def _count_equation(equation: core.JaxprEqn, while_runs: int | None) -> int:
     return 2 * inner * math.prod(_shape(equation.outvars[0]))
   if name == "conv_general_dilated":
     return _count_convolution(equation)
-  inner = [
-    _count(jaxpr, while_runs) for jaxpr in core.jaxprs_in_params(params)
-  ]
+  inner = [_count(jaxpr, while_runs) for jaxpr in core.jaxprs_in_params(params)]
   if name == "cond":
     return max(inner)
   if name == "while" and any(inner) and while_runs is None:
