@@ -120,21 +120,25 @@ def test_parity(model, folder):
 
 
 @pytest.mark.parametrize("name", sorted(TWO_ROUNDINGS))
-def test_parity_where_attention_magnifies_rounding(model, folder, name):
+def test_parity_where_attention_magnifies_rounding(
+  model, folder, name, optimised
+):
   """Both sides are as near to the exact values as one may be to the other.
 
   Attention at the lowest resolution makes ten times as much of the rounding of
   the convolutions before it. How much that is differs between processors; the
-  two float32 results can lie on either side of the exact one.
+  two float32 results can lie on either side of the exact one. Ours is of the
+  program that users run: the plain one of other tests rounds more.
   """
   io = np.load(folder / "io.npz")
   tolerance = json.loads((folder / "tolerances.json").read_text())[name]
   grid = name.partition("_")[0]
   size = io[f"{grid}_codes"].shape[2:]
   codes = io[f"{grid}_indices"].reshape(-1, *size)
-  ours = nchw(decoded(model, codes)[1]["resamples/0"])
+  taps = jax.jit(lambda m, codes: decoded.__wrapped__(m, codes)[1])
+  ours = nchw(taps(model, codes)["resamples/0"])
   with jax.enable_x64(True):
-    truth = nchw(decoded(exact(model), codes)[1]["resamples/0"])
+    truth = nchw(taps(exact(model), codes)["resamples/0"])
   assert truth.dtype == np.float64
   compare(io[name], truth, tolerance, name)
   compare(ours, truth, tolerance, name)

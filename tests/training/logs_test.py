@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from tensorar_jax.training import logs
