@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 import tensorar_jax as tj
-from studies import soak
+from studies import fewer_steps, soak
 from tensorar_jax.backbones import llamagen
+from tensorar_jax.experiment import config_file
 from tensorar_jax.tokenizers import pixels
 from tests.e2e import commands
 
@@ -66,6 +67,25 @@ def test_stages_go_on_from_the_base(finished):
   assert model.window == 4
   with pytest.raises(ValueError, match="'continued'"):
     tj.load(workdir)
+
+
+def test_fewer_steps_are_counted_on_a_trained_stage(finished, tmp_path):
+  """By the marginals that evaluation wrote; one batch with refilled places."""
+  workdir, _ = finished
+  stage = config_file.load(CONFIG).stages["base"]
+  study = fewer_steps.Study(stage, workdir / "base", tmp_path)
+  study.steps(rows=[4], names=["marginals"], count=5, batch=2)
+  study.times(rows=[4], guess="marginals", count=4, batch=2, rounds=1)
+  record = json.loads((tmp_path / "fewer_steps.json").read_text())
+  (counted,) = record["steps"].values()
+  assert counted["different_tokens"] == 0
+  tokens = record["tokens"]
+  assert tokens / 4 <= counted["min"] <= counted["mean"] <= tokens
+  commits = np.arange(1, len(counted["commits"]) + 1) * counted["commits"]
+  assert commits.sum() == 5 * (tokens - 1)  # the first is the prefix's
+  assert len(record["times"]["batch 2"]["seconds"]["m=4"]) == 1
+  page = (tmp_path / "fewer_steps.md").read_text()
+  assert "| marginals | 0." in page and "| m=4 |" in page
 
 
 def test_a_second_run_computes_nothing(finished):
