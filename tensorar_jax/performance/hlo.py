@@ -25,6 +25,7 @@ COLLECTIVES = (
   "collective-permute",
 )
 SLICES = ("dynamic-slice", "slice", "gather")  # read as much as they return
+UPDATES = ("dynamic-update-slice", "scatter")  # write into their first operand
 VIEWS = ("bitcast", "reshape", "get-tuple-element", "copy-done", "tuple")
 MOVES_NOTHING = (
   *VIEWS,
@@ -331,7 +332,7 @@ def _moved(program, lines, line) -> int:
   written = sum(array.moved for array in line.arrays)
   if line.op in SLICES:
     return 2 * written
-  if line.op in ("dynamic-update-slice", "scatter"):
+  if line.op in UPDATES:
     return 2 * _update(lines, line)
   operands = [lines[name] for name in line.operands if name in lines]
   return written + sum(a.moved for one in operands for a in one.arrays)
@@ -370,7 +371,7 @@ def _read(program, lines, parameter) -> int:
         if one.op == "parameter"
         and user.operands[int(one.rest.split(")")[0])] == name
       )
-    elif user.op != "dynamic-update-slice" or name != user.operands[0]:
+    elif user.op not in UPDATES or name != user.operands[0]:
       return whole
   return min(total, whole)
 
@@ -382,6 +383,6 @@ def _written(program, lines, root) -> int:
   if root.op in VIEWS:
     sources = [lines[name] for name in root.operands if name in lines]
     return sum(_written(program, lines, source) for source in sources)
-  if root.op == "dynamic-update-slice":
+  if root.op in UPDATES:
     return _update(lines, root)
   return sum(array.moved for array in root.arrays)

@@ -145,9 +145,13 @@ def test_a_copy_of_the_cache_in_the_loop_is_found(copy, count):
   assert hlo.copies_in_loops(program, {4 * 16}) == count
 
 
-def test_slices_and_updates_in_place_move_what_they_touch():
+UPDATE = "dynamic-update-slice(%cache, %row, %k)"
+
+
+@pytest.mark.parametrize("update", [UPDATE, "scatter(%cache, %k, %row)"])
+def test_slices_and_updates_in_place_move_what_they_touch(update):
   """A layer's weights, an index and a row read, and a row written."""
-  program = hlo.parse(TEXT.replace("COPY", ""))
+  program = hlo.parse(TEXT.replace("COPY", "").replace(UPDATE, update))
   turn = 8 * 8 * 2 + 4 + (16 + 16) * 4 + 4
   reduced = 2 * 32 * 4
   assert hlo.bytes_moved(program) == 8 * turn + reduced
