@@ -90,7 +90,9 @@ class Judge:
     model = inception.load(network)
     devices = jax.local_devices()
     default = BATCH_PER_DEVICE.get(devices[0].platform, 64) * len(devices)
-    self.extractor = extractor.Extractor(model, batch_size or default)
+    # More than a shard would only be filled up.
+    batch_size = min(batch_size or default, SHARD_SIZE)
+    self.extractor = extractor.Extractor(model, batch_size)
     image = jax.ShapeDtypeStruct((1, 8, 8, 3), "uint8")
     rows = jax.eval_shape(lambda image: vars(model(image)), image)
     self.widths = {kind: row.shape[1] for kind, row in rows.items()}

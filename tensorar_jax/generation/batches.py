@@ -22,6 +22,7 @@ from tensorar_jax.generation.resize import resize_bicubic
 from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.nn import checks
 from tensorar_jax.nn.image_bytes import normalise, to_uint8
 from tensorar_jax.parallel import sharding
 
@@ -109,6 +110,7 @@ class Sampler:
   mesh: Mesh = dataclasses.field(default_factory=sharding.local_mesh)
 
   def __post_init__(self):
+    checks.seed(self.seed)
     prepared = sampling.prepare(self.model, self.mesh)
     object.__setattr__(self, "model", prepared)
 

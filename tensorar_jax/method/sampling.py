@@ -28,7 +28,7 @@ from tensorar_jax.method.drawing import DrawingRule
 from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
 from tensorar_jax.method.windows import valid_slots
-from tensorar_jax.nn import layers
+from tensorar_jax.nn import checks, layers
 from tensorar_jax.parallel import sharding, weights
 
 
@@ -403,6 +403,8 @@ def _prepare_call(
       f"tokens of shape {committed.shape}: expected {expected}, a sequence for"
       " each condition."
     )
+  if committed is not None:
+    checks.tokens(committed, model.vocab_sizes)
   config.check(factors)
   scales = config.guidance_scales(model.num_tokens, factors)
   if null is None and config.guided:

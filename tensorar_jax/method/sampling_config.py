@@ -52,24 +52,27 @@ class SamplingConfig:
   return_logits: bool = False
 
   def __post_init__(self):
+    self._expect("temperature", lambda t: 0 <= t < np.inf, "0 (argmax) or more")
+    self._expect(
+      "draft_temperature", lambda t: 0 <= t < np.inf, "0 (argmax) or more"
+    )
+    whole = lambda k: k >= 0 and k % 1 == 0
+    self._expect("top_k", whole, "a whole number, 0 (keep all) or more")
+    self._expect("top_p", lambda p: 0 < p <= 1, "0 < top_p <= 1")
+    self._expect("guidance", np.isfinite, "a finite scale")
+    self._expect("guidance_power", lambda p: 0 <= p < np.inf, "0 or more")
     # Plain numbers and tuples can be hashed, and equal ones are equal.
     for name, number in _PER_SUB_TOKEN.items():
       if (value := getattr(self, name)) is not None:
         many = np.ndim(value) > 0
         plain = tuple(map(number, value)) if many else number(value)
         object.__setattr__(self, name, plain)
-    self._expect("temperature", lambda t: t >= 0, "0 (argmax) or more")
-    self._expect("draft_temperature", lambda t: t >= 0, "0 (argmax) or more")
-    self._expect("top_k", lambda k: k >= 0, "0 (keep all) or more")
-    self._expect("top_p", lambda p: 0 < p <= 1, "0 < top_p <= 1")
-    self._expect("guidance", np.isfinite, "a finite scale")
-    self._expect("guidance_power", lambda p: 0 <= p < np.inf, "0 or more")
     if self.guidance_interval is not None:
       first, end = self.guidance_interval
-      if not 0 <= first <= end:
+      if not 0 <= first <= end < np.inf or first % 1 or end % 1:
         raise ValueError(
-          f"guidance_interval={self.guidance_interval}: expected 0 <= first <="
-          " end, the half-open range of guided tokens."
+          f"guidance_interval={self.guidance_interval}: expected whole numbers,"
+          " 0 <= first <= end, the half-open range of guided tokens."
         )
       object.__setattr__(self, "guidance_interval", (int(first), int(end)))
     drawing.find_rule(self.rule)
