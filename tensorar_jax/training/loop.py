@@ -267,7 +267,9 @@ def _prepare(
   else:
     model = initial_weights.initial_model(stage, folder.parent, mesh)
     averaged = layout.ema is not None
-    _, state = train_step.init_state(model, tx, stage.seed, averaged, mesh)
+    _, state = train_step.init_state(
+      model, tx, stage.seed, averaged, mesh, copy=False
+    )
     meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
   step, count_flops = make_step(stage, model, task, tx, layout)
