@@ -15,7 +15,7 @@ from tensorar_jax.experiment import parse
 from tensorar_jax.experiment.schema import OBJECTIVES, Stage
 from tensorar_jax.experiment.stages import parents
 
-ALWAYS = ("seed", "objective", "init", "source", "source_dtype")
+ALWAYS = ("seed", "objective", "init", "source", "source_key", "source_dtype")
 TRAINING = ("data", "optim", "train")  # what imported weights do not need
 # Values that may differ from one start to the next: how often to write, and how
 # to fit into memory (`accumulate` draws other noise, `remat` changes the last

@@ -299,6 +299,9 @@ class Stage:
   init: str | None = None
   # Published file to import in place of training; None (or ""): train.
   source: str | None = None
+  # Its entry with the weights, such as "ema"; None (or ""): the first of
+  # `torch_files.CONTAINERS`.
+  source_key: str | None = None
   source_dtype: str | None = "float32"  # of imported weights; None: float32
   data: DataConfig = DataConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
