@@ -429,7 +429,11 @@ def _prepare_call(
   )
   # The scales are arrays: one program serves every guidance.
   config = dataclasses.replace(
-    config, guidance=1.0, guidance_power=0.0, guidance_interval=None
+    config,
+    guidance=1.0,
+    unguided_scale=None,
+    guidance_power=0.0,
+    guidance_interval=None,
   )
   program = SamplingProgram(config, platform=platform, mesh=mesh)
   return nnx.split(model), inputs, program
