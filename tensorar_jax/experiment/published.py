@@ -241,18 +241,42 @@ def import_stage(stage: Stage, folder: pathlib.Path) -> None:
   )
 
 
-def export_stage(folder: pathlib.Path, path: pathlib.Path) -> None:
+def export_stage(
+  folder: pathlib.Path, path: pathlib.Path, *, ema: bool = False
+) -> None:
   """Writes a stage's base weights in the layout they are published in.
 
-  TensorAR's own modules have no place there and are left out.
+  TensorAR's own modules have no place there and are left out. `ema` takes the
+  averaged weights, where training kept them. The log says what was written.
   """
-  part = saved.stage_in(orbax_io.find(folder)).component
+  stage = saved.stage_in(saved.trained(folder))
+  part = stage.component
   module = families.family(part.kind, part.name)
-  model = build.load(folder)
+  model = build.load(folder, ema=ema)
+  left_out = ""
   if isinstance(model, TensorAR):
+    if model.window > 1:
+      left_out = (
+        " TensorAR's own modules, its encoder and decoder, are left out: no"
+        f" published layout has them, so the file draws as k = 1. {folder} has"
+        " them."
+      )
     model = cast(nnx.Module, model.backbone)
   tensors = torch_export.export_state_dict(
     model, module.import_rules(part.config)
   )
   torch_export.save(path, tensors)
-  logging.info("%s: %d tensors written to %s", folder.name, len(tensors), path)
+  which = "averaged" if ema else "trained"
+  if stage.is_averaged and not ema:
+    which = "trained, not averaged"
+    left_out += " --ema writes the average, with which the stage is sampled."
+  logging.info(
+    "%s: the %d tensors of the %s %s, its %s weights, are in %s.%s",
+    folder.name,
+    len(tensors),
+    part.kind.removesuffix("s"),
+    part.name,
+    which,
+    path,
+    left_out,
+  )

@@ -50,6 +50,8 @@ class DataConfig:
   test_split: str = "test"  # of held-out images, where evaluation needs them
   data_dir: str | None = None  # where TFDS keeps its files; None: its default
   flip: bool = False  # mirror each image with probability 1/2
+  # Whether a training goes on although its data have changed since it began.
+  accept_changed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
