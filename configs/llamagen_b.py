@@ -35,7 +35,8 @@ def variant(name: str, size: str, guidance: float) -> ConfigDict:
   config.backbone = dict(
     name="llamagen", variant=name, grid=(pixels // 16, pixels // 16)
   )
-  config.sampling.guidance = guidance
+  # As published, scales below 1 are no guidance.
+  config.sampling.update(guidance=guidance, unguided_scale=1.0)
   config.stages = published.imported(
     tokenizer="weights/vq_ds16_c2i.pt",
     base=f"weights/c2i_{name}_{size}.pt",

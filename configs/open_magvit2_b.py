@@ -41,7 +41,11 @@ def variant(
   config.tokenizer = dict(name="lfq", weights="first_stage", init="tokenizer")
   config.conditioning = dict(name="class", num_classes=1000)
   config.backbone = dict(name="open_magvit2", variant=name)
-  config.sampling.update(temperature=temperature, guidance=guidance)
+  config.sampling.update(
+    temperature=temperature,
+    guidance=guidance,
+    unguided_scale=1.0,  # as published, smaller ones are no guidance
+  )
   config.stages = published.imported(
     tokenizer=f"weights/AR_256_{name}.ckpt",
     base=f"weights/AR_256_{name}.ckpt",

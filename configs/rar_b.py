@@ -37,7 +37,10 @@ def variant(
   config.noise = dict(schedule="sine")
   config.optim.update(schedule="linear", backbone_schedule="constant")
   config.sampling.update(
-    temperature=temperature, guidance=guidance, guidance_power=power
+    temperature=temperature,
+    guidance=guidance,
+    unguided_scale=0.0,  # as published, 0 is no guidance
+    guidance_power=power,
   )
   config.stages = published.imported(
     tokenizer="weights/maskgit-vqgan-imagenet-f16-256.bin",

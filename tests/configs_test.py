@@ -42,6 +42,16 @@ def test_stages_fit_together(name):
       loop.check(dataclasses.replace(stage, source=None))
 
 
+@pytest.mark.parametrize(
+  "name, scale", [("rar_b", 0.0), ("open_magvit2_b", 1.0), ("llamagen_b", 1.0)]
+)
+def test_published_configs_read_small_scales_as_their_authors(name, scale):
+  flags = {"sampling.guidance": str(scale)}
+  stages = config_file.load(f"configs/{name}.py", flags).stages
+  assert not stages["base"].sampling.guided
+  assert stages_of(name)["base"].sampling.guided
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_section_stands_in_two_places(name):
   """Else `--config.a.x=1` would change b.x with it."""

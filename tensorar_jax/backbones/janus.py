@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
-from tensorar_jax.nn import layers, transformer
+from tensorar_jax.nn import checks, layers, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +57,13 @@ class Config:
   dtype: str = "float32"
 
   def __post_init__(self):
-    for name in (
-      "text_vocab_size",
-      "vocab_size",
-      "width",
-      "num_layers",
-      "num_heads",
-      "mlp_width",
-      "code_dim",
-      "aligner_depth",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"{name}={getattr(self, name)}: expected at least 1, as in VARIANTS."
-        )
+    sizes = ("vocab_size", "width", "num_layers", "num_heads", "mlp_width")
+    sizes += ("num_kv_heads", "head_dim", "head_width", "code_dim", "grid")
+    sizes += ("text_vocab_size", "aligner_depth")
+    checks.numbers(self, checks.COUNT, *sizes)
+    rates = ("token_dropout", "residual_dropout", "mlp_dropout")
+    checks.numbers(self, checks.RATE, *rates)
+    checks.numbers(self, checks.POSITIVE, "rope_base", "norm_eps")
     if self.head_dim is None and self.width % self.num_heads:
       raise ValueError(
         f"width={self.width} with num_heads={self.num_heads}: expected a whole"
@@ -189,6 +182,7 @@ class Model(transformer.CausalTransformer):
     conditions.check_prompts(cond, self.config.text_vocab_size)
 
   def embed(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n D"]:
+    checks.tokens(tokens, self.vocab_sizes)
     first, *rest = self.aligner
     x = first(self.token_embed(tokens[..., 0]))
     for projection in rest:

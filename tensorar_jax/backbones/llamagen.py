@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.interfaces import LINEAR, Cond, Frozen, Key, Rule
-from tensorar_jax.nn import layers, transformer
+from tensorar_jax.nn import checks, layers, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Config(transformer.RotaryConfig):
 
   def __post_init__(self):
     super().__post_init__()
+    checks.numbers(self, checks.COUNT, "vocab_size", "num_classes")
+    checks.numbers(self, checks.RATE, "drop_path")
     if self.text_width is not None and min(self.text_width, self.prefix) < 1:
       raise ValueError(
         f"text_width={self.text_width}, text_length={self.text_length}:"
@@ -143,6 +145,7 @@ class Model(transformer.CausalTransformer):
       conditions.check_text(cond, c.text_length, c.text_width)
 
   def embed(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n D"]:
+    checks.tokens(tokens, self.vocab_sizes)
     return self.token_embed(tokens[..., 0])
 
   def logits(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
-from tensorar_jax.nn import layers, transformer
+from tensorar_jax.nn import checks, layers, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Config(transformer.RotaryConfig):
 
   def __post_init__(self):
     super().__post_init__()
+    sizes = ("vocab_sizes", "num_inner_layers", "num_classes")
+    checks.numbers(self, checks.COUNT, *sizes)
     if len(self.vocab_sizes) != 2:
       raise ValueError(
         f"vocab_sizes={self.vocab_sizes}: expected two, of the first and of"
@@ -151,6 +153,7 @@ class Model(transformer.CausalTransformer):
     conditions.check_labels(cond, self.config.num_classes)
 
   def embed(self, tokens: Int[Array, "*n 2"]) -> Float[Array, "*n D"]:
+    checks.tokens(tokens, self.vocab_sizes)
     first, second = self.token_embeds
     return first(tokens[..., 0]) + second(tokens[..., 1])
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.interfaces import LINEAR, Cond, Key, Rule
-from tensorar_jax.nn import layers, transformer
+from tensorar_jax.nn import checks, layers, transformer
 from tensorar_jax.parallel import sharding
 
 # Rows of the published tables beyond the image's; they are never used.
@@ -58,23 +58,18 @@ class Config:
   dtype: str = "float32"
 
   def __post_init__(self):
-    for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f"{name}={value}: expected at least 1.")
-    for name in ("attention_dropout", "residual_dropout", "mlp_dropout"):
-      rate = getattr(self, name)
-      if not 0 <= rate < 1:
-        raise ValueError(f"{name}={rate}: expected 0 to < 1.")
+    sizes = ("vocab_size", "width", "num_layers", "num_heads", "mlp_width")
+    checks.numbers(self, checks.COUNT, "num_classes", "grid", *sizes)
+    rates = ("attention_dropout", "residual_dropout", "mlp_dropout")
+    checks.numbers(self, checks.RATE, *rates)
+    checks.numbers(self, checks.POSITIVE, "norm_eps")
     if self.width % self.num_heads:
       raise ValueError(
         f"width={self.width} is no multiple of num_heads={self.num_heads}:"
         " heads share the width equally. Change one of them."
       )
-    if len(self.grid) != 2 or min(self.grid) < 1:
-      raise ValueError(
-        f"grid={self.grid}: expected (rows, columns), 1 or more."
-      )
+    if len(self.grid) != 2:
+      raise ValueError(f"grid={self.grid}: expected (rows, columns).")
 
 
 VARIANTS: dict[str, Config] = {
@@ -240,6 +235,7 @@ class Model(transformer.CausalTransformer):
       )
 
   def embed(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n D"]:
+    checks.tokens(tokens, self.vocab_sizes)
     return self.token_embed(tokens[..., 0])
 
   def logits(

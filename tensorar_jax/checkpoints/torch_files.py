@@ -2,7 +2,8 @@
 
 Code in a pickle is refused, never run. Files are mapped into memory, not
 loaded: a tensor's values take memory of their own only while they are used.
-(PyTorch's format from before 1.6 cannot be mapped; it is loaded whole.)
+(PyTorch's format from before 1.6 cannot be mapped; it is loaded whole.) Names
+are those of the model itself, without what PyTorch's wrappers add to them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from tensorar_jax.checkpoints import hub
 
 # The wrappers that training scripts put around a state dict, in the order in
 # which the published sampling scripts look for them; "ema" is read on request.
 CONTAINERS = ("model", "module", "state_dict")
+# What torch.compile, FSDP and recomputation put between the names of modules,
+# and data parallelism before all of them.
+_WRAPPER = re.compile(
+  r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_PARALLEL = "module."
 _SAFETENSORS = {
   "F16": "float16",
   "BF16": "bfloat16",
@@ -53,9 +61,25 @@ def load_state_dict(
   The path may be a name on the hub, see `hub.find`; an `.index.json` stands for
   all the files that it names. `key` names the entry of a PyTorch file to read,
   such as "ema"; by default the first of CONTAINERS, or the file itself where it
-  is a bare state dict.
+  is a bare state dict. The log names the entry if there are others.
   """
-  return _open(hub.find(path), key)[1]
+  path = hub.find(path)
+  return _without_wrappers(path, _open(path, key)[1])
+
+
+def _without_wrappers(path, tensors):
+  """The tensors by their names without those of PyTorch's wrappers."""
+  names = {name: _WRAPPER.sub("", name) for name in tensors}
+  while names and all(name.startswith(_PARALLEL) for name in names.values()):
+    names = {old: new[len(_PARALLEL) :] for old, new in names.items()}
+  if len(set(names.values())) < len(names):
+    raise ValueError(
+      f"{path}: some tensors have one name but for a wrapper's prefix, such as"
+      f" {_WRAPPER.pattern}. Save the state dict of the model itself."
+    )
+  if changed := next((old for old, new in names.items() if old != new), None):
+    logging.info("%s: %s is read as %s", path, changed, names[changed])
+  return {new: tensors[old] for old, new in names.items()}
 
 
 def describe(path: str | pathlib.Path, key: str | None = None) -> dict:
@@ -87,7 +111,8 @@ def describe(path: str | pathlib.Path, key: str | None = None) -> dict:
 def _open(path, key):
   """(name of the container or None, its tensors)."""
   if not path.is_file():
-    raise ValueError(f"{path}: no such file. {hub.advice(path)}")
+    folder = ", it is a folder" if path.is_dir() else ""
+    raise ValueError(f"{path}: no such file{folder}. {hub.advice(path)}")
   if not path.stat().st_size:
     raise ValueError(f"{path}: the file is empty. Download it again.")
   if path.name.endswith(hub.INDEX):
@@ -97,7 +122,7 @@ def _open(path, key):
   if key is not None:
     raise ValueError(
       f"{path}: key={key!r}, but a safetensors file holds one state dict only."
-      " Leave the key out."
+      " Leave the key out: source_key of the stage, from Python key."
     )
   return None, _open_safetensors(path)
 
@@ -183,6 +208,10 @@ def _refusal(error: str) -> str:
   )
 
 
+# How users choose an entry of a file.
+_HOW = "--config.stages.NAME.source_key=ENTRY, from Python key=ENTRY"
+
+
 def _find_state(path, content, key, tensor_type):
   """(container, state dict) of a file's content."""
 
@@ -196,10 +225,21 @@ def _find_state(path, content, key, tensor_type):
   container = next((n for n in names if is_state(entries.get(n))), None)
   if container is None and not (key is None and is_state(content)):
     held = sorted(map(str, entries))[:20] or type(content).__name__
+    found = [name for name, value in entries.items() if is_state(value)]
+    advice = f"Choose one of {found}: {_HOW}" if found else "Take another file"
     raise ValueError(
       f"{path}: found no tensors under {names}{' or at the top' * (not key)};"
-      f" the file holds {held}. Pass the entry to read as `key`, or another"
-      " file."
+      f" the file holds {held}. {advice}."
+    )
+  unread = [n for n in entries if n != container and is_state(entries[n])]
+  if container and unread and key is None:
+    logging.warning(
+      "%s: these are the weights of the entry %r; the file has others under"
+      " %s, which %s reads",
+      path,
+      container,
+      unread,
+      _HOW,
     )
   state = content if container is None else content[container]
   others = [n for n, v in state.items() if not isinstance(v, tensor_type)]

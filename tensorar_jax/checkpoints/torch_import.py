@@ -9,8 +9,9 @@ of the model in its new dtype and of one tensor of the file.
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import numpy as np
@@ -28,6 +29,11 @@ from tensorar_jax.parallel import weights as weights_lib
 
 __all__ = ("DTYPES", "Tensor", "describe", "fill", "load_state_dict", "plan")
 
+
+class MisfitError(ValueError):
+  """Names, shapes or types of a file's tensors are not those of a model."""
+
+
 DTYPES = ("float32", "bfloat16", "float16")  # what weights can be cast to
 FLOATS = (*DTYPES, "float64")  # what a file may hold
 ALIGNMENT = 64  # bytes; JAX takes such an array over without a copy
@@ -44,12 +50,23 @@ def plan(
 ) -> dict[str, list[tuple[str, Rule]]]:
   """path -> the tensors that make its weight, in layer order, by shapes alone.
 
-  Raises one ValueError with everything that does not fit.
+  Raises one MisfitError with everything that does not fit.
   """
   _, params, frozen = weights_lib.split(model)
   planned, problems = _match({**params, **frozen}, rules, shapes)
   _complain(problems)
   return planned
+
+
+def fits(
+  model: nnx.Module, rules: list[Rule], shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+  """Whether tensors of these shapes fill the model, and none is left over."""
+  try:
+    plan(model, rules, shapes)
+  except MisfitError:
+    return False
+  return True
 
 
 def _match(want, rules, shapes):
@@ -68,15 +85,26 @@ def _match(want, rules, shapes):
 
 
 def _complain(problems):
-  """Raises all problems in one ValueError, if there are any."""
+  """Raises all problems in one MisfitError, if there are any."""
   if not problems:
     return
   shown = "\n  ".join(problems[:40])
   more = f"\n  ... {len(problems) - 40} more" if len(problems) > 40 else ""
-  raise ValueError(
+  raise MisfitError(
     f"the checkpoint does not fit the model ({len(problems)} problems). Pass"
     f" its own family, variant and sizes:\n  {shown}{more}"
   )
+
+
+def foreign_prefix(rules: list[Rule], names: Collection[str]) -> str:
+  """What all names begin with, if some rule claims every one without it."""
+  prefix = os.path.commonprefix(list(names)).rpartition(".")[0]
+  while prefix:
+    rest = [name[len(prefix) + 1 :] for name in names]
+    if not any("no rule" in problem for problem in _assign(rules, rest)[1]):
+      return f"{prefix}."
+    prefix = prefix.rpartition(".")[0]
+  return ""
 
 
 def _assign(rules, names):
@@ -130,7 +158,8 @@ def fill(
   `model` may be abstract (`nnx.eval_shape`). `dtype`, one of DTYPES, is that of
   all weights; by default they get the model's own. Each weight goes from the
   host straight to its shards on `mesh`; None: to one device. Raises one
-  ValueError with everything that does not fit, and one for a damaged value.
+  MisfitError with everything that does not fit, and a ValueError for a damaged
+  value.
   """
   check_dtype(dtype)
   skeleton, params, frozen = weights_lib.split(model)

@@ -73,7 +73,10 @@ class Tokenize(Products, Shared):
 
 @dataclasses.dataclass(frozen=True)
 class Export(Shared):
-  """Writes the base weights of a stage in the layout they are published in."""
+  """Writes the base weights of a stage in the layout they are published in.
+
+  The modules that TensorAR adds are left out.
+  """
 
   example = (
     "--config=configs/llamagen_b.py --mode=export \\\n"
@@ -85,6 +88,10 @@ class Export(Shared):
   )
   output: str | None = option(
     None, "Needed. The file to write.", metavar="FILE.pt|FILE.safetensors"
+  )
+  ema: bool = option(
+    False,
+    "Whether to write the average of the weights, where training kept it.",
   )
 
 
@@ -150,4 +157,5 @@ def export(
 
   if not (options.stage and options.output):
     raise ValueError("--mode=export needs --stage and --output.")
-  published.export_stage(workdir / options.stage, pathlib.Path(options.output))
+  output = pathlib.Path(options.output)
+  published.export_stage(workdir / options.stage, output, ema=options.ema)

@@ -173,6 +173,9 @@ def measure_file(options: Evaluate, samples: pathlib.Path) -> None:
     raise ValueError(
       f"{needless[0]} with --samples: the images are drawn already."
     )
+  protocol.check_images(
+    protocol.open_images(options.reference), protocol.open_images(samples)
+  )
   folder = options.output or protocol.default_folder(samples, options.reference)
   record = options.judge().measure(samples, folder)
   if record:

@@ -28,6 +28,7 @@ def option(
   choices: tuple[str, ...] | None = None,
   least: int | None = None,
   repeat: bool = False,
+  expected: str | None = None,
 ) -> Any:
   """Declares a field of a dataclass of options.
 
@@ -39,9 +40,15 @@ def option(
     least: the smallest number that it may be.
     repeat: of a tuple: the flag gives one entry and may be repeated, in place
       of a list with commas.
+    expected: what a value is, for the message about another one.
   """
   metadata = dict(
-    help=help, metavar=metavar, choices=choices, least=least, repeat=repeat
+    help=help,
+    metavar=metavar,
+    choices=choices,
+    least=least,
+    repeat=repeat,
+    expected=expected,
   )
   return dataclasses.field(default=default, metadata=metadata)
 
@@ -55,7 +62,7 @@ class Flag:
     kind: str, int, float or bool; of a list, the kind of its entries.
     is_list: whether the value is a tuple.
     default: the value without the flag.
-    help, metavar, choices, least, repeat: as of `option`.
+    help, metavar, choices, least, repeat, expected: as of `option`.
   """
 
   name: str
@@ -67,6 +74,7 @@ class Flag:
   choices: tuple[str, ...] | None
   least: int | None
   repeat: bool
+  expected: str | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -212,7 +212,8 @@ class _Append(argparse.Action):
 
 def _reader(flag: Flag) -> Callable[[str], Any]:
   """Makes what reads the value of a flag; its error says what is expected."""
-  name = {int: "a whole number", float: "a number", str: "text"}[flag.kind]
+  names = {int: "a whole number", float: "a number", str: "text"}
+  name = flag.expected or names[flag.kind]
 
   def read_one(text: str) -> Any:
     try:

@@ -23,7 +23,9 @@ class Images:
     least=1,
   )
   classes: tuple[int, ...] | None = option(
-    None, "Ids of the classes to draw in turn. Default: all classes."
+    None,
+    "Ids of the classes to draw in turn. Default: all classes.",
+    expected="a whole number for each class, such as 207,360 (no names)",
   )
   seed: int = option(
     0, "Seed of the images; with it an image's number says all of it."

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
 
 from tensorar_jax.data import codes, sources
+from tensorar_jax.nn import checks
 from tensorar_jax.parallel import sharding
 
 # Arrays in memory are fetched faster than threads hand them over.
@@ -54,8 +55,7 @@ def train_iterator(
   if not tokens:
     _check_shape(source)
   _check_sharing(num_images, batch_size, share)
-  if not 0 <= seed < 2**32:
-    raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
+  checks.seed(seed)
   # Not `MapDataset.shuffle`: it costs 14 us an image on 1500 images (it walks a
   # 16-bit permutation until it hits the set), more than all the rest.
   places = grain.MapDataset.range(num_images).repeat()

@@ -31,11 +31,11 @@ from tensorar_jax.generation import batches, guesses, requests
 from tensorar_jax.interfaces import Conditioning, TextEncoder, Tokenizer
 from tensorar_jax.method import drawing, sampling
 from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.nn import checks
 from tensorar_jax.parallel import sharding
 
 MAX_IMAGES = 16  # of a request; the flag cannot raise it
 MAX_PROMPT = 500  # letters
-MAX_SEED = 2**31 - 1
 MAX_SCALE = 50.0
 IN_MEMORY = 2  # stages: a model and its base, to compare them
 
@@ -161,7 +161,7 @@ class Studio:
     count = _whole(
       "the number of images", request.num_images, 1, self.num_images
     )
-    seed = _whole("the seed", request.seed, 0, MAX_SEED)
+    seed = _whole("the seed", request.seed, 0, checks.MAX_SEED)
     scale = _scale(request.guidance)
     conditioning, label = self.conditioning(name), 0
     if isinstance(conditioning, TextConditioning):

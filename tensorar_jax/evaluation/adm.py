@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float64
 Matrix = np.ndarray | jax.Array  # [n, D]; shape and values are checked here
 
 _BLOCK = 2048  # rows and columns of one block of distances: 32 MiB
+NEIGHBOUR = 3  # the k-th nearest other row reaches as far as a manifold
 
 
 def _matrix(features: Matrix, name: str) -> np.ndarray:
@@ -250,7 +251,7 @@ def inception_score(logits: Matrix, split_size: int = 5000) -> float:
 def manifold_members(
   real: Matrix,
   fake: Matrix,
-  k: int = 3,
+  k: int = NEIGHBOUR,
   reach_real: Float64[np.ndarray, " n"] | None = None,
 ) -> tuple[Bool[np.ndarray, " m"], Bool[np.ndarray, " n"]]:
   """True at fake points in the real manifold, and at real points in the fake.
@@ -281,7 +282,9 @@ def manifold_members(
   return in_real, in_fake
 
 
-def squared_radii(features: Matrix, k: int = 3) -> Float64[np.ndarray, " n"]:
+def squared_radii(
+  features: Matrix, k: int = NEIGHBOUR
+) -> Float64[np.ndarray, " n"]:
   """The squared distance of each row to the k-th nearest other row."""
   features = _matrix(features, "features")
   if not 1 <= k < len(features):

@@ -54,7 +54,7 @@ class Subject:
 
   @property
   def checkpoint(self) -> pathlib.Path:
-    return orbax_io.find(self.folder, self.step)
+    return saved.trained(self.folder, self.step)
 
   def fingerprint(self, settings: EvaluationConfig, yardstick: str) -> str:
     """A digest of all that a measurement depends on.

@@ -86,13 +86,16 @@ class Judge:
       raise ValueError(
         f"bootstrap={bootstrap}: expected at least 2 resamples, or 0 for none."
       )
-    self.file, self.bootstrap, self.worker = _open(reference), bootstrap, worker
+    self.file, self.bootstrap = open_images(reference), bootstrap
+    self.worker = worker
     is_file = isinstance(network, (str, os.PathLike))
     network = hub.find(os.fspath(network)) if is_file else network
     model = inception.load(network)
     devices = jax.local_devices()
     default = BATCH_PER_DEVICE.get(devices[0].platform, 64) * len(devices)
-    self.extractor = extractor.Extractor(model, batch_size or default)
+    # More than a shard would only be filled up.
+    batch_size = min(batch_size or default, SHARD_SIZE)
+    self.extractor = extractor.Extractor(model, batch_size)
     image = jax.ShapeDtypeStruct((1, 8, 8, 3), "uint8")
     rows = jax.eval_shape(lambda image: vars(model(image)), image)
     self.widths = {kind: row.shape[1] for kind, row in rows.items()}
@@ -109,7 +112,7 @@ class Judge:
     this is not the first one. ValueError for files that cannot be compared, and
     for a folder that another run measures in.
     """
-    file, folder = _open(samples), pathlib.Path(folder)
+    file, folder = open_images(samples), pathlib.Path(folder)
     self._check(file)
     settings = {
       "format": FORMAT,
@@ -167,12 +170,7 @@ class Judge:
 
   def _check(self, file: npz.SampleFile) -> None:
     """ValueError if the file and the reference cannot be compared."""
-    sizes = [f.shape[1:3] for f in (self.file, file) if f.shape]
-    if len(set(sizes)) > 1:
-      raise ValueError(
-        f"{file.path} holds images of {sizes[1]}, {self.file.path} of"
-        f" {sizes[0]}; expected one size: sample with --resize."
-      )
+    check_images(self.file, file)
     if bool(file.statistics) == bool(self.file.statistics):
       return  # both from images, or both from statistics of the same network
     for checked in (file, self.file):
@@ -251,7 +249,31 @@ class Judge:
     return entries
 
 
-def _open(path: str | os.PathLike) -> npz.SampleFile:
+def check_images(reference: npz.SampleFile, samples: npz.SampleFile) -> None:
+  """ValueError if the images of two files differ in size, or are too few."""
+  for file, other in ((samples, reference), (reference, samples)):
+    if file.shape and other.shape:
+      check_count(f"{file.path} holds", len(file))
+  sizes = [f.shape[1:3] for f in (reference, samples) if f.shape]
+  if len(set(sizes)) > 1:
+    raise ValueError(
+      f"{samples.path} holds images of {sizes[1]}, {reference.path} of"
+      f" {sizes[0]}; expected one size: sample with --resize."
+    )
+
+
+def check_count(what: str, count: int) -> None:
+  """ValueError for too few images to compare with others; `what` has them."""
+  if count <= adm.NEIGHBOUR:
+    raise ValueError(
+      f"{what} {count} images: expected at least {adm.NEIGHBOUR + 1}, since"
+      f" precision and recall look at the {adm.NEIGHBOUR} nearest others of"
+      " each. Papers measure 50,000."
+    )
+
+
+def open_images(path: str | os.PathLike) -> npz.SampleFile:
+  """Opens a file of images or statistics; ValueError if it cannot be used."""
   file = npz.SampleFile(path)
   if file.shape and file.shape[0] < 2:
     raise ValueError(
@@ -379,6 +401,8 @@ def measure_stage(
   batch_size: int | None = None,
 ) -> dict | None:
   """Samples a stage, and measures the samples as `Judge.measure` does."""
+  if judge.file.shape:
+    check_count("asked for", request.num_images)
   target = sample_files.sample(
     stages, workdir, request, stage=stage, batch_size=batch_size
   )

@@ -14,8 +14,10 @@ import importlib.util
 import inspect
 import pathlib
 import sys
+import traceback
 import types
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -61,10 +63,10 @@ def find(name: str) -> pathlib.Path:
   alone = parent in (pathlib.Path(), FOLDER) or not parent.is_dir()
   known = _known(_PROJECT / FOLDER, FOLDER) | _known(FOLDER, FOLDER)
   if not alone:
-    known = _known(parent, parent)
+    known = _known(parent, parent) or known
   close = difflib.get_close_matches(pathlib.Path(name).stem, known, n=1)
   hint = f" Did you mean {known[close[0]]}?" if close else ""
-  there = ", ".join(known.values()) or f"none; {parent}/ has no configs"
+  there = ", ".join(known.values())
   raise ValueError(f"--config={name}: no such file.{hint} There are: {there}.")
 
 
@@ -84,7 +86,7 @@ def read(path: pathlib.Path, argument: str | None = None) -> ConfigDict:
   if spec is None or spec.loader is None:
     raise ValueError(f"--config={path}: expected a Python file, NAME.py.")
   module = importlib.util.module_from_spec(spec)
-  with _configs_are_importable(path):
+  with _configs_are_importable(path), _wrong_keys_have_lines(path):
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
       raise ValueError(f"--config={path}: the file has no get_config().")
@@ -99,6 +101,28 @@ def read(path: pathlib.Path, argument: str | None = None) -> ConfigDict:
         f"--config={path} with {given} after a colon: expected {expected}."
       ) from error
     return module.get_config(*arguments)
+
+
+@contextlib.contextmanager
+def _wrong_keys_have_lines(path: pathlib.Path) -> Iterator[None]:
+  """Turns ConfigDict's error about a key into a ValueError with its line.
+
+  Its own text is that of an error inside an error, with every quote escaped.
+  """
+  try:
+    yield
+  except (AttributeError, KeyError, TypeError) as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    if "ml_collections" not in pathlib.Path(frames[-1].filename).parts:
+      raise
+    inner: Any = error
+    while isinstance(inner, Exception) and inner.args:
+      inner = inner.args[0]
+    lines = [f.lineno for f in frames if pathlib.Path(f.filename) == path]
+    where = f", line {lines[-1]}" if lines else ""
+    raise ValueError(
+      f"--config={path}{where}: no such key: {' '.join(str(inner).split())}"
+    ) from error
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def import_backbone(
   variant: str | None = None,
   *,
   weights_dtype: str | None = None,
+  key: str | None = None,
   **fields,
 ) -> Backbone:
   """Makes a family's backbone with published PyTorch weights.
@@ -47,10 +48,15 @@ def import_backbone(
     variant: a published size; `fields` of its Config override it.
     weights_dtype: of the weights in memory, one of torch_import.DTYPES; None:
       the model's own, float32.
+    key: the entry of the file, such as "ema" for the averaged weights of a
+      training checkpoint; None: see `torch_import.load_state_dict`.
+
+  Raises:
+    ValueError: the file does not fit; it says what would, if anything does.
   """
   module = families.family("backbones", name)
   config = families.config_of(module, variant, fields, name)
-  return _import(module, config, path, weights_dtype)
+  return _import(module, config, path, weights_dtype, key=key)
 
 
 def import_tokenizer(
@@ -59,12 +65,13 @@ def import_tokenizer(
   variant: str | None = None,
   *,
   weights_dtype: str | None = None,
+  key: str | None = None,
   **fields,
 ) -> Tokenizer:
   """Makes a tokenizer with published PyTorch weights; as `import_backbone`."""
   module = families.family("tokenizers", name)
   config = families.config_of(module, variant, fields, name)
-  return _import(module, config, path, weights_dtype)
+  return _import(module, config, path, weights_dtype, key=key)
 
 
 def _import(
@@ -73,12 +80,52 @@ def _import(
   path: str,
   dtype: str | None,
   mesh: Mesh | None = None,
+  key: str | None = None,
 ) -> Any:
   """Makes the model of a family's Config with the weights of a file."""
-  abstract = weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
   rules = module.import_rules(config)
-  tensors = torch_import.load_state_dict(path)
-  return torch_import.fill(abstract, rules, tensors, dtype, mesh)
+  tensors = torch_import.load_state_dict(path, key)
+  model = _abstract(module, config)
+  try:
+    return torch_import.fill(model, rules, tensors, dtype, mesh)
+  except torch_import.MisfitError as error:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if advice := _what_fits(module, config, shapes):
+      raise ValueError(f"{path} does not fit this model: {advice}") from error
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _abstract(module: ModuleType, config: Any) -> Any:
+  return weights.abstract(lambda rngs: module.Model(config, rngs=rngs))
+
+
+def _what_fits(
+  module: ModuleType, config: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+  """Says what to change for tensors of these shapes; "" where nothing helps.
+
+  Tried are other kinds of files, `weights`, and the published sizes.
+  """
+  if prefix := torch_import.foreign_prefix(module.import_rules(config), shapes):
+    return (
+      f"every name in it begins with {prefix!r}, which the published ones lack."
+      " Save its state dict without that prefix."
+    )
+  kinds = tuple(getattr(module, "WEIGHTS", ())) or (None,)
+  for variant, size in {None: config, **module.VARIANTS}.items():
+    model = _abstract(module, size)  # of every kind: they differ in names
+    for kind in kinds:
+      changes = {} if kind is None else {"weights": kind}
+      rules = module.import_rules(dataclasses.replace(size, **changes))
+      if torch_import.fits(model, rules, shapes):
+        if kind == getattr(config, "weights", None):
+          changes = {}
+        changes |= {"variant": variant} if variant else {}
+        section = module.__name__.split(".")[-2].removesuffix("s")
+        flags = [f"--config.{section}.{k}={v}" for k, v in changes.items()]
+        fields = ", ".join(f"{k}={v!r}" for k, v in changes.items())
+        return f"it holds those of {fields}. Pass {' '.join(flags)}."
+  return ""
 
 
 def start_from(
@@ -168,15 +215,15 @@ def import_stage(stage: Stage, folder: pathlib.Path) -> None:
       " models. Import with window=1 and start a stage from it with init."
     )
   dtype, mesh = stage.source_dtype, sharding.make_mesh(stage.mesh)
-  module = families.family(part.kind, part.name)
-  model = _import(module, part.config, source, dtype, mesh)
+  module, key = families.family(part.kind, part.name), stage.source_key
+  model = _import(module, part.config, source, dtype, mesh, key)
   if stage.objective == "tensorar":
     model = TensorAR(model, window=1)
   _, params, frozen = weights.split(model)
   meta = {
     "config": config,
     "seconds": time.monotonic() - started,
-    "source": torch_import.describe(source),
+    "source": torch_import.describe(source, key),
     "variant": part.variant,
     "dtype": dtype,
   }
@@ -184,21 +231,52 @@ def import_stage(stage: Stage, folder: pathlib.Path) -> None:
   checkpoints.close()
   processes.wait_for_all(folder.name)
   seconds = time.monotonic() - started
-  logging.info("%s: imported %s in %.0f s", folder.name, source, seconds)
+  entry = meta["source"]["container"]
+  logging.info(
+    "%s: imported %s in %.0f s%s",
+    folder.name,
+    source,
+    seconds,
+    f", its entry {entry!r}" if entry else "",
+  )
 
 
-def export_stage(folder: pathlib.Path, path: pathlib.Path) -> None:
+def export_stage(
+  folder: pathlib.Path, path: pathlib.Path, *, ema: bool = False
+) -> None:
   """Writes a stage's base weights in the layout they are published in.
 
-  TensorAR's own modules have no place there and are left out.
+  TensorAR's own modules have no place there and are left out. `ema` takes the
+  averaged weights, where training kept them. The log says what was written.
   """
-  part = saved.stage_in(orbax_io.find(folder)).component
+  stage = saved.stage_in(saved.trained(folder))
+  part = stage.component
   module = families.family(part.kind, part.name)
-  model = build.load(folder)
+  model = build.load(folder, ema=ema)
+  left_out = ""
   if isinstance(model, TensorAR):
+    if model.window > 1:
+      left_out = (
+        " TensorAR's own modules, its encoder and decoder, are left out: no"
+        f" published layout has them, so the file draws as k = 1. {folder} has"
+        " them."
+      )
     model = cast(nnx.Module, model.backbone)
   tensors = torch_export.export_state_dict(
     model, module.import_rules(part.config)
   )
   torch_export.save(path, tensors)
-  logging.info("%s: %d tensors written to %s", folder.name, len(tensors), path)
+  which = "averaged" if ema else "trained"
+  if stage.is_averaged and not ema:
+    which = "trained, not averaged"
+    left_out += " --ema writes the average, with which the stage is sampled."
+  logging.info(
+    "%s: the %d tensors of the %s %s, its %s weights, are in %s.%s",
+    folder.name,
+    len(tensors),
+    part.kind.removesuffix("s"),
+    part.name,
+    which,
+    path,
+    left_out,
+  )

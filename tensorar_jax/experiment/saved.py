@@ -10,17 +10,20 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
+
 from tensorar_jax.checkpoints import orbax_io
 from tensorar_jax.experiment import parse
 from tensorar_jax.experiment.schema import OBJECTIVES, Stage
 from tensorar_jax.experiment.stages import parents
 
-ALWAYS = ("seed", "objective", "init", "source", "source_dtype")
+ALWAYS = ("seed", "objective", "init", "source", "source_key", "source_dtype")
 TRAINING = ("data", "optim", "train")  # what imported weights do not need
-# Values that may differ from one start to the next: how often to write, and how
-# to fit into memory (`accumulate` draws other noise, `remat` changes the last
-# digits).
+# Values that may differ from one start to the next: whether other data will do,
+# how often to write, and how to fit into memory (`accumulate` draws other
+# noise, `remat` changes the last digits).
 FREE_KEYS = (
+  "data.accept_changed",
   "train.log_every",
   "train.checkpoint_every",
   "train.keep",
@@ -86,14 +89,30 @@ def claim(folder: pathlib.Path, stage: Stage) -> dict[str, Any]:
   return config
 
 
+def trained(folder: pathlib.Path, step: int | None = None) -> pathlib.Path:
+  """Finds the checkpoint of a stage's folder, by default the newest.
+
+  Raises:
+    ValueError: the stage was not trained yet.
+  """
+  if not orbax_io.steps(folder / "checkpoints"):
+    raise ValueError(
+      f"{folder}: found no checkpoint of the stage {folder.name!r}. Train it"
+      " first: --mode=train, or for published weights --mode=import. If it was"
+      " trained elsewhere, name that --workdir."
+    )
+  return orbax_io.find(folder, step)
+
+
 def resolve(init: str, workdir: pathlib.Path) -> pathlib.Path:
   """Finds the checkpoint that `init` names: a finished stage's, or a path."""
   sibling = workdir / init
   if not sibling.is_dir():
     if not pathlib.Path(init).exists():
       raise ValueError(
-        f"init={init!r} is neither a trained stage of {workdir} nor a"
-        " checkpoint: train that stage first, or correct the path."
+        f"{init!r} is neither a trained stage of {workdir} nor a checkpoint:"
+        " train that stage first (--mode=train, or for published weights"
+        " --mode=import), or correct the path."
       )
     return orbax_io.find(init)
   folder = orbax_io.find(sibling)
@@ -131,3 +150,34 @@ def check_lineage(stage: Stage, folder: pathlib.Path) -> dict[str, str]:
       f" {before} then, {now} now. Move the folder away to train it again."
     )
   return now
+
+
+def check_data(
+  stage: Stage,
+  folder: pathlib.Path,
+  before: Mapping[str, Any] | None,
+  now: dict[str, Any],
+) -> dict[str, Any]:
+  """Returns the digest of a stage's data, which must be its checkpoint's.
+
+  Args:
+    stage: its `data.accept_changed` takes others.
+    folder: of the stage.
+    before: of the checkpoint; None: there is none, or it is of a version that
+      did not keep it.
+    now: of `fingerprints.of`.
+
+  Raises:
+    ValueError: the data have changed.
+  """
+  if before in (None, now):
+    return now
+  changed = f"{folder} was trained on other data than {stage.data.name} now is"
+  if stage.data.accept_changed:
+    logging.warning("%s: %s then, %s now. It goes on.", changed, before, now)
+    return now
+  raise ValueError(
+    f"{changed}: {before} then, {now} now. Its images would come in another"
+    " order. Put the data back, or continue on these by"
+    " --config.data.accept_changed=true; another --workdir starts afresh."
+  )

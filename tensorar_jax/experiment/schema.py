@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from tensorar_jax.method.drawing import Guidance
 from tensorar_jax.method.noising import NoiseConfig
 from tensorar_jax.method.objective import LossConfig
 from tensorar_jax.method.sampling_config import SamplingConfig
-from tensorar_jax.nn import layers
+from tensorar_jax.nn import checks, layers
 from tensorar_jax.nn.classifier import Config as ClassifierConfig
 from tensorar_jax.parallel.sharding import MeshConfig
 
@@ -50,6 +50,8 @@ class DataConfig:
   test_split: str = "test"  # of held-out images, where evaluation needs them
   data_dir: str | None = None  # where TFDS keeps its files; None: its default
   flip: bool = False  # mirror each image with probability 1/2
+  # Whether a training goes on although its data have changed since it began.
+  accept_changed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +142,10 @@ class TensorARConfig:
   input_residual: bool = True  # add the embedding of a window's first token
   output_residual: str = "first"  # slots that get the hidden state added
 
+  def __post_init__(self):
+    checks.numbers(self, checks.COUNT, "window", "depth", where="tensorar.")
+    checks.numbers(self, checks.POSITIVE, "mlp_ratio", where="tensorar.")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -169,18 +175,23 @@ class OptimConfig:
     for schedule in (self.schedule, self.backbone_schedule or self.schedule):
       if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r}: choose one of {SCHEDULES}.")
-    for field in ("learning_rate", "backbone_learning_rate", "weight_decay"):
-      value = getattr(self, field)
-      if value is not None and not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{field}={value}: expected a finite number >= 0.")
-    for field in ("warmup_start", "final_rate"):
-      if not 0 <= getattr(self, field) <= 1:
-        value = getattr(self, field)
-        raise ValueError(f"{field}={value}: expected a share, 0 to 1.")
-    for field in ("ema_decay", "hold"):
-      if not 0 <= getattr(self, field) < 1:
-        value = getattr(self, field)
-        raise ValueError(f"{field}={value}: expected 0 (off) to < 1.")
+    sizes = ("learning_rate", "backbone_learning_rate", "weight_decay")
+    sizes += ("final_weight_decay", "clip_norm", "warmup_steps")
+    shares, rates = ("warmup_start", "final_rate"), ("hold", "ema_decay")
+    for rule, names in (
+      (checks.NOT_NEGATIVE, sizes),
+      (checks.POSITIVE, ("eps",)),
+      (checks.SHARE, shares),
+      (checks.RATE, (*rates, "beta1", "beta2")),
+    ):
+      checks.numbers(self, rule, *names, where="optim.")
+    try:
+      re.compile(self.no_decay)
+    except re.error as error:
+      raise ValueError(
+        f"optim.no_decay={self.no_decay!r}: expected a regular expression"
+        f" ({error})."
+      ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,18 +214,15 @@ class TrainConfig:
       raise ValueError(
         f"train.remat={self.remat!r}: choose one of {tuple(layers.REMAT)}."
       )
-    if self.batch_size % max(self.accumulate, 1):
+    counts = ("batch_size", "num_steps", "log_every", "checkpoint_every")
+    counts += ("keep", "accumulate")
+    checks.numbers(self, checks.COUNT, *counts, where="train.")
+    checks.numbers(self, checks.NOT_NEGATIVE, "keep_every", where="train.")
+    if self.batch_size % self.accumulate:
       raise ValueError(
         f"train.batch_size={self.batch_size} is no multiple of"
         f" accumulate={self.accumulate}: a batch has equal parts."
       )
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      least = 0 if field.name == "keep_every" else 1
-      if isinstance(value, int) and value < least:
-        raise ValueError(
-          f"train.{field.name}={value}: expected at least {least}."
-        )
     if self.keep_every % self.checkpoint_every:
       raise ValueError(
         f"train.keep_every={self.keep_every} is no multiple of"
@@ -243,12 +251,14 @@ class EvaluationConfig:
 
   def __post_init__(self):
     images = ("scan_images", "num_images", "held_out_images")
-    for name in (*images, "seeds", "batch_size", "real_images"):
-      least = 10 if name in images else 1
-      if getattr(self, name) < least:
-        raise ValueError(
-          f"evaluation.{name}={getattr(self, name)}: expected at least {least}."
-        )
+    few = checks.Rule(
+      f"10 to {checks.MAX_IMAGES:,}", lambda n: 10 <= n <= checks.MAX_IMAGES
+    )
+    checks.numbers(self, few, *images, where="evaluation.")
+    counts = ("seeds", "batch_size", "real_images")
+    checks.numbers(self, checks.COUNT, *counts, where="evaluation.")
+    for scale in self.guidance:
+      SamplingConfig(guidance=scale)  # says what is wrong with one
     if not self.models or not self.guidance:
       raise ValueError(
         f"evaluation.models={self.models}, guidance={self.guidance}: name at"
@@ -291,6 +301,9 @@ class Stage:
   init: str | None = None
   # Published file to import in place of training; None (or ""): train.
   source: str | None = None
+  # Its entry with the weights, such as "ema"; None (or ""): the first of
+  # `torch_files.CONTAINERS`.
+  source_key: str | None = None
   source_dtype: str | None = "float32"  # of imported weights; None: float32
   data: DataConfig = DataConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
@@ -308,7 +321,12 @@ class Stage:
 
   def __post_init__(self):
     choose("objective", self.objective, OBJECTIVES)
-    for field in ("init", "source"):  # "" on a command line is None
+    checks.seed(self.seed)
+    for field in (
+      "init",
+      "source",
+      "source_key",
+    ):  # "" on a command line is None
       object.__setattr__(self, field, getattr(self, field) or None)
     object.__setattr__(self, "source_dtype", self.source_dtype or "float32")
 

@@ -24,6 +24,7 @@ from tensorar_jax.interfaces import Conditioning, Tokenizer
 from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.marginals import Marginals
 from tensorar_jax.method.tensorar import TensorAR
+from tensorar_jax.nn import checks
 from tensorar_jax.nn.image_bytes import normalise, to_uint8
 from tensorar_jax.parallel import sharding
 
@@ -114,6 +115,7 @@ class Sampler:
   marginals: Marginals | None = None
 
   def __post_init__(self):
+    checks.seed(self.seed)
     prepared = sampling.prepare(self.model, self.mesh)
     object.__setattr__(self, "model", prepared)
 

@@ -82,6 +82,20 @@ def _open(shard: pathlib.Path) -> np.memmap:
     ) from error
 
 
+def _no_file(path: pathlib.Path) -> str:
+  """Says what to do about a path that is no file."""
+  if not path.is_dir():
+    return f"{path}: no such file; expected an .npz of images."
+  if (inside := path / "samples.npz").is_file():
+    return f"{path} is a folder; expected a file of images: take {inside}."
+  return (
+    f"{path} is a folder; expected an .npz of images. Of its PNGs make one in"
+    " Python: numpy.savez('samples.npz', numpy.stack([numpy.asarray("
+    f"PIL.Image.open(f).convert('RGB')) for f in sorted(glob.glob('{path}"
+    "/*.png'))]))"
+  )
+
+
 class SampleFile:
   """The images of a sample file or reference batch, written by any program.
 
@@ -96,6 +110,8 @@ class SampleFile:
 
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path)
+    if not self.path.is_file():
+      raise ValueError(_no_file(self.path))
     try:
       with zipfile.ZipFile(self.path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}

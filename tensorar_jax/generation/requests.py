@@ -27,6 +27,7 @@ from tensorar_jax.experiment import build
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation.layouts import LAYOUTS, parse_line
 from tensorar_jax.interfaces import Batch, Cond
+from tensorar_jax.nn import checks
 
 GRID = 100  # images in the grid
 COLUMNS = 10  # of the grid
@@ -58,11 +59,18 @@ class Request:
   step: int | None = None
 
   def __post_init__(self):
-    sizes = [n for n in (self.num_images, self.resize) if n is not None]
-    if min(sizes) < 1:
+    checks.seed(self.seed)
+    side = checks.Rule(
+      f"1 to {checks.MAX_SIDE} pixels", lambda n: 1 <= n <= checks.MAX_SIDE
+    )
+    checks.numbers(self, checks.COUNT, "num_images")
+    checks.numbers(self, side, "resize")
+    each = 1 if self.prompts is None else len(self.prompts)
+    if self.num_images * each > checks.MAX_IMAGES:
+      of_each = "" if self.prompts is None else f" of each of {each} prompts"
       raise ValueError(
-        f"num_images={self.num_images}, resize={self.resize}: expected at least"
-        " 1."
+        f"num_images={self.num_images}{of_each}: expected at most"
+        f" {checks.MAX_IMAGES:,} images in all; draw more by several seeds."
       )
     if self.classes is not None and not self.classes:
       raise ValueError("classes: expected at least one, or None for all.")

@@ -38,7 +38,7 @@ from jaxtyping import Int, UInt8
 
 from tensorar_jax.checkpoints import files, locks, orbax_io, resumable
 from tensorar_jax.data import encoder
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import build, saved
 from tensorar_jax.experiment.schema import Stage, choose
 from tensorar_jax.generation import batches, guesses, npz, pictures
 from tensorar_jax.generation.requests import Request, condition
@@ -104,7 +104,7 @@ def sample(
       pass  # asked at once: loading a model takes its time
   name = drawable(stages, stage)
   chosen, stage_folder = stages[name], workdir / name
-  checkpoint = orbax_io.find(stage_folder, request.step)
+  checkpoint = saved.trained(stage_folder, request.step)
   mesh = sharding.local_mesh(chosen.mesh)
   conditioning, described = condition(request, name, chosen, mesh)
   tokenizer = build.frozen_tokenizer(chosen, workdir)

@@ -38,7 +38,7 @@ from tensorar_jax.method.marginals import Marginals
 from tensorar_jax.method.parallel_decoder import ParallelDecoder, ParallelState
 from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.method.tensorar import TensorAR
-from tensorar_jax.nn import layers
+from tensorar_jax.nn import checks, layers
 from tensorar_jax.parallel import sharding, weights
 
 
@@ -363,6 +363,8 @@ def _prepare_call(
       f"tokens of shape {committed.shape}: expected {expected}, a sequence for"
       " each condition."
     )
+  if committed is not None:
+    checks.tokens(committed, model.vocab_sizes)
   config.check(factors)
   group = None
   if config.decoder == "parallel":
@@ -394,7 +396,11 @@ def _prepare_call(
   )
   # The scales are arrays: one program serves every guidance.
   config = dataclasses.replace(
-    config, guidance=1.0, guidance_power=0.0, guidance_interval=None
+    config,
+    guidance=1.0,
+    unguided_scale=None,
+    guidance_power=0.0,
+    guidance_interval=None,
   )
   program = SamplingProgram(config, platform=platform, mesh=mesh)
   return nnx.split(model), inputs, program

@@ -30,7 +30,9 @@ class SamplingConfig:
   Attributes:
     temperature*: divides the logits; 0 means argmax.
     draft_temperature*: the same for the slots >= 1; None: as the committed one.
-    guidance*: scale s of uncond + s (cond - uncond); 1 is no guidance.
+    guidance*: scale s of uncond + s (cond - uncond): 1 is no guidance, 0 draws
+      without the condition. Published settings may mean something else by small
+      scales; see `unguided_scale`.
     guidance_power: p; the scale of token n of T is
       1 + (s - 1) (1 - cos(pi (n / T)^p)) / 2. 0 is s everywhere.
     guidance_interval: (first, end): only tokens first <= n < end are guided,
@@ -48,6 +50,8 @@ class SamplingConfig:
       from the newest prediction, "marginals" from how often each token occurs
       at that position, "left" and "above" repeat a neighbour.
     return_logits: whether `Samples.logits` is filled.
+    unguided_scale: scales up to it stand for no guidance, as 1 does. None: no
+      other scale does.
   """
 
   temperature: float | tuple[float, ...] = 1.0
@@ -62,26 +66,31 @@ class SamplingConfig:
   rows: int = 16
   first_guess: str = "last_row"
   return_logits: bool = False
+  unguided_scale: float | None = None
 
   def __post_init__(self):
+    self._expect("temperature", lambda t: 0 <= t < np.inf, "0 (argmax) or more")
+    self._expect(
+      "draft_temperature", lambda t: 0 <= t < np.inf, "0 (argmax) or more"
+    )
+    whole = lambda k: k >= 0 and k % 1 == 0
+    self._expect("top_k", whole, "a whole number, 0 (keep all) or more")
+    self._expect("top_p", lambda p: 0 < p <= 1, "0 < top_p <= 1")
+    self._expect("guidance", np.isfinite, "a finite scale")
+    self._expect("unguided_scale", np.isfinite, "a finite scale, or None")
+    self._expect("guidance_power", lambda p: 0 <= p < np.inf, "0 or more")
     # Plain numbers and tuples can be hashed, and equal ones are equal.
     for name, number in _PER_SUB_TOKEN.items():
       if (value := getattr(self, name)) is not None:
         many = np.ndim(value) > 0
         plain = tuple(map(number, value)) if many else number(value)
         object.__setattr__(self, name, plain)
-    self._expect("temperature", lambda t: t >= 0, "0 (argmax) or more")
-    self._expect("draft_temperature", lambda t: t >= 0, "0 (argmax) or more")
-    self._expect("top_k", lambda k: k >= 0, "0 (keep all) or more")
-    self._expect("top_p", lambda p: 0 < p <= 1, "0 < top_p <= 1")
-    self._expect("guidance", np.isfinite, "a finite scale")
-    self._expect("guidance_power", lambda p: 0 <= p < np.inf, "0 or more")
     if self.guidance_interval is not None:
       first, end = self.guidance_interval
-      if not 0 <= first <= end:
+      if not 0 <= first <= end < np.inf or first % 1 or end % 1:
         raise ValueError(
-          f"guidance_interval={self.guidance_interval}: expected 0 <= first <="
-          " end, the half-open range of guided tokens."
+          f"guidance_interval={self.guidance_interval}: expected whole numbers,"
+          " 0 <= first <= end, the half-open range of guided tokens."
         )
       object.__setattr__(self, "guidance_interval", (int(first), int(end)))
     drawing.find_rule(self.draw)
@@ -124,7 +133,12 @@ class SamplingConfig:
   @property
   def guided(self) -> bool:
     """Whether any sub-token has a guidance scale other than 1."""
-    return bool((np.asarray(self.guidance) != 1).any())
+    return bool((self._scale() != 1).any())
+
+  def _scale(self) -> Float[np.ndarray, "..."]:
+    """The scale, or one for each sub-token; 1 where it means no guidance."""
+    scale, unguided = np.asarray(self.guidance), self.unguided_scale
+    return scale if unguided is None else np.where(scale <= unguided, 1, scale)
 
   def guidance_scales(
     self, num_tokens: int, factors: int = 1
@@ -137,7 +151,7 @@ class SamplingConfig:
     token = np.arange(num_tokens)
     rise = (token / num_tokens) ** self.guidance_power  # 0^0 is 1: constant
     rise = (1 - np.cos(np.pi * rise)) / 2
-    scale = np.broadcast_to(np.asarray(self.guidance), (factors,))
+    scale = np.broadcast_to(self._scale(), (factors,))
     scales = 1 + (scale - 1) * rise[:, None]
     if self.guidance_interval is not None:
       first, end = self.guidance_interval

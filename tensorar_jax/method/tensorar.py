@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tensorar_jax.interfaces import Backbone, Cond, Key
 from tensorar_jax.method.windows import check_window
-from tensorar_jax.nn import layers
+from tensorar_jax.nn import checks, layers
 from tensorar_jax.parallel import sharding
 
 OUTPUT_RESIDUALS = ("first", "all", "none")
@@ -255,6 +255,7 @@ class TensorAR(nnx.Module):
     noise: Float[Array, "*n k D"] | None = None,
   ) -> Float[Array, "*n D"]:
     """The backbone input of each window; `noise` is added to embeddings."""
+    checks.windows(windows, self.window, self.vocab_sizes)
     if self.window == 1:
       return self.backbone.embed(windows[..., 0, :])
     embeddings = self.backbone.embed(windows)

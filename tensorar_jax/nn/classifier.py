@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from tensorar_jax.interfaces import Batch, Key
+from tensorar_jax.nn import checks
 from tensorar_jax.nn.image_bytes import from_uint8
 
 
@@ -31,6 +32,11 @@ class Config:
   width: int = 32
   halvings: int = 1
   num_features: int = 64
+
+  def __post_init__(self):
+    sizes = ("image_size", "image_channels", "num_classes", "width")
+    checks.numbers(self, checks.COUNT, *sizes, "num_features")
+    checks.numbers(self, checks.NOT_NEGATIVE, "halvings")
 
 
 class Model(nnx.Module):

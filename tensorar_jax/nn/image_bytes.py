@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from tensorar_jax.nn import checks
+
 
 def from_uint8(
   images: UInt8[Array | np.ndarray, "*n h w C"],
 ) -> Float32[Array, "*n h w C"]:
   """Bytes -> [-1, 1] as x / 127.5 - 1: what is trained here."""
+  checks.bytes_of(images)
   return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -25,6 +28,7 @@ def normalise(
 
   An array on the host stays there.
   """
+  checks.bytes_of(images)
   return (images.astype(np.float32) / 255 - 0.5) / 0.5
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tensorar_jax.interfaces import Batch, Key
-from tensorar_jax.nn import convolutions
+from tensorar_jax.nn import checks, convolutions
 from tensorar_jax.nn.image_bytes import from_uint8
 
 Grid = tuple[int, int]  # rows, columns
@@ -39,12 +39,27 @@ class Levels:
 
   channels: int
   channel_multipliers: tuple[int, ...]
+  num_res_blocks: int
+  norm_groups: int
   image_channels: int
+  image_size: tuple[int, int]
 
   @property
   def widths(self) -> tuple[int, ...]:
     """Channels of every level, from the highest resolution to the lowest."""
     return tuple(self.channels * m for m in self.channel_multipliers)
+
+  def check(self, *sizes: str) -> None:
+    """ValueError unless all sizes are at least 1 and an image fits.
+
+    `sizes` are those of the family beside the ones here.
+    """
+    own = ("channels", "channel_multipliers", "num_res_blocks", "norm_groups")
+    own += ("image_channels", "image_size")
+    checks.numbers(self, checks.COUNT, *own, *sizes)
+    if not self.channel_multipliers:
+      raise ValueError("channel_multipliers=(): expected at least one level.")
+    self.grid_of(*self.image_size)
 
   def grid_of(self, height: int, width: int) -> Grid:
     """Rows and columns of tokens; ValueError where the image does not fit."""
@@ -74,31 +89,12 @@ def check_norm_groups(norm_groups: int, widths: tuple[int, ...]) -> None:
     )
 
 
-def check_channels(images: Array, channels: int) -> None:
-  """ValueError unless the images have `channels` channels."""
-  if images.shape[-1] != channels:
-    raise ValueError(
-      f"images {images.shape}: expected {channels} channels in the last axis;"
-      " convert them or set image_channels."
-    )
-
-
 def check_length(tokens: Array, grid: Grid) -> None:
   """ValueError unless the tokens [B, T, F] fill the grid."""
   if tokens.shape[1] != math.prod(grid):
     raise ValueError(
       f"tokens {tokens.shape}: expected {math.prod(grid)} per image for the"
       f" grid {grid}; pass the grid (rows, cols) of the encoded images."
-    )
-
-
-def check_sub_tokens(tokens: Array, vocab_sizes: tuple[int, ...]) -> None:
-  """ValueError unless the tokens [B, T, F] have a vocabulary each."""
-  if tokens.shape[-1] != len(vocab_sizes):
-    raise ValueError(
-      f"tokens {tokens.shape}: expected {len(vocab_sizes)} sub-tokens in the"
-      f" last axis, of the vocabularies {vocab_sizes}; set the tokenizer's"
-      " sizes to those that the tokens were made with."
     )
 
 
@@ -132,20 +128,27 @@ class ImageTokenizer(nnx.Module):
     """The latent of each token."""
 
   def check_images(self, images: Images) -> None:
-    """ValueError unless the network can read images of this shape."""
+    """ValueError unless these are images that the network can read."""
+    checks.images(images, self.config.image_channels)
     self.config.grid_of(*images.shape[1:3])
-    check_channels(images, self.config.image_channels)
 
   def encode(self, images: Images) -> Tokens:
-    """Tokens of images in [-1, 1], of every size the down-sampling divides."""
+    """Tokens of images in [-1, 1], of every size the down-sampling divides.
+
+    ValueError for other types, layouts and, outside of `jax.jit`, ranges.
+    """
     tokens = self.quantize(self.latents(images))
     return tokens.reshape(images.shape[0], -1, tokens.shape[-1])
 
   def decode(self, tokens: Tokens, grid: Grid | None = None) -> Images:
-    """Images, not clipped; `grid` is (rows, cols), by default `self.grid`."""
+    """Images, not clipped; `grid` is (rows, cols), by default `self.grid`.
+
+    ValueError for tokens of another shape and, outside of `jax.jit`, for those
+    beyond the codebook; inside, they become NaN.
+    """
     grid = grid or self.grid
+    checks.tokens(tokens, self.vocab_sizes, "B, T, F")
     check_length(tokens, grid)
-    check_sub_tokens(tokens, self.vocab_sizes)
     return self.pixels(self.lookup(tokens.reshape(-1, *grid, tokens.shape[-1])))
 
 

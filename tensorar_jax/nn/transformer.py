@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tensorar_jax.interfaces import Cache, Cond, Key
-from tensorar_jax.nn import attention, layers
+from tensorar_jax.nn import attention, checks, layers
 from tensorar_jax.parallel import sharding
 
 
@@ -191,6 +191,12 @@ class RotaryConfig:
   dtype: str = "float32"
 
   def __post_init__(self):
+    sizes = ("width", "num_layers", "num_heads", "num_kv_heads", "grid")
+    checks.numbers(self, checks.COUNT, *sizes, "mlp_multiple")
+    rates = ("token_dropout", "residual_dropout", "mlp_dropout")
+    checks.numbers(self, checks.RATE, *rates)
+    scales = ("mlp_scale", "rope_base", "norm_eps")
+    checks.numbers(self, checks.POSITIVE, *scales)
     kv_heads = self.num_kv_heads or self.num_heads
     if self.width % self.num_heads or (self.width // self.num_heads) % 4:
       raise ValueError(

@@ -284,7 +284,9 @@ class Workloads:
     task = loop.make_task(stage, self.workdir, model, images=False)
     tx, layout = loop.make_layout(stage, model, mesh)
     averaged = layout.ema is not None
-    _, state = train_step.init_state(model, tx, stage.seed, averaged, mesh)
+    _, state = train_step.init_state(
+      model, tx, stage.seed, averaged, mesh, copy=False
+    )
     step, count = loop.make_step(stage, model, task, tx, layout)
     inputs = {"tokens": self.tokens(batch, model), "cond": self.rows(batch)}
     inputs = jax.device_put(inputs, sharding.rows(mesh))

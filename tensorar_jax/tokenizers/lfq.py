@@ -26,6 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tensorar_jax.interfaces import CONV, LINEAR, Batch, Key, Rule
+from tensorar_jax.nn import checks
 from tensorar_jax.nn.convolutions import (
   HIGHEST,
   Conv,
@@ -83,9 +84,11 @@ class Config(Levels):
   dtype: str = "float32"
 
   def __post_init__(self):
+    self.check()
     widths = (self.channels, *self.widths)
     check_norm_groups(self.norm_groups, widths)
-    self.grid_of(*self.image_size)
+    weights = ("commitment_weight", "entropy_weight")
+    checks.numbers(self, checks.NOT_NEGATIVE, *weights)
     if not self.bits or not all(0 < b <= MAX_BITS for b in self.bits):
       raise ValueError(
         f"bits={self.bits}: expected 1 to {MAX_BITS} for each sub-token; split"

@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from tensorar_jax.interfaces import CONV, Rule
+from tensorar_jax.nn import checks
 from tensorar_jax.nn.convolutions import Conv, GroupNorm, residual_blocks
 from tensorar_jax.nn.image_tokenizer import (
   Codebook,
@@ -54,9 +55,10 @@ class Config(Levels):
   dtype: str = "float32"
 
   def __post_init__(self):
+    self.check("code_dim", "codebook_size")
     widths = (self.channels, *self.widths)
     check_norm_groups(self.norm_groups, widths)
-    self.grid_of(*self.image_size)
+    checks.numbers(self, checks.NOT_NEGATIVE, "codebook_weight")
 
 
 VARIANTS: dict[str, Config] = {"f16": Config()}

@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tensorar_jax.interfaces import Rule
-from tensorar_jax.nn.image_tokenizer import check_channels, check_length
+from tensorar_jax.nn import checks
+from tensorar_jax.nn.image_tokenizer import check_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,7 @@ class Config:
       raise ValueError(
         f"levels={self.levels}; expected 2 to 256, for example 17 for digits."
       )
-    if min(*self.image_size, self.image_channels) < 1:
-      raise ValueError(
-        f"image_size={self.image_size}, image_channels={self.image_channels};"
-        " expected positive sizes, for example (8, 8) and 1."
-      )
+    checks.numbers(self, checks.COUNT, "image_size", "image_channels")
 
 
 VARIANTS: dict[str, Config] = {"digits": Config()}
@@ -60,9 +57,9 @@ class Model(nnx.Module):
     self.vocab_sizes = (config.levels,) * config.image_channels
 
   def encode(self, images: Float[Array, "B h w C"]) -> Int[Array, "B T C"]:
-    """The level of every pixel; values outside [-1, 1] are clipped."""
+    """The level of every pixel; small excursions from [-1, 1] are clipped."""
     channels = self.config.image_channels
-    check_channels(images, channels)
+    checks.images(images, channels)
     top = self.config.levels - 1
     levels = jnp.round((images.astype(jnp.float32) + 1.0) / 2.0 * top)
     levels = jnp.clip(levels, 0, top).astype(jnp.int32)
@@ -73,6 +70,7 @@ class Model(nnx.Module):
   ) -> Float[Array, "B h w C"]:
     """Images in [-1, 1]; `grid` (height, width) where not `self.grid`."""
     rows, cols = grid = grid or self.grid
+    checks.tokens(tokens, self.vocab_sizes, "B, T, F")
     check_length(tokens, grid)
     levels = tokens.reshape(tokens.shape[0], rows, cols, tokens.shape[-1])
     return levels.astype(jnp.float32) / (self.config.levels - 1) * 2.0 - 1.0

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from tensorar_jax.interfaces import CONV, Rule
+from tensorar_jax.nn import checks
 from tensorar_jax.nn.convolutions import (
   HIGHEST,
   Conv,
@@ -100,8 +101,10 @@ class Config(Levels):
         f"weights={self.weights!r}: expected one of {tuple(WEIGHTS)}, the"
         " kinds of published files."
       )
+    self.check("latent_channels", "code_dim", "codebook_size")
     check_norm_groups(self.norm_groups, self.widths)
-    self.grid_of(*self.image_size)
+    weights = ("commitment_weight", "entropy_weight")
+    checks.numbers(self, checks.NOT_NEGATIVE, *weights)
 
 
 VARIANTS = {

@@ -10,7 +10,6 @@ import re
 import jax
 import numpy as np
 from absl import logging
-from tensorboardX import SummaryWriter
 
 from tensorar_jax.checkpoints import files
 
@@ -67,9 +66,12 @@ class TrainLog:
   """
 
   def __init__(self, folder: pathlib.Path, num_steps: int):
+    # TensorBoard's own writer would install its server as well. This one
+    # imports PyTorch where that is installed, which takes seconds.
+    from tensorboardX import SummaryWriter
+
     self._path = folder / "log.jsonl"
     self._stage, self._num_steps = folder.name, num_steps
-    # TensorBoard's own writer would install its server as well.
     self._events = SummaryWriter(str(folder / "tensorboard"))
 
   def resume(self, step: int) -> None:

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from tensorar_jax.checkpoints import files, orbax_io, resumable, torch_import
 from tensorar_jax.conditioning.conditions import TextConditioning
-from tensorar_jax.data import codes, pipeline, sources
+from tensorar_jax.data import codes, fingerprints, pipeline, sources
 from tensorar_jax.experiment import build, initial_weights, published, saved
 from tensorar_jax.experiment.schema import Stage, TrainConfig
 from tensorar_jax.interfaces import Batch, Tokenizer
@@ -69,7 +69,8 @@ class Training:
     data: endless iterator over this process's part of the batches.
     meter: runs the steps and times them.
     checkpoints: where it saves.
-    origin: what every checkpoint says of it: its config, its parents' ids.
+    origin: what every checkpoint says of it: its config, its parents' ids, a
+      digest of its data.
     began: `time.monotonic()` at its start, had it never been interrupted.
     state: after the newest step.
     pending: metrics of each step since the last row of the log.
@@ -270,7 +271,9 @@ def _prepare(
   if restored and restored[0].step == config.num_steps:
     checkpoints.close()
     return None
-  task, data = _task_and_data(stage, folder, model, mesh)
+  task, data, trained_on = _task_and_data(stage, folder, model, mesh)
+  before = restored[2].get("trained_on") if restored else None
+  origin["trained_on"] = saved.check_data(stage, folder, before, trained_on)
   if restored:
     state, position, meta = restored
     data.set_state(position)
@@ -278,7 +281,9 @@ def _prepare(
   else:
     model = initial_weights.initial_model(stage, folder.parent, mesh)
     averaged = layout.ema is not None
-    _, state = train_step.init_state(model, tx, stage.seed, averaged, mesh)
+    _, state = train_step.init_state(
+      model, tx, stage.seed, averaged, mesh, copy=False
+    )
     meta = {"seconds": 0.0, "pending": []}
   _log_sizes(folder.name, state, mesh)
   step, count_flops = make_step(stage, model, task, tx, layout)
@@ -300,14 +305,15 @@ def _prepare(
 
 def _task_and_data(
   stage: Stage, folder: pathlib.Path, model: nnx.Module, mesh: Mesh
-) -> tuple[Task, grain.DatasetIterator]:
-  """Makes what to train on, and the iterator over this process's part of it."""
+) -> tuple[Task, grain.DatasetIterator, dict[str, Any]]:
+  """Makes what to train on: (task, this process's part, digest of the data)."""
   config = stage.data
   source = sources.load(
     config.name, config.train_split, data_dir=config.data_dir
   )
+  trained_on = fingerprints.of(source)
   if jax.process_count() > 1:
-    resumable.check_same("data set", sources.identity(source))
+    resumable.check_same("data set", trained_on)
   images = not isinstance(source, codes.TokenSource)
   if not images:
     if not isinstance(model, TensorAR):
@@ -340,7 +346,8 @@ def _task_and_data(
     return sharding.global_batch(task.prepare(batch), mesh, share)
 
   context = sharding.replicate(task.context, mesh)
-  return dataclasses.replace(task, context=context, prepare=prepare), data
+  task = dataclasses.replace(task, context=context, prepare=prepare)
+  return task, data, trained_on
 
 
 def make_layout(

@@ -19,7 +19,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from tensorar_jax.interfaces import Key
-from tensorar_jax.nn import flops
+from tensorar_jax.nn import checks, flops
 from tensorar_jax.parallel import sharding, weights
 
 
@@ -74,24 +74,30 @@ def init_state(
   seed: int,
   ema: bool,
   mesh: Mesh | None = None,
+  *,
+  copy: bool = True,
 ) -> tuple[weights.Skeleton, TrainState]:
   """Makes the skeleton of a model, and the state before the first step.
 
   Args:
     model: with its initial weights.
     tx: the optimiser.
-    seed: of the run's key.
+    seed: of the run's key; see `checks.seed`.
     ema: whether to keep an average of the weights.
     mesh: where the state lies; by default one device has it all.
+    copy: whether the state has weights of its own. If not, it takes those of
+      the model that are in their place, which saves the memory of a copy: the
+      first step donates them, and the model cannot be used any more.
   """
+  checks.seed(seed)
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   skeleton, params, frozen = weights.split(model)
   # An initialiser may leave a weak type, which the first update makes strong.
   params = {path: jnp.asarray(p, p.dtype) for path, p in params.items()}
   shardings = sharding.shardings(state_layout(model, tx, ema, mesh))
-  # Weights that are in their place already stay there, uncopied.
-  params = jax.device_put(params, shardings.params)
-  frozen = jax.device_put(frozen, shardings.frozen)
+  may_alias = None if not copy else False
+  params = jax.device_put(params, shardings.params, may_alias=may_alias)
+  frozen = jax.device_put(frozen, shardings.frozen, may_alias=may_alias)
 
   def all_but_weights(params):
     state = _first_state(params, {}, tx, seed, ema)
@@ -112,7 +118,9 @@ def make_train_step(
 ) -> Callable:
   """Makes the jitted step (state, context, batch) -> (state, metrics).
 
-  It donates the state. Metrics are scalars: "loss", "grad_norm", the loss's.
+  It donates the state: the old one's arrays are deleted, and with them those of
+  a model that it was made of without a copy; see `init_state`. Metrics are
+  scalars: "loss", "grad_norm", the loss's.
 
   Args:
     skeleton: of the model.

@@ -99,7 +99,8 @@ class Case:
       scale = setting["guidance_scale"]
       config = tj.SamplingConfig(
         temperature=0.0,
-        guidance=scale or 1.0,  # 0 stands for conditional sampling
+        guidance=scale,
+        unguided_scale=0.0,  # 0 stands for conditional sampling
         guidance_power=setting["guidance_scale_pow"],
         return_logits=True,
       )

@@ -56,6 +56,38 @@ def test_parameters_and_views_are_tensors_like_others(state, tmp_path):
   assert_holds(tmp_path / "old.pt", state)
 
 
+@pytest.mark.parametrize(
+  "wrap",
+  [
+    lambda n: f"_orig_mod.{n}",
+    lambda n: f"module.{n}",
+    lambda n: f"module._orig_mod.{n}",
+    lambda n: f"_orig_mod.module.{n}",
+    lambda n: f"_fsdp_wrapped_module.{n}",
+    lambda n: n.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+    lambda n: n.replace("layers.0.", "layers.0._orig_mod."),
+  ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_wrappers_leave_nothing_in_the_names(wrap, suffix, state, tmp_path):
+  path, wrapped = tmp_path / f"a.{suffix}", {wrap(n): state[n] for n in state}
+  save = torch.save if suffix == "pt" else safetensors.torch.save_file
+  save(wrapped, path)
+  assert_holds(path, state)
+
+
+def test_a_name_that_only_some_have_is_no_wrapper(state, tmp_path):
+  mixed = {
+    f"module.{n}" if i else n: t for i, (n, t) in enumerate(state.items())
+  }
+  torch.save(mixed, tmp_path / "a.pt")
+  assert torch_files.load_state_dict(tmp_path / "a.pt").keys() == mixed.keys()
+  twice = {**state, "_orig_mod.norm.weight": state["norm.weight"]}
+  torch.save(twice, tmp_path / "a.pt")
+  with pytest.raises(ValueError, match="one name but for a wrapper's prefix"):
+    torch_files.load_state_dict(tmp_path / "a.pt")
+
+
 def divided(state, folder, suffix=".safetensors"):
   """An index of the state dict in two files."""
   files = {}

@@ -7,7 +7,7 @@ import numpy as np
 
 from tensorar_jax.checkpoints import resumable
 from tensorar_jax.cli import config, training
-from tensorar_jax.data import sources
+from tensorar_jax.data import fingerprints, sources
 
 
 def test_processes_compare_command_config_and_packages(monkeypatch):
@@ -44,11 +44,11 @@ def test_the_code_is_compared(tmp_path, monkeypatch):
 def test_the_data_are_compared():
   images = np.arange(5 * 12, dtype=np.uint8).reshape(5, 2, 2, 3)
   labels = np.arange(5, dtype=np.int32)
-  made = lambda images, labels: sources.identity(
+  made = lambda images, labels: fingerprints.of(
     sources.ArraySource(images, labels, num_classes=5)
   )
   one = made(images, labels)
-  assert one == made(images.copy(), labels) and one["examples"] == 5
+  assert one == made(images.copy(), labels) and one["images"] == 5
   others = [made(images[::-1], labels), made(images, labels[::-1])]
   others.append(made(images[:4], labels[:4]))
   assert one not in others

@@ -181,6 +181,10 @@ def test_a_flag_of_another_mode_is_named_with_its_modes(mode):
     (["--num_images=x"], "--num_images: expected a whole number, got 'x'"),
     (["--num_images=0"], "--num_images: expected at least 1, got 0"),
     (["--mode=sample", "--classes=1,x"], "--classes: expected a whole number"),
+    (
+      ["--mode=sample", "--classes=dog"],
+      "such as 207,360 (no names), got 'dog'",
+    ),
     (["--mode=sample", "--pngs=maybe"], "expected true or false"),
     (["--mode=tokenize", "--recipe=centre"], "one of center, flip, ten_crop"),
     (["--workdir"], "--workdir: expected one argument"),

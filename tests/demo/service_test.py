@@ -129,7 +129,7 @@ def test_no_request_compiles_anew(studio):
     (dict(label=1.5), "the class is 1.5"),
     (dict(label=None), "the class is None"),
     (dict(label="cat"), "the class is 'cat'"),
-    (dict(seed=2**31), "the seed is 2147483648"),
+    (dict(seed=2**32), "the seed is 4294967296"),
     (dict(seed=float("nan")), "the seed is nan"),
     (dict(num_images=4), "the number of images is 4: .* from 1 to 3"),
     (dict(num_images=0), "the number of images is 0"),

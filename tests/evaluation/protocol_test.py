@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tensorar_jax.checkpoints import resumable
+from tensorar_jax.cli import evaluation
 from tensorar_jax.evaluation import protocol
 from tensorar_jax.experiment.schema import Stage
 from tensorar_jax.generation import npz, sample_files
@@ -228,6 +229,22 @@ BAD = {
   ),
   "objects": Bad({"arr_0": np.array([None, 1])}, "object; expected uint8"),
 }
+
+
+def test_three_images_are_refused_before_any_network_is_read(field, tmp_path):
+  np.savez(tmp_path / "four.npz", IMAGES[:4])
+  three, four = field / "three.npz", tmp_path / "four.npz"
+  nowhere = str(tmp_path / "nowhere.pth")
+  for reference, samples in ((four, three), (three, four)):
+    options = evaluation.Evaluate(
+      samples=str(samples), reference=str(reference), inception=nowhere
+    )
+    with pytest.raises(
+      ValueError, match="three.npz holds 3 images: .* least 4"
+    ):
+      evaluation.measure_file(options, samples)
+  with pytest.raises(ValueError, match="asked for 3 images: expected at least"):
+    protocol.check_count("asked for", 3)
 
 
 @pytest.fixture(scope="module")

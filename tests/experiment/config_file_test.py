@@ -30,6 +30,20 @@ def test_the_projects_configs_are_found_from_anywhere(
   assert config_file.load(name) == expected
 
 
+def test_a_misspelt_key_in_a_file_is_named_plainly_with_its_line(tmp_path):
+  (tmp_path / "own.py").write_text(OWN.replace("config.seed", "config.trian.x"))
+  with pytest.raises(ValueError, match="own.py, line 8: .*'trian'") as error:
+    config_file.load(str(tmp_path / "own.py"))
+  said = str(error.value)
+  assert 'Did you mean "train"' in said and "\\" not in said
+  assert len(said.splitlines()) == 1
+
+
+def test_a_wrong_path_outside_of_the_project_lists_its_configs(tmp_path):
+  with pytest.raises(ValueError, match="no such file.*configs/digits.py"):
+    config_file.find(str(tmp_path / "absent.py"))
+
+
 def test_a_file_of_the_users_may_import_them(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "own.py").write_text(OWN)

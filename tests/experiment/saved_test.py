@@ -57,3 +57,12 @@ def test_a_stage_without_data_is_refused():
   stage = config_file.load("configs/digits.py").stages["base"]
   with pytest.raises(ValueError, match="the config lacks data.name"):
     saved.saved_config(parse.changed(stage, "data.name", ""))
+
+
+def test_a_stage_that_is_not_trained_yet_says_so(tmp_path):
+  with pytest.raises(
+    ValueError, match="stage 'base'. Train it first: --mode=tr"
+  ):
+    saved.trained(tmp_path / "base")
+  with pytest.raises(ValueError, match="'base' is neither .*train that stage"):
+    saved.resolve("base", tmp_path)

@@ -52,6 +52,16 @@ def test_the_suite_s_own_files_are_of_this_layout(parity):
   np.testing.assert_array_equal(got, stored["arr_0"])
 
 
+def test_a_folder_or_a_missing_file_says_what_to_pass(tmp_path):
+  with pytest.raises(ValueError, match="nowhere.npz: no such file"):
+    npz.SampleFile(tmp_path / "nowhere.npz")
+  with pytest.raises(ValueError, match="is a folder.*numpy.savez.*PNG"):
+    npz.SampleFile(tmp_path)
+  np.savez(tmp_path / "samples.npz", np.zeros((2, 1, 1, 3), np.uint8))
+  with pytest.raises(ValueError, match="is a folder.*take .*samples.npz"):
+    npz.SampleFile(tmp_path)
+
+
 def test_a_damaged_shard_is_named(made, tmp_path):
   _, labels, shards = made
   shards[1].write_bytes(shards[1].read_bytes()[:-1])

@@ -213,6 +213,23 @@ def test_settings_may_differ_between_sub_tokens():
     SamplingConfig(top_p=(1.0, 0.0))
 
 
+def test_small_scales_mean_no_guidance_where_the_config_says_so():
+  zero = SamplingConfig(guidance=0.0)
+  assert zero.guided and (zero.guidance_scales(3) == 0).all()
+  for unguided, scales, want in (
+    (0.0, 0.0, [1.0]),
+    (0.0, 0.5, [0.5]),
+    (1.0, 0.5, [1.0]),
+    (1.0, (1.9, 0.5), [1.9, 1.0]),
+  ):
+    config = SamplingConfig(guidance=scales, unguided_scale=unguided)
+    got = config.guidance_scales(3, len(want))
+    np.testing.assert_allclose(got, [want] * 3)
+    assert config.guided == (want != [1.0])
+  with pytest.raises(ValueError, match="unguided_scale=nan: expected a finite"):
+    SamplingConfig(unguided_scale=np.nan)
+
+
 def test_guidance_one_is_unguided_sampling():
   model, cond = tiny.wrapped(2), tiny.cond()
   rng = jax.random.key(0)

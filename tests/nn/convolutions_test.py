@@ -64,10 +64,7 @@ def test_checks_name_value_expectation_and_remedy():
   image_tokenizer.check_norm_groups(2, (4, 6))
   with pytest.raises(ValueError, match=r"norm_groups=4 .*\[6\]; .* example 2"):
     image_tokenizer.check_norm_groups(4, (4, 6))
-  images, tokens = jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 14, 1))
-  image_tokenizer.check_channels(images, 3)
-  with pytest.raises(ValueError, match="expected 1 channels .*; convert"):
-    image_tokenizer.check_channels(images, 1)
+  tokens = jnp.zeros((2, 14, 1))
   image_tokenizer.check_length(tokens, (2, 7))
   with pytest.raises(ValueError, match=r"expected 15 .* \(3, 5\); pass"):
     image_tokenizer.check_length(tokens, (3, 5))

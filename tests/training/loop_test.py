@@ -1,6 +1,7 @@
 import json
 import logging as py_logging
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -17,7 +18,8 @@ from absl import logging
 import tensorar_jax as tj
 from tensorar_jax.checkpoints import orbax_io, resumable
 from tensorar_jax.data import pipeline
-from tensorar_jax.experiment import build
+from tensorar_jax.experiment import build, published
+from tensorar_jax.experiment import saved as saved_lib
 from tensorar_jax.parallel import preemption, sharding, weights
 from tensorar_jax.training import logs, loop, train_step
 from tests.tiny_configs import stage
@@ -353,6 +355,54 @@ def test_weights_of_another_model_are_refused(trained, tmp_path):
 def test_bad_settings_say_what_was_expected(section, value, words):
   with pytest.raises(ValueError, match=words):
     loop.check(stage(**{section: value}))
+
+
+def test_an_export_says_what_it_leaves_out(trained, tmp_path, caplog):
+  with caplog.at_level("INFO"):
+    published.export_stage(trained, tmp_path / "a.safetensors")
+  said = caplog.text
+  assert "the 16 tensors of the backbone llamagen" in said
+  assert "encoder and decoder, are left out" in said
+  assert "trained, not averaged" in said and "--ema writes the average" in said
+  published.export_stage(trained, tmp_path / "b.safetensors", ema=True)
+  a, b = (
+    (tmp_path / n).read_bytes() for n in ("a.safetensors", "b.safetensors")
+  )
+  assert len(a) == len(b) and a != b
+
+
+def write_codes(root, numbers):
+  """Published codes of 8 x 8 tokens, a file for each number."""
+  for kind in ("codes", "labels"):
+    (root / f"imagenet8_{kind}").mkdir(parents=True, exist_ok=True)
+  for number in numbers:
+    codes = np.random.default_rng(number).integers(0, 17, (1, 1, 64))
+    np.save(root / "imagenet8_codes" / f"{number}.npy", codes)
+    np.save(root / "imagenet8_labels" / f"{number}.npy", [number % 10])
+
+
+def test_a_training_goes_on_with_the_data_it_began_with(tmp_path, caplog):
+  folder, root = tmp_path / "stage", tmp_path / "data"
+  write_codes(root, range(9))
+  sections = dict(data=dict(name=f"codes:{root}"))
+  loop.fit(stage(4, **sections), folder)
+  meta = orbax_io.run_meta(folder)
+  assert meta["trained_on"]["images"] == 9
+  shutil.rmtree(folder / "checkpoints" / "4")
+  write_codes(root, [9])  # grown
+  words = "other data than codes:.*'images': 9.*'images': 10.*accept_changed"
+  with pytest.raises(ValueError, match=words):
+    loop.fit(stage(4, **sections), folder)
+  accepted = dict(data=dict(sections["data"], accept_changed=True))
+  loop.fit(stage(4, **accepted), folder)
+  assert "It goes on" in caplog.text
+  assert orbax_io.run_meta(folder)["trained_on"]["images"] == 10
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_goes_on():
+  now = {"images": 1, "sha256": "a"}
+  for before in (None, now):
+    assert saved_lib.check_data(stage(), pathlib.Path("x"), before, now) == now
 
 
 @pytest.mark.parametrize("objective", ["classifier", "tokenizer"])

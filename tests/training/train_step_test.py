@@ -30,6 +30,16 @@ def linear_step(accumulate, loss):
   return step(state, None, jax.tree.map(jnp.float32, batch))
 
 
+def test_a_step_leaves_the_callers_model_alone():
+  model, tx = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), optax.sgd(0.1)
+  skeleton, state = train_step.init_state(model, tx, 0, False)
+  step = train_step.make_train_step(skeleton, squared_error, tx, 0.0)
+  batch = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))}
+  before = np.asarray(model.kernel[...]).copy()
+  step(state, None, batch)
+  np.testing.assert_array_equal(model.kernel[...], before)
+
+
 def squared_error(model, context, batch, rng, step):
   loss = jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
   return loss, {"first": batch["x"][0, 0], "draw": jax.random.uniform(rng)}

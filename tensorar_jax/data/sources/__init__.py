@@ -12,9 +12,7 @@ tokenization and evaluation call `load`; `pipeline` makes batches of the result.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import importlib
 import pkgutil
 from types import ModuleType
@@ -94,33 +92,6 @@ def load(
       return module.load(argument, split, data_dir)
   usages = "; ".join(_module(kind).USAGE for kind in kinds)
   raise ValueError(f"unknown data set {name!r}; known are: {usages}")
-
-
-def identity(source: Source | TokenSource) -> dict[str, Any]:
-  """What tells a source from another one: its size, and digests of a part.
-
-  Of its names or files, if it has a `fingerprint`; and of its first and last
-  example, where they can be read.
-  """
-  digest = hashlib.sha256()
-  with contextlib.suppress(ValueError):  # training skips or names a broken one
-    for position in (0, len(source) - 1):
-      if isinstance(source, TokenSource):
-        at = np.array([position])
-        example = source.fetch(at, np.zeros(1, int))
-      else:
-        example = source[position]
-      for name, value in sorted(example.items()):
-        value = np.asarray(value)
-        digest.update(f"{name} {value.dtype} {value.shape}".encode())
-        is_text = value.dtype.kind in "OSU"
-        digest.update(str(value).encode() if is_text else value.tobytes())
-  named = getattr(source, "fingerprint", None)
-  return {
-    "examples": len(source),
-    "files": named() if named else None,
-    "first and last": digest.hexdigest()[:16],
-  }
 
 
 def _module(kind: str) -> ModuleType:
