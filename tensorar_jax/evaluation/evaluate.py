@@ -21,6 +21,8 @@ from jaxtyping import Int
 
 from tensorar_jax.checkpoints import files, orbax_io, resumable
 from tensorar_jax.conditioning.conditions import ClassConditioning
+from tensorar_jax.data import sources
+from tensorar_jax.data.codes import TokenSource
 from tensorar_jax.evaluation import diagnostics, yardsticks
 from tensorar_jax.evaluation.metrics import METRICS
 from tensorar_jax.evaluation.yardsticks import YARDSTICKS, Yardstick
@@ -40,6 +42,7 @@ RECORD = {  # what is read again of evaluation.json
   "guidance_scan": dict,
   "seconds": float,
 }
+COUNTED = 2000  # training images whose tokens are counted for first guesses
 SHOWN = 10  # images of a label and a seed that are kept for the pictures
 
 
@@ -94,13 +97,28 @@ class LoadedSubject:
     self.conditioning = conditions or build.conditioning(stage.conditioning)
     self.config, self.noise = stage.sampling, stage.noise
     self.batch_size, self.folder = batch_size, folder
+    self.data = stage.data
 
-  def count_tokens(self, held_out: dict[str, np.ndarray]) -> None:
-    """Writes how often each token occurs, for the parallel decoder."""
-    tokens = batches.encode(self.tokenizer, held_out["image"])
+  def count_tokens(self) -> None:
+    """Writes how often each token occurs, for the parallel decoder.
+
+    It counts the first COUNTED images that the stage was trained on.
+    """
+    source = sources.load(
+      self.data.name, self.data.train_split, data_dir=self.data.data_dir
+    )
+    count = min(COUNTED, len(source))
+    if isinstance(source, TokenSource):
+      rows = source.fetch(np.arange(count), np.zeros(count, int))
+      tokens = rows["tokens"]
+    else:
+      examples = [source[i] for i in range(count)]
+      rows = {"label": np.array([one.get("label", 0) for one in examples])}
+      images = np.stack([one["image"] for one in examples])
+      tokens = batches.encode(self.tokenizer, images)
     vocab_sizes, labels, classes = self.model.vocab_sizes, None, 1
     if isinstance(self.conditioning, ClassConditioning):
-      labels, classes = held_out["label"], self.conditioning.num_classes
+      labels, classes = rows["label"], self.conditioning.num_classes
     guesses.save(self.folder, tokens, vocab_sizes, labels, classes)
 
   def draw(
@@ -151,8 +169,7 @@ def measure_model(
   started = time.monotonic()
   conditions = yardstick.conditions(subject.stage)
   model = LoadedSubject(subject, settings.batch_size, conditions)
-  held_out = yardstick.held_out(settings.held_out_images)
-  model.count_tokens(held_out)
+  model.count_tokens()
   labels = yardstick.labels(settings.num_images, settings.scan_images)
   scan = {}
   for scale in settings.guidance if len(settings.guidance) > 1 else ():
@@ -175,6 +192,7 @@ def measure_model(
     **{k: np.concatenate([part[k] for part in shown]) for k in shown[0]},
     names=np.array(yardstick.names),
   )
+  held_out = yardstick.held_out(settings.held_out_images)
   refinement = model.diagnose(best, held_out)
   result["entropy"] = refinement["entropy"]
   result["cross_entropy"] = refinement["cross_entropy"]["training_noise"][0]
