@@ -198,7 +198,7 @@ def test_a_file_is_new_and_whole_or_not_there(suffix, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(os, "replace", interrupt)
+    patch.setattr(os, "link", interrupt)
     torch_export.save(path, ONE)
   assert not list(tmp_path.iterdir())
   torch_export.save(path, ONE)
