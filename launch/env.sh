@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The environment of every run, and two functions; the launchers source it.
+# The environment of every run, and a few functions; the launchers source it.
 # What you have set yourself stays, or comes last and wins.
 
 # GPUs: the scheduler that starts a layer's gathers and sums before they are
@@ -52,4 +52,19 @@ environment() {
 die() {
   echo "error: $*" >&2
   exit 2
+}
+
+# Ends unless the whole value of an option fits a pattern: check NAME VALUE
+# PATTERN EXPECTED. What goes into YAML or another command is checked here.
+check() {
+  [[ $2 =~ ^($3)$ ]] || die "--$1=$2: expected $4."
+}
+
+# Ends if one of the words would break a line of YAML.
+one_line() {
+  local word
+  for word; do
+    [[ $word != *[[:cntrl:]]* ]] ||
+      die "a line break or the like in $(printf %q "$word"): expected none."
+  done
 }

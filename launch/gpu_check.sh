@@ -33,6 +33,9 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ $seconds =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]] || die "--seconds=$seconds: expected numbers, as 300,150,90."
+# The shell leaves ~ after = as it is.
+output=${output/#'~/'/"$HOME/"} cache=${cache/#'~/'/"$HOME/"}
+[[ $output$cache != *://* ]] || die "--output=$output --cache=$cache: expected folders of this machine, no URL."
 mkdir -p "$output"
 cache=${cache:-${TMPDIR:-/tmp}/tensorar_jax_gpu_check}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$cache/jax}

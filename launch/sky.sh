@@ -37,23 +37,24 @@ while [[ ${1:-} == -* ]]; do
   shift
 done
 [[ $# -gt 0 ]] || die "expected a CONFIG after the options."
-[[ $name =~ ^[a-z][a-z0-9-]{0,38}[a-z0-9]$ ]] ||
-  die "--name=$name: expected 2 to 40 small letters, digits and -."
-[[ -n $volume ]] || die "--volume=: expected the name of a volume."
-[[ $nodes =~ ^[1-9][0-9]*$ ]] || die "--nodes=$nodes: expected 1 or more."
-for word; do
-  [[ $word != *$'\n'* ]] || die "a line break in $word: expected none."
-done
+check name "$name" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' "up to 40 small letters, digits and -"
+check volume "$volume" '[A-Za-z0-9][A-Za-z0-9._-]*' "the name of a volume"
+check nodes "$nodes" '[1-9][0-9]{0,5}' "1 or more"
+check infra "$infra" '[A-Za-z0-9][A-Za-z0-9._/:@*-]*' "a place, as kubernetes/CONTEXT"
+check gpus "$gpus" '[A-Za-z0-9][A-Za-z0-9._-]*(:[1-9][0-9]{0,2})?' "GPUs and their number, as H100:8"
+one_line "$@"
+[[ $1 != *[{}]* ]] || die "$1: expected a CONFIG without braces."
 
 task=$(< launch/sky.yaml)
 fill() {
   task=${task//"{$1}"/"$2"}
 }
-fill NAME "$name"
+# In quotes: yes, 4e2 and null would be no texts to YAML.
+fill NAME "\"$name\""
 fill NODES "$nodes"
-fill INFRA "$infra"
-fill GPUS "$gpus"
-fill VOLUME "$volume"
+fill INFRA "\"$infra\""
+fill GPUS "\"$gpus\""
+fill VOLUME "\"$volume\""
 fill EXTRA "$extra"
 fill CONFIG "$(show "$1")"
 fill FLAGS "$(show "${@:2}")" # last: a flag may have braces

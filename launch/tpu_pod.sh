@@ -37,6 +37,10 @@ while [[ ${1:-} == -* ]]; do
   shift
 done
 [[ -n $name && -n $zone ]] || die "--name=$name --zone=$zone: expected both."
+# gcloud would take other words for flags, or for other machines.
+check name "$name" '([A-Za-z_][A-Za-z0-9_.-]*@)?[a-z]([a-z0-9-]{0,61}[a-z0-9])?' "small letters, digits and -, perhaps after USER@"
+check zone "$zone" '[a-z][a-z0-9-]*' "a zone, as us-east5-b"
+check project "$project" '([a-z0-9][a-z0-9.:-]*)?' "the ID of a project, as my-project-1"
 case $action in
   start) [[ $# -gt 0 ]] || die "--action=start: expected a CONFIG." ;;
   *) [[ $# -eq 0 ]] || die "--action=$action: expected no CONFIG and no flags, got $*." ;;
@@ -66,8 +70,8 @@ case $action in
       trap 'rm -rf "$folder"' EXIT
     fi
     # What git does not ignore: new configs too, but no runs and no .venv.
-    run bash -c "git ls-files -z --cached --others --exclude-standard |
-      tar --null --files-from=- -czf $folder/$archive"
+    run bash -c 'git ls-files -z --cached --others --exclude-standard |
+      tar --null --files-from=- -czf "$0"' "$folder/$archive"
     run gcloud compute tpus tpu-vm scp "$folder/$archive" "$name:" "${where[@]}"
     # The metadata server knows the hosts, but JAX asks it only if it is told
     # to: --coordinator=auto.

@@ -40,11 +40,10 @@ while [[ ${1:-} == -* ]]; do
   shift
 done
 [[ $# -gt 0 ]] || die "expected a CONFIG after the options."
-[[ $name =~ ^[a-z][a-z0-9-]{0,38}[a-z0-9]$ ]] ||
-  die "--name=$name: expected 2 to 40 small letters, digits and -."
+check name "$name" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' "up to 40 small letters, digits and -"
 [[ -n $cluster && -n $image && -n $tpu ]] ||
   die "--cluster=$cluster --image=$image --tpu=$tpu: expected all three."
-[[ $restarts =~ ^[0-9]+$ ]] || die "--restarts=$restarts: expected a number."
+check restarts "$restarts" '[0-9]{1,6}' "a number"
 
 # GKE tells every pod its place. XPK sends SIGTERM to the shell that it starts:
 # `exec` makes that the run. Kubernetes must not expand $(X) of the user's.

@@ -179,7 +179,7 @@ def test_k8s_dry_run(accelerator):
   flags = main["command"][2:-3]
   if accelerator == "tpu":
     assert flags == ["--coordinator=auto"]
-    assert main["resources"]["limits"] == {"google.com/tpu": 4}
+    assert main["resources"]["limits"]["google.com/tpu"] == 4
     selector = {k.rsplit("-", 1)[1]: v for k, v in pod["nodeSelector"].items()}
     assert selector["topology"] == "4x4"
   else:
@@ -189,7 +189,7 @@ def test_k8s_dry_run(accelerator):
       "--num_processes=4",
       "--process_id=$(JOB_COMPLETION_INDEX)",
     ]
-    assert main["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert main["resources"]["limits"]["nvidia.com/gpu"] == 8
 
 
 def test_xpk_dry_run():
@@ -263,6 +263,93 @@ def test_the_images_are_for_gpus_and_tpus_and_have_no_rights():
       assert name == "${CUDA}" or name in EXTRAS, name
   for launcher in ("k8s.sh", "xpk.sh"):
     assert "launch/Dockerfile" in (ROOT / "launch" / launcher).read_text()
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "tpu"])
+def test_pods_have_no_rights_and_bounded_memory(accelerator):
+  options = []
+  if accelerator == "tpu":
+    options = ["--tpu=tpu-v5-lite-podslice", "--topology=4x4"]
+  pods = []
+  for more in ([], ["--memory=200Gi"], ["--per-host=1"]):
+    (workers,) = manifest(accelerator, *options, *more)["spec"][
+      "replicatedJobs"
+    ]
+    pods.append(workers["template"]["spec"]["template"]["spec"])
+  rights = pods[0]["securityContext"]
+  assert rights["runAsNonRoot"] is True and rights["runAsUser"] == 1000
+  assert rights["seccompProfile"] == {"type": "RuntimeDefault"}
+  assert pods[0]["automountServiceAccountToken"] is False
+  (main,) = pods[0]["containers"]
+  assert main["securityContext"] == {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+  }
+  assert [
+    p["containers"][0]["resources"]["limits"]["memory"] for p in pods
+  ] == [
+    dict(gpu="128Gi", tpu="64Gi")[accelerator],
+    "200Gi",
+    "16Gi",
+  ]
+
+
+# What would be more YAML, or another type there, or a flag of another program.
+K8S = ["--accelerator=gpu", "--name=run-b", "--image=i:1", "--claim=disk"]
+K8S_TPU = ["--accelerator=tpu", *K8S[1:], "--tpu=v5", "--topology=4x4"]
+SKY = ["--name=b", "--volume=disk"]
+POD = ["--name=pod", "--zone=z"]
+BAD = [
+  *(("k8s.sh", K8S, f"--claim={v}") for v in ("d\n- x: y", "a}", "A b", "-a")),
+  *(("k8s.sh", K8S, f"--image={v}") for v in ('a", "b', "a b", "[a]", "-a")),
+  *(("k8s.sh", K8S, f"--name={v}") for v in ("a\nkind: Pod", "a: b", "Ab")),
+  *(("k8s.sh", K8S, f"--hosts={v}") for v in ("0", "1\n", "1e9", "9999999")),
+  *(("k8s.sh", K8S, f"--memory={v}") for v in ("1Gi\nx: y", "all", "-1Gi")),
+  *(("k8s.sh", K8S_TPU, f"--tpu={v}") for v in ("a: b", "a #b", "{a}")),
+  *(("k8s.sh", K8S_TPU, f"--topology={v}") for v in ("4x4\na: b", "4", "x")),
+  ("k8s.sh", K8S, "--tpu=v5"),
+  *(("tpu_pod.sh", POD, f"--name={v}") for v in ("--flag", "a b", "a:b")),
+  *(("tpu_pod.sh", POD, f"--zone={v}") for v in ("--flag", "a b")),
+  ("tpu_pod.sh", POD, "--project=a b"),
+  *(("sky.sh", SKY, f"--volume={v}") for v in ("a\nrun: x", "{FLAGS}")),
+  *(("sky.sh", SKY, f"--gpus={v}") for v in ("a\nb: c", "H100: 8")),
+  *(("sky.sh", SKY, f"--infra={v}") for v in ("k\nb: c", "a: b")),
+]
+
+
+@pytest.mark.parametrize("script, options, bad", BAD)
+def test_values_are_checked_before_they_are_pasted(script, options, bad):
+  text = launch(script, *options, bad, "--dry-run", *RUN, code=2)
+  assert text.startswith("error: ") and bad.split("=")[0] in text
+
+
+@pytest.mark.parametrize("script, options", [("k8s.sh", K8S), ("sky.sh", SKY)])
+def test_texts_of_yaml_stay_texts(script, options):
+  name = "no" if script == "k8s.sh" else "on"
+  disk = "--claim=1e3" if script == "k8s.sh" else "--volume=1e3"
+  found = yaml.safe_load(
+    launch(script, *options, f"--name={name}", disk, "--dry-run", *RUN)
+  )
+  if script == "k8s.sh":
+    (workers,) = found["spec"]["replicatedJobs"]
+    pod = workers["template"]["spec"]["template"]["spec"]
+    assert found["metadata"]["name"] == "no"
+    claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
+  else:
+    assert found["name"] == "on"
+    (claim,) = found["volumes"].values()
+  assert claim == "1e3"
+  for word in ("a\tb", "a\x07"):
+    text = launch(script, *options, "--dry-run", *RUN, word, code=2)
+    assert "a line break or the like in $'a" in text
+
+
+def test_gpu_check_expands_a_home_and_refuses_a_url(tmp_path):
+  home = dict(HOME=str(tmp_path), PYTHON="true")
+  launch("gpu_check.sh", "--output=~/a b", "--parts=speed", **home)
+  assert (tmp_path / "a b").is_dir()
+  text = launch("gpu_check.sh", "--output=gs://b/run", code=2, **home)
+  assert "expected folders of this machine" in text
 
 
 # --- local.sh with several processes -----------------------------------------
@@ -346,7 +433,11 @@ cd {host} && bash -c "${{command#--command=}}"
     "#!/bin/sh\nmkdir -p .venv/bin\nln -s /bin/true .venv/bin/pip\n"
     f"cp {program} .venv/bin/python\n",
   )
+  # A folder for temporary files that a shell must not read as a command.
+  odd = tmp_path / "a b; touch $HOME;'"
+  odd.mkdir()
   own = dict(PATH=f"{stubs}:{os.environ['PATH']}", CODE="", DEAF="")
+  own |= dict(TMPDIR=str(odd))
   pod = "--name=pod", "--zone=z"
   dry = launch("tpu_pod.sh", *pod, "--dry-run", *RUN, cwd=project, **own)
   words = shlex.split(dry)
