@@ -3,25 +3,32 @@
 It shows how images grew token by token and, with a slider, the pictures after
 each look with a map of the changes. Both replay a finished generation from data
 inside the page: moving the slider sends no request, nothing is fetched, and no
-file is written.
+file is written. `guard` stands before the server.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import html
 import io
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 
 from tensorar_jax.conditioning.conditions import TextConditioning
+from tensorar_jax.demo import guard
 from tensorar_jax.demo.service import DemoRequest, Drawn, Studio
 from tensorar_jax.generation import pictures
 
 MAX_WAITING = 16  # requests in the queue; further ones are refused
+MAX_CONNECTIONS = 128  # a page has a few; further ones are refused
+PORTS = range(7860, 7960)  # where a free one is looked for
 _SIDE = 208  # pixels of a small image on the page
 
 _CSS = """
@@ -109,8 +116,20 @@ def _gradio():
   return gradio
 
 
+@contextlib.contextmanager
+def _in_words(gr):
+  """Shows the reader of the page what is wrong with a request."""
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    message = html.escape(str(error))
+    raise gr.Error(message, duration=None, print_exception=False) from error
+
+
 def _fields(gr, studio: Studio, name: str) -> list:
   """The form's fields for a stage: class, prompt, guidance."""
+  with _in_words(gr):
+    name = studio.check_name(name)
   conditions = studio.conditioning(name)
   is_text = isinstance(conditions, TextConditioning)
   label = "Class" if is_text else f"Class, 0 to {conditions.num_classes - 1}"
@@ -127,11 +146,8 @@ def _fields(gr, studio: Studio, name: str) -> list:
 
 def _answer(gr, studio: Studio, request: DemoRequest) -> list:
   """New contents of the page's outputs, or an error message for the reader."""
-  try:
+  with _in_words(gr):
     drawn = studio.draw(request)
-  except (ValueError, OSError) as error:
-    message = html.escape(str(error))
-    raise gr.Error(message, duration=None, print_exception=False) from error
   window = drawn.changed.shape[1]
   slider = gr.Slider(maximum=max(2, window), value=window, visible=window > 1)
   status = f"**{drawn.title}**, drawn in {drawn.seconds:.1f} s"
@@ -160,20 +176,25 @@ def page(studio: Studio, title: str):
         growth = gr.HTML(elem_classes="pictures", elem_id="growth")
         look = gr.Slider(1, 2, step=1, label="Look", visible=False)
         looks = gr.HTML(elem_classes="pictures", elem_id="looks")
+    # Values come as they were sent: `studio` checks them, and says it in words.
     stage.change(
       lambda name: _fields(gr, studio, name),
       inputs=stage,
       outputs=fields,
+      preprocess=False,
       api_visibility="private",
     )
     button.click(
       lambda *values: _answer(gr, studio, DemoRequest(*values)),
       inputs=[stage, label, prompt, seed, guidance, count],
       outputs=[status, growth, look, looks],
+      preprocess=False,
       api_visibility="private",
     )
     look.change(None, inputs=look, outputs=None, js=_SHOW_LOOK)
-  return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+  return app.queue(
+    api_open=False, max_size=MAX_WAITING, default_concurrency_limit=1
+  )
 
 
 def serve(
@@ -181,19 +202,22 @@ def serve(
 ) -> str:
   """Serves the page; without `block`, returns its address.
 
-  `port` None is the first free one from 7860.
+  `port` None is the first free one of PORTS.
   """
-  app, gr = page(studio, title), _gradio()
-  _, url, _ = app.launch(
-    server_name=host,
-    server_port=port,
-    share=False,
+  app, gr, host = page(studio, title), _gradio(), host.strip("[]")
+  # Beside gradio, which needs both.
+  import fastapi
+  import uvicorn
+
+  app.state_session_capacity = 100
+  inner = gr.mount_gradio_app(
+    fastapi.FastAPI(openapi_url=None),
+    app,
+    path="/",
     show_error=True,
-    max_file_size="1mb",  # nothing is uploaded
-    state_session_capacity=100,
-    prevent_thread_lock=True,
-    quiet=True,
+    max_file_size="1b",  # nothing is uploaded
     footer_links=[],
+    run_history=False,
     ssr_mode=False,
     pwa=False,
     mcp_server=False,
@@ -204,7 +228,48 @@ def serve(
     ),
     css=_CSS,
   )
+  config = uvicorn.Config(
+    guard.Guard(inner, host),
+    http="h11",
+    ws="none",
+    lifespan="on",
+    log_level="warning",
+    limit_concurrency=MAX_CONNECTIONS,
+    proxy_headers=False,
+    server_header=False,
+  )
+  server, listener = uvicorn.Server(config), _listen(host, port)
+  serving = threading.Thread(
+    target=server.run, kwargs={"sockets": [listener]}, daemon=True
+  )
+  serving.start()
+  while not server.started:
+    if not serving.is_alive():
+      raise RuntimeError("the server of the demo did not start")
+    time.sleep(0.05)
+  name = "localhost" if host in ("0.0.0.0", "::") else host
+  name = f"[{name}]" if ":" in name else name
+  url = f"http://{name}:{listener.getsockname()[1]}/"
   print(f"demo: {url}", flush=True)
   if block:
-    app.block_thread()
+    with contextlib.suppress(KeyboardInterrupt):
+      serving.join()
   return url
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+  """Takes the port, or the first free one; ValueError if there is none."""
+  problem: Exception | None = None
+  for number in PORTS if port is None else [port]:
+    try:
+      family, *_, place = socket.getaddrinfo(
+        host, None, type=socket.SOCK_STREAM
+      )[0]
+      return socket.create_server((place[0], number), family=family)
+    except (OSError, OverflowError) as error:
+      problem = error
+  shown = "any" if port is None else port
+  raise ValueError(
+    f"--host={host} --port={shown}: {problem}. Expected an address of this"
+    " machine, and a free port up to 65535."
+  )

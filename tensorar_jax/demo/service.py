@@ -37,22 +37,23 @@ from tensorar_jax.parallel import sharding
 MAX_IMAGES = 16  # of a request; the flag cannot raise it
 MAX_PROMPT = 500  # letters
 MAX_SCALE = 50.0
+MAX_SHOWN = 60  # letters of a bad value in a message
 IN_MEMORY = 2  # stages: a model and its base, to compare them
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoRequest:
-  """The values that the page sends; `Studio.draw` checks them.
+  """The values that the page sends, of any type; `Studio.draw` checks them.
 
   `guidance` is a scale, or one for each sub-token as in "4:6". `label` is for
   stages with classes, `prompt` for stages that read text.
   """
 
-  stage: str
+  stage: Any
   label: Any = 0
-  prompt: str = ""
+  prompt: Any = ""
   seed: Any = 0
-  guidance: str = "1"
+  guidance: Any = "1"
   num_images: Any = 1
 
 
@@ -118,6 +119,11 @@ class Studio:
     self.first = choose("--stage", stage or self.names[-1], self.names)
     self.load = functools.lru_cache(maxsize=IN_MEMORY)(self._load)
 
+  def check_name(self, name: Any) -> str:
+    """Returns the name of a trained stage; ValueError for anything else."""
+    known = name if name in self.names else str(name)[:MAX_SHOWN]
+    return choose("checkpoint", known, self.names)
+
   def title(self, name: str) -> str:
     """A stage with its k and the step of its newest checkpoint."""
     return self._title(name, orbax_io.find(self.workdir / name))
@@ -157,7 +163,7 @@ class Studio:
   def draw(self, request: DemoRequest) -> Drawn:
     """Draws the images; ValueError, in words for the page, for bad requests."""
     started = time.monotonic()
-    name = choose("checkpoint", request.stage, self.names)
+    name = self.check_name(request.stage)
     count = _whole(
       "the number of images", request.num_images, 1, self.num_images
     )
@@ -198,16 +204,29 @@ def _whole(what: str, value: Any, least: int, most: int) -> int:
   """`value` as an integer; ValueError if it is not one in this range."""
   try:
     number = float(value)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     number = math.nan
   if number != number // 1 or not least <= number <= most:
     raise ValueError(
-      f"{what} is {value!r}: expected a whole number from {least} to {most}."
+      f"{what} is {_shown(value)}: expected a whole number from {least} to"
+      f" {most}."
     )
   return int(number)
 
 
-def _scale(text: str) -> drawing.Guidance:
+def _shown(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _scale(given: Any) -> drawing.Guidance:
+  is_number = isinstance(given, int | float) and not isinstance(given, bool)
+  text = str(given) if is_number else given
+  if not isinstance(text, str) or len(text) > MAX_SHOWN:
+    raise ValueError(
+      f"guidance is {_shown(given)}: expected a scale, such as 1.5, or one for"
+      " each sub-token, such as 4:6."
+    )
   scale = drawing.parse_guidance(text)
   if not all(0 <= value <= MAX_SCALE for value in np.atleast_1d(scale)):
     raise ValueError(
@@ -216,7 +235,9 @@ def _scale(text: str) -> drawing.Guidance:
   return scale
 
 
-def _check_prompt(prompt: str) -> None:
+def _check_prompt(prompt: Any) -> None:
+  if not isinstance(prompt, str):
+    raise ValueError(f"the prompt is {_shown(prompt)}: expected a text.")
   if len(prompt) > MAX_PROMPT:
     raise ValueError(
       f"the prompt has {len(prompt):,} letters: expected at most {MAX_PROMPT}."
