@@ -37,6 +37,7 @@ from absl import logging
 
 from launch import gpu_report
 from launch.gpu_report import RESULTS
+from tensorar_jax import paths
 
 if TYPE_CHECKING:  # import JAX only after the flags are checked
   from tensorar_jax.experiment.schema import Stage
@@ -77,7 +78,8 @@ def parse(argv: list[str]) -> Options:
   parser.add_argument("--output", default=Options.output)
   parser.add_argument("--tiny", action="store_true")
   parser.add_argument("--nopeer", action="store_false", dest="peer")
-  return Options(**vars(parser.parse_args(argv)))
+  given = vars(parser.parse_args(argv))
+  return Options(**given | {"output": paths.local(given["output"])})
 
 
 @dataclasses.dataclass(frozen=True)

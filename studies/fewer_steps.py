@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from tensorar_jax import paths
 from tensorar_jax.checkpoints import files, orbax_io
 from tensorar_jax.evaluation import tables
 from tensorar_jax.experiment import build, config_file
@@ -168,8 +169,8 @@ def main(argv: list[str]) -> None:
   rows = [int(m) for m in given.rows]
   study = Study(
     stage,
-    pathlib.Path(given.workdir).expanduser() / given.stage,
-    pathlib.Path(given.output).expanduser(),
+    pathlib.Path(paths.local(given.workdir)) / given.stage,
+    pathlib.Path(paths.local(given.output)),
   )
   study.steps(rows, given.guesses, given.images, given.batch)
   for batch in map(int, given.timed_batches):

@@ -15,6 +15,7 @@ import pathlib
 
 from absl import app, flags, logging
 
+from tensorar_jax import paths
 from tensorar_jax.checkpoints import files
 from tensorar_jax.evaluation import tables
 from tensorar_jax.experiment import config_file
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> None:
   """Compiles every case."""
   del argv
   given = flags.FLAGS
-  output = pathlib.Path(given.output).expanduser()
+  output = pathlib.Path(paths.local(given.output))
   path = output / "compiled.json"
   stage = config_file.load(
     given.config, {"backbone.dtype": given.dtype}

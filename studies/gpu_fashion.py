@@ -42,6 +42,7 @@ from absl import logging
 from configs import digits, fashion_mnist
 from launch import gpu_check, gpu_report
 from studies import gpu_fashion_report
+from tensorar_jax import paths
 from tensorar_jax.ablations import runs
 from tensorar_jax.checkpoints import files, orbax_io
 from tensorar_jax.data import codes, sources, tokenize
@@ -102,8 +103,10 @@ def parse_options(argv: Sequence[str]) -> Options:
   parser.add_argument("--prepare", action="store_true")
   parser.add_argument("--tiny", action="store_true")
   given = vars(parser.parse_args(argv))
-  folder = pathlib.Path(given.pop("folder"))
-  output = pathlib.Path(given.pop("output") or folder / "results")
+  folder = pathlib.Path(paths.local(given.pop("folder")))
+  output = pathlib.Path(
+    paths.local(given.pop("output") or str(folder / "results"))
+  )
   return Options(folder=folder, output=output, **given)
 
 

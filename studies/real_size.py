@@ -22,6 +22,7 @@ import time
 import numpy as np
 from absl import app, flags
 
+from tensorar_jax import paths
 from tensorar_jax.checkpoints import hub, torch_export
 from tensorar_jax.experiment import config_file
 
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> None:
   """Writes the files, runs the modes and prints a table of them."""
   del argv
   given = flags.FLAGS
-  folder = pathlib.Path(given.folder).absolute()
+  folder = pathlib.Path(paths.local(given.folder)).absolute()
   stages = config_file.load(given.config).stages
   prompted = stages["base"].conditioning.name == "prompt"
   if _FAKE.value:

@@ -40,6 +40,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from studies import refinement_report
+from tensorar_jax import paths
 from tensorar_jax.checkpoints import files, resumable
 from tensorar_jax.evaluation import diagnostics, evaluate, yardsticks
 from tensorar_jax.experiment.parse import parse
@@ -321,11 +322,13 @@ def add(path: pathlib.Path, name: str, record: dict) -> None:
 
 def run_study() -> None:
   """Carries out what the flags ask for."""
-  path = pathlib.Path(_RESULTS.value).absolute()
+  path = pathlib.Path(paths.local(_RESULTS.value)).absolute()
   if _RENDER.value:
-    refinement_report.render(read(path), pathlib.Path(_RENDER.value))
+    refinement_report.render(
+      read(path), pathlib.Path(paths.local(_RENDER.value))
+    )
     return
-  folder = pathlib.Path(_FOLDER.value).absolute()
+  folder = pathlib.Path(paths.local(_FOLDER.value)).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   # Seeds share their programs: compiled once, whichever process comes first.
   jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))

@@ -25,6 +25,7 @@ import time
 
 from absl import app, flags
 
+from tensorar_jax import paths
 from tensorar_jax.checkpoints import files, orbax_io
 from tensorar_jax.experiment import config_file
 from tensorar_jax.parallel import preemption
@@ -169,7 +170,7 @@ def main(argv: list[str]) -> None:
   del argv
   given = flags.FLAGS
   logs.log_to_console()
-  folder = given.folder or tempfile.mkdtemp(prefix="soak")
+  folder = paths.local(given.folder or "") or tempfile.mkdtemp(prefix="soak")
   folder = pathlib.Path(folder).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))

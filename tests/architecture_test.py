@@ -26,7 +26,7 @@ FLOORS = (
   {"data", "conditioning", "checkpoints", "method", *FAMILIES},
   {"nn"},
   {"parallel"},
-  {"interfaces"},
+  {"interfaces", "paths"},
 )
 # A family is reached by name, in experiment.families; it reads little itself.
 FAMILIES_MAY_IMPORT = {"conditioning", "nn", "parallel", "interfaces"}
@@ -180,3 +180,8 @@ def test_shared_code_names_no_family():
       text = re.sub(r"configs/\w+\.py", "", text)
     found = family.search(text)
     assert not found, f"{path.name} names {found[0]}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_homes_are_expanded_in_one_place(path):
+  assert module_name(path) == "paths" or "expanduser" not in path.read_text()

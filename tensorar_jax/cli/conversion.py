@@ -7,6 +7,7 @@ import pathlib
 
 from tensorar_jax.cli.config import Experiment
 from tensorar_jax.cli.options import Products, Shared, option
+from tensorar_jax.paths import DataName, LocalPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,13 @@ class Tokenize(Products, Shared):
     "    --images=folder:imagenet/train --output=data/imagenet256_tokens"
   )
 
-  images: str | None = option(
+  images: DataName | None = option(
     None,
     "Needed. The images: folder:DIR with a folder of each class, or tfds:NAME;"
     " with captions webdataset:DIR or captions:DIR.",
     metavar="KIND:PLACE",
   )
-  output: str | None = option(
+  output: LocalPath | None = option(
     None, "Needed. The folder of the shards.", metavar="FOLDER"
   )
   recipe: str = option(
@@ -86,7 +87,7 @@ class Export(Shared):
   stage: str | None = option(
     None, "Needed. The stage to export.", metavar="NAME"
   )
-  output: str | None = option(
+  output: LocalPath | None = option(
     None, "Needed. The file to write.", metavar="FILE.pt|FILE.safetensors"
   )
   ema: bool = option(
@@ -117,10 +118,8 @@ def tokenize_images(
 
   if not (options.images and options.output):
     raise ValueError("--mode=tokenize needs --images and --output.")
-  output, worker = (
-    pathlib.Path(options.output).expanduser(),
-    resumable.Worker.of_this_process(),
-  )
+  output = pathlib.Path(options.output)
+  worker = resumable.Worker.of_this_process()
   with resumable.holding(output, worker):
     pass  # asked at once: reading a large data set takes its time
   stages = experiment.stages

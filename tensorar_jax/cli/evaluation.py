@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tensorar_jax.cli.config import Experiment
 from tensorar_jax.cli.options import Products, Shared, changed, option
 from tensorar_jax.cli.sampling import Images
+from tensorar_jax.paths import LocalPath, PublishedPath
 
 if TYPE_CHECKING:
   from tensorar_jax.evaluation.protocol import Judge
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
 class Reference:
   """What images are measured against."""
 
-  reference: str | None = option(
+  reference: LocalPath | None = option(
     None,
     "A reference batch of images, such as VIRTUAL_imagenet256_labeled.npz:"
     " measures FID, sFID, IS, precision and recall against it, as papers do."
     " Default: the config's own measure.",
     metavar="FILE.npz",
   )
-  inception: str = option(
+  inception: PublishedPath = option(
     "weights/pt_inception-2015-12-05-6726825d.pth",
     "The network of FID, as pytorch-fid publishes it.",
     metavar="FILE",
@@ -95,23 +96,23 @@ class Evaluate(Images, Reference, Products, Shared):
   every_checkpoint: bool = option(
     False, "Whether to measure all checkpoints that were kept."
   )
-  samples: str | None = option(
+  samples: LocalPath | None = option(
     None,
     "Images to measure: arr_0 of the file, uint8 [n, h, w, 3].",
     metavar="FILE.npz",
   )
-  scores: str | None = option(
+  scores: LocalPath | None = option(
     None,
     "What a benchmark's scorer has written: GenEval's .jsonl, or DPG-Bench's"
     " .txt.",
     metavar="FILE",
   )
-  questions: str | None = option(
+  questions: LocalPath | None = option(
     None,
     "With --scores of DPG-Bench: its questions, for the table's categories.",
     metavar="FILE.csv",
   )
-  output: str | None = option(
+  output: LocalPath | None = option(
     None,
     "With --samples or --scores: the folder of the results. Default: one beside"
     " that file.",

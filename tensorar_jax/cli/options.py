@@ -5,9 +5,9 @@
     stage: str | None = option(None, "The only stage to train. Default: all.")
 
 A field's annotation says what its flag takes: `int`, `float`, `str` or `bool`,
-and a tuple of these for a list. The docstring of the class begins with what the
-mode does, and is the head of its help page; that of a base class is the title
-of the flags it adds.
+and a tuple of these for a list; a path is a `LocalPath` or another type of
+`paths`. The docstring of the class begins with what the mode does, and is the
+head of its help page; that of a base class is the title of the flags it adds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import inspect
 import types
 import typing
 from typing import Any, ClassVar
+
+from tensorar_jax import paths
+from tensorar_jax.paths import LocalPath, PublishedPath
 
 
 def option(
@@ -61,6 +64,7 @@ class Flag:
     name: without dashes.
     kind: str, int, float or bool; of a list, the kind of its entries.
     is_list: whether the value is a tuple.
+    rule: of a path: checks and expands it, see `paths`.
     default: the value without the flag.
     help, metavar, choices, least, repeat, expected: as of `option`.
   """
@@ -68,6 +72,7 @@ class Flag:
   name: str
   kind: type
   is_list: bool
+  rule: paths.Rule | None
   default: Any
   help: str
   metavar: str | None
@@ -83,20 +88,20 @@ class Shared:
 
   example: ClassVar[str]  # the flags of a command that shows the mode
 
-  config: str | None = option(
+  config: LocalPath | None = option(
     None,
     "The experiment: a file of configs/. What follows a colon is passed to its"
     " get_config, as in configs/llamagen_xl.py:384. --config.SECTION.KEY=VALUE"
     " changes a value of it.",
     metavar="FILE[:ARGUMENT]",
   )
-  workdir: str | None = option(
+  workdir: LocalPath | None = option(
     None,
     "Where everything is written, and looked for. Default: runs/NAME, after the"
     " config file.",
     metavar="FOLDER",
   )
-  init: str | None = option(
+  init: PublishedPath | None = option(
     None,
     "Weights that --stage, or without it the base model, starts from: a"
     " published file, hf://OWNER/REPOSITORY/FILE, or a checkpoint. hf:// alone:"
@@ -160,7 +165,7 @@ def groups_of(options: type) -> dict[str, list[tuple[str, Flag]]]:
   the title of the mode's own flags is empty.
   """
   fields = {field.name: field for field in dataclasses.fields(options)}
-  hints = typing.get_type_hints(options)
+  hints = typing.get_type_hints(options, include_extras=True)
   groups = {}
   for owner in options.__mro__[:-1]:
     names = [n for n in inspect.get_annotations(owner) if n in fields]
@@ -188,6 +193,7 @@ def changed(options: Shared, group: type) -> list[str]:
 
 
 def _flag(field: dataclasses.Field, hint: Any) -> Flag:
+  hint, rule = paths.unmark(hint)
   if isinstance(hint, types.UnionType):  # X | None
     (hint,) = [kind for kind in typing.get_args(hint) if kind is not type(None)]
   is_list = typing.get_origin(hint) is tuple
@@ -196,6 +202,7 @@ def _flag(field: dataclasses.Field, hint: Any) -> Flag:
     name=field.name,
     kind=kind,
     is_list=is_list,
+    rule=rule,
     default=field.default,
     **field.metadata,
   )

@@ -222,6 +222,11 @@ def _reader(flag: Flag) -> Callable[[str], Any]:
       raise argparse.ArgumentTypeError(
         f"expected {name}, got {text!r}"
       ) from error
+    if flag.rule:
+      try:
+        value = flag.rule(text)
+      except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if flag.least is not None and value < flag.least:
       raise argparse.ArgumentTypeError(
         f"expected at least {flag.least}, got {text}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tensorar_jax.cli.config import Experiment
 from tensorar_jax.cli.options import Products, Shared, option
+from tensorar_jax.paths import LocalPath
 
 if TYPE_CHECKING:
   from tensorar_jax.generation.requests import Request
@@ -72,7 +73,7 @@ class Sample(Images, Products, Shared):
   num_images: int | None = option(
     None, "How many images. Default: 100; of each prompt 4.", least=1
   )
-  prompts: str | None = option(
+  prompts: LocalPath | None = option(
     None, "A text file in UTF-8: each line is a prompt.", metavar="FILE"
   )
   prompt: tuple[str, ...] | None = option(
@@ -85,7 +86,7 @@ class Sample(Images, Products, Shared):
     " Default: the files named above.",
     choices=("geneval", "dpg"),
   )
-  output: str | None = option(
+  output: LocalPath | None = option(
     None,
     "A folder, or FILE.npz with the other files in a folder beside it. Default:"
     " a new number in the stage's folder `samples`.",

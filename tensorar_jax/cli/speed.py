@@ -7,6 +7,7 @@ import pathlib
 
 from tensorar_jax.cli.config import Experiment
 from tensorar_jax.cli.options import Products, Shared, option
+from tensorar_jax.paths import LocalPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Compile(Products, Shared):
     " device.",
     least=1,
   )
-  output: str | None = option(
+  output: LocalPath | None = option(
     None, "A file for all figures. Default: none.", metavar="FILE.json"
   )
 
@@ -113,7 +114,7 @@ class Benchmark(Products, Shared):
   seconds: float | None = option(
     None, "After so many no further case is begun. Default: all are run."
   )
-  output: str | None = option(
+  output: LocalPath | None = option(
     None,
     "The folder of the results. Default: a new one in the work directory's"
     " `benchmark`.",

@@ -10,6 +10,7 @@ from tensorar_jax.cli.config import Experiment
 from tensorar_jax.cli.evaluation import Reference, only_with_reference
 from tensorar_jax.cli.options import Products, Shared, changed, option
 from tensorar_jax.cli.sampling import Images
+from tensorar_jax.paths import LocalPath
 
 PROFILE = (
   "Steps to trace with the JAX profiler, counted from this start of training,"
@@ -37,7 +38,7 @@ class Run(Images, Reference, Products, Shared):
     None, "The only stage to train. Default: all.", metavar="NAME"
   )
   profile: str | None = option(None, PROFILE, metavar="FIRST:LAST")
-  output: str | None = option(None, TABLES, metavar="FOLDER")
+  output: LocalPath | None = option(None, TABLES, metavar="FOLDER")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Visualize(Shared):
   stage: str | None = option(
     None, "With --init: the stage that starts from it.", metavar="NAME"
   )
-  output: str | None = option(None, TABLES, metavar="FOLDER")
+  output: LocalPath | None = option(None, TABLES, metavar="FOLDER")
 
 
 def run(options: Run, experiment: Experiment, workdir: pathlib.Path) -> None:

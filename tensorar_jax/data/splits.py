@@ -8,7 +8,7 @@ import re
 
 def split_folder(path: str, split: str) -> pathlib.Path:
   """The subfolder of a split, or the folder itself where it has no splits."""
-  folder = pathlib.Path(path).expanduser()
+  folder = pathlib.Path(path)
   if not folder.is_dir():
     raise ValueError(f"{folder} is no folder; expected one that exists")
   if split and (folder / split).is_dir():
@@ -32,4 +32,4 @@ def whole_file(path: str, split: str) -> pathlib.Path:
       f"unknown split {split!r} of {path}: a file has no splits; expected a "
       "plain name, such as 'train': slices are not possible"
     )
-  return pathlib.Path(path).expanduser()
+  return pathlib.Path(path)

@@ -71,7 +71,7 @@ def tokenize(
   batch_size = min(batch_size, len(source) * crops.num_variants)
   _check_kind(source, text)
   encoder = encoder_lib.Encoder(tokenizer, crops, channels, batch_size, text)
-  folder = pathlib.Path(folder).expanduser()
+  folder = pathlib.Path(folder)
   settings = _settings(source, tokenizer, crops, shard_size, text)
   with resumable.holding(folder, worker):
     resumable.claim_settings(folder, settings, "tokens")

@@ -25,6 +25,7 @@ from tensorar_jax.method.sampling_config import SamplingConfig
 from tensorar_jax.nn import checks, layers
 from tensorar_jax.nn.classifier import Config as ClassifierConfig
 from tensorar_jax.parallel.sharding import MeshConfig
+from tensorar_jax.paths import DataName, LocalPath, PublishedPath
 
 SCHEDULES = ("constant", "linear", "cosine")  # of learning rates
 
@@ -45,10 +46,11 @@ class DataConfig:
   """Where the training images, or their tokens, come from."""
 
   # digits, shapes, tfds:NAME, folder:DIR, tokens:DIR, codes:DIR, ...
-  name: str = ""
+  name: DataName = ""
   train_split: str = "train"
   test_split: str = "test"  # of held-out images, where evaluation needs them
-  data_dir: str | None = None  # where TFDS keeps its files; None: its default
+  # Where TFDS keeps its files; None: its default.
+  data_dir: LocalPath | None = None
   flip: bool = False  # mirror each image with probability 1/2
   # Whether a training goes on although its data have changed since it began.
   accept_changed: bool = False
@@ -83,7 +85,7 @@ class TokenizerConfig(ComponentConfig):
   kind: ClassVar[str] = "tokenizers"
 
   # A stage or checkpoint with its weights; None: fresh ones.
-  init: str | None = None
+  init: LocalPath | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,9 @@ class TextOptions:
 
   width: int = 2048  # features of a text token
   length: int = 120  # tokens of a text
-  encoder: str = ""  # "words", or the folder of a text encoder; "": none
+  encoder: PublishedPath = (
+    ""  # "words", or the folder of a text encoder; "": none
+  )
   encoder_dtype: str = "bfloat16"  # of the encoder's weights and computation
 
 
@@ -109,7 +113,9 @@ class PromptOptions:
 
   length: int = 256  # ids of a prompt at most
   vocab_size: int = 102400  # ids are below it
-  encoder: str = ""  # the folder of the model, which has tokenizer.json
+  encoder: PublishedPath = (
+    ""  # the folder of the model, which has tokenizer.json
+  )
 
 
 CONDITIONINGS = {
@@ -298,9 +304,9 @@ class Stage:
   objective: str = "tensorar"  # what is trained: a key of OBJECTIVES
   seed: int = 0  # of initial weights, noise and the order of the data
   # Weights to start from: another stage or a checkpoint; None: fresh ones.
-  init: str | None = None
+  init: LocalPath | None = None
   # Published file to import in place of training; None (or ""): train.
-  source: str | None = None
+  source: PublishedPath | None = None
   # Its entry with the weights, such as "ema"; None (or ""): the first of
   # `torch_files.CONTAINERS`.
   source_key: str | None = None

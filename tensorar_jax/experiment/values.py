@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorar_jax import paths
 from tensorar_jax.experiment.schema import choose
 
 NAMES = {  # one of a type, and many
@@ -30,8 +31,8 @@ class Text(str):
 
 @functools.cache
 def fields(cls: type) -> dict[str, Any]:
-  """Returns the type of each field of a dataclass."""
-  hints = typing.get_type_hints(cls)
+  """Returns the type of each field of a dataclass, marks of paths included."""
+  hints = typing.get_type_hints(cls, include_extras=True)
   return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
@@ -53,21 +54,28 @@ def convert(value: Any, kind: Any, where: str) -> Any:
   A `Text` is read first: `None`, `true`, numbers and tuples as Python writes
   them; where a text is expected, the text itself; where a tuple of any length
   is expected, one value stands for a tuple of it. Whole numbers pass for
-  numbers, lists for tuples.
+  numbers, lists for tuples. A path is expanded as `paths` says.
 
   Raises:
     ValueError: it is none of that type; it says what was expected `where`.
   """
-  given = value
+  given, (kind, rule) = value, paths.unmark(kind)
   value = _read(value, kind) if isinstance(value, Text) else value
   try:
-    return _fit(_plain(value), kind)
+    value = _fit(_plain(value), kind)
   except TypeError as error:
     raise ValueError(f"{where}={given!r}: expected {words(kind)}.") from error
+  if rule and value:  # "" and None are no paths
+    try:
+      return rule(value)
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}.") from error
+  return value
 
 
 def words(kind: Any, many: bool = False) -> str:
   """Describes the values of a type, for messages."""
+  kind, _ = paths.unmark(kind)
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if kind in NAMES:
     return NAMES[kind][many]

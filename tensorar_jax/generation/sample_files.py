@@ -233,7 +233,7 @@ def choose_target(
 
 def _target(output: str | os.PathLike) -> Target:
   """The files of --output, a folder or an .npz beside which there is one."""
-  path = pathlib.Path(output).expanduser().absolute()
+  path = pathlib.Path(output).absolute()
   if path.suffix == ".npz":
     return Target(path.with_suffix(""), path)
   return Target(path, path / "samples.npz")

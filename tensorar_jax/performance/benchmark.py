@@ -242,7 +242,7 @@ def _new_folder(output: str | None, numbered: pathlib.Path) -> pathlib.Path:
   if output is None:
     files.remove_leftovers(numbered.glob("*/*"))
     return resumable.new_folder(numbered)
-  folder = pathlib.Path(output).expanduser().absolute()
+  folder = pathlib.Path(output).absolute()
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"--output={output} is a file: name a new folder.")
   return folder

@@ -162,6 +162,21 @@ def test_two_processes_may_finish_at_the_same_moment(
   assert all(name.endswith(".partial") for name in names)
 
 
+@pytest.mark.parametrize("name", ["x**", "**", "a[b]?{c}%s"])
+def test_a_name_is_no_pattern(tmp_path, name):
+  other = tmp_path / "xy.npz.123.partial"
+  other.touch()
+  output = tmp_path / f"{name}.npz"
+  target = sample_files.choose_target(output, tmp_path, SETTINGS)
+  images = lambda labels, first: iter(
+    [(np.full((len(labels), 3, 3, 1), first, np.uint8), None)]
+  )
+  assert sample_files.write(images, LABELS, target, SETTINGS)
+  assert target.npz == output and len(np.load(output)["arr_0"]) == NUM_IMAGES
+  assert sample_files.choose_target(output, tmp_path, SETTINGS).complete
+  assert other.exists()
+
+
 def test_a_complete_folder_is_left_alone(whole):
   before = {file: file.stat().st_mtime_ns for file in whole.iterdir()}
   assert write(whole, never)

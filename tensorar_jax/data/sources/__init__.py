@@ -20,6 +20,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
+from tensorar_jax import paths
 from tensorar_jax.data.codes import TokenSource
 
 
@@ -83,7 +84,7 @@ def load(
   prepared. ValueError for a name or split that is not known, or data that
   cannot be had.
   """
-  kind, _, argument = name.partition(":")
+  kind, _, argument = paths.data(name).partition(":")
   kinds = sorted(module.name for module in pkgutil.iter_modules(__path__))
   if kind in kinds:
     module = _module(kind)

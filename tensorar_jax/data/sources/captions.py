@@ -19,6 +19,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, SupportsIndex
 
+from tensorar_jax import paths
 from tensorar_jax.conditioning import captions
 from tensorar_jax.data import images, leftovers, splits
 
@@ -120,6 +121,8 @@ def open_captioned_folder(folder: pathlib.Path) -> CaptionedFolder:
   if not rows:
     raise ValueError(f"{file} is empty; expected lines such as {_FORM}")
   names, texts = zip(*rows)
+  for name in names:
+    paths.check_inside(folder, name, str(file))
   return CaptionedFolder(
     folder=folder, names=names, captions=texts, left_out=left_out
   )

@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from tensorar_jax import paths
 from tensorar_jax.conditioning import conditions
 from tensorar_jax.data import codes as codes_lib
 from tensorar_jax.data import leftovers, splits
@@ -116,6 +117,7 @@ def open_shards(folder: pathlib.Path) -> TokenShards:
   if not counts:
     raise ValueError(f"{folder / MANIFEST} lists no image; expected some")
   for name, expected in counts.items():
+    paths.check_inside(folder, name, str(folder / MANIFEST))
     count = count_records(folder / name)
     if count != expected:
       raise ValueError(
