@@ -40,7 +40,7 @@ def port(tmp_path_factory):
 
 def ask(port, method, path, body=None, **headers):
   """(status, text) of the answer to a request."""
-  connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+  connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
   if isinstance(body, dict | list):
     body, headers = (
       json.dumps(body),
