@@ -346,8 +346,8 @@ def _task_and_data(
     return sharding.global_batch(task.prepare(batch), mesh, share)
 
   context = sharding.replicate(task.context, mesh)
-  task = dataclasses.replace(task, context=context, prepare=prepare)
-  return task, data, trained_on
+  placed = dataclasses.replace(task, context=context, prepare=prepare)
+  return placed, data, trained_on
 
 
 def make_layout(
