@@ -79,7 +79,8 @@ def parse(argv: list[str]) -> Options:
   parser.add_argument("--tiny", action="store_true")
   parser.add_argument("--nopeer", action="store_false", dest="peer")
   given = vars(parser.parse_args(argv))
-  return Options(**given | {"output": paths.local(given["output"])})
+  given["output"] = paths.local(given["output"])
+  return Options(**given)
 
 
 @dataclasses.dataclass(frozen=True)

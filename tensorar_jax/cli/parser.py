@@ -216,6 +216,7 @@ def _reader(flag: Flag) -> Callable[[str], Any]:
   name = flag.expected or names[flag.kind]
 
   def read_one(text: str) -> Any:
+    value: Any
     try:
       value = flag.kind(text)
     except ValueError as error:
