@@ -45,12 +45,24 @@ class Study:
     self.path = output / "fewer_steps.json"
     self.record = files.read_json(self.path, default={"steps": {}, "times": {}})
     checkpoint = orbax_io.find(folder)
+    drawn_with = orbax_io.read_meta(checkpoint)["id"]
+    if self.record.get("checkpoint", drawn_with) != drawn_with:
+      raise ValueError(
+        f"{self.path} is of another checkpoint: name a new --output."
+      )
     self.model = build.load_tensorar(stage, checkpoint)
     self.conditioning = build.conditioning(stage.conditioning)
-    self.config = dataclasses.replace(stage.sampling, draw="gumbel")
+    if self.conditioning.is_text:
+      raise ValueError(
+        "the images of this study are of classes: choose a stage that draws"
+        " them from labels."
+      )
+    self.config = dataclasses.replace(
+      stage.sampling, draw="gumbel", decoder="window"
+    )
     self.folder, self.mesh = folder, sharding.local_mesh()
     self.record |= {
-      "checkpoint": orbax_io.read_meta(checkpoint)["id"],
+      "checkpoint": drawn_with,
       "tokens": self.model.num_tokens,
       "machine": machine.describe(),
     }
@@ -82,7 +94,7 @@ class Study:
     want, _ = self.draw(self.sampler(WINDOW, 1), count, batch)
     for guess in names:
       for m in rows:
-        key = f"{guess} m={m}"
+        key = f"{guess} m={m}, {count} images"
         if key in self.record["steps"]:
           continue
         tokens, steps = self.draw(self.sampler(guess, m), count, batch)
@@ -106,7 +118,7 @@ class Study:
     samplers |= {f"m={m}": self.sampler(guess, m) for m in rows}
     seconds: dict[str, list[float]] = {name: [] for name in samplers}
     for name, sampler in samplers.items():
-      self.draw(sampler, 2 * batch, batch)  # compiles
+      self.draw(sampler, count, batch)  # compiles
       logging.info("%s: warm", name)
     for _ in range(rounds):
       for name, sampler in samplers.items():

@@ -7,10 +7,11 @@ Letters used in every shape annotation:
 | `B`    | batch                       | `D`    | backbone width            |
 | `T`    | image tokens, raster order  | `L`    | layers                    |
 | `P`    | condition prefix            | `N`    | attention heads           |
-| `M`    | inputs so far, `0..T`       | `H`    | width of one head         |
+| `M`    | rows that run at once       | `H`    | width of one head         |
 | `k`    | slots of a window           | `F`    | sub-tokens of one token   |
 | `V_f`  | vocabulary of sub-token `f` | `C`    | image channels            |
-| `E`    | features of a text token    |        |                           |
+| `E`    | features of a text token    | `R`    | windows drawn at once     |
+| `G`    | groups of images            | `S`    | rows of a cache, or steps |
 
 Tokens are always `int32[..., F]`, with `F = 1` where a family does not
 factorise its vocabulary, so that shared code has one case.

@@ -83,7 +83,8 @@ def free_running(
   batch_size: int,
 ) -> dict:
   """Samples: {"entropy"} and, if there are drafts, {"copy_rate": [k - 1]}."""
-  config = dataclasses.replace(config, return_logits=True)
+  # Either decoder draws the same tokens; this one needs no guesses.
+  config = dataclasses.replace(config, return_logits=True, decoder="window")
   entropies, drafts = [], []
   for out in batches.generate(
     model, conditioning, labels, SEED, config, batch_size

@@ -102,17 +102,25 @@ class LoadedSubject:
   def count_tokens(self) -> None:
     """Writes how often each token occurs, for the parallel decoder.
 
-    It counts the first COUNTED images that the stage was trained on.
+    It counts COUNTED images of those that the stage was trained on, evenly
+    spaced. Where they are gone, only guesses from marginals are not to be had.
     """
-    source = sources.load(
-      self.data.name, self.data.train_split, data_dir=self.data.data_dir
-    )
+    try:
+      source = sources.load(
+        self.data.name, self.data.train_split, data_dir=self.data.data_dir
+      )
+    except (ValueError, OSError) as error:
+      if self.config.first_guess == "marginals":
+        raise
+      logging.info("no %s is written: %s", guesses.NAME, error)
+      return
     count = min(COUNTED, len(source))
+    chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
     if isinstance(source, TokenSource):
-      rows = source.fetch(np.arange(count), np.zeros(count, int))
+      rows = source.fetch(chosen, np.zeros(count, int))
       tokens = rows["tokens"]
     else:
-      examples = [source[i] for i in range(count)]
+      examples = [source[i] for i in chosen]
       rows = {"label": np.array([one.get("label", 0) for one in examples])}
       images = np.stack([one["image"] for one in examples])
       tokens = batches.encode(self.tokenizer, images)
@@ -161,7 +169,11 @@ def measure_model(
   path = subject.folder / "evaluation.json"
   pictures = subject.folder / "samples.npz"
   fingerprint = subject.fingerprint(settings, yardstick.identity)
-  if path.exists() and pictures.exists():
+  has_guesses = (
+    subject.stage.sampling.first_guess != "marginals"
+    or (subject.folder / guesses.NAME).exists()
+  )
+  if path.exists() and pictures.exists() and has_guesses:
     before = files.read_json(path, RECORD)
     if before["fingerprint"] == fingerprint:
       logging.info("%s: evaluated before, %s", subject.name, path)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, UInt8
 
 from tensorar_jax.generation.resize import resize_bicubic
@@ -118,6 +118,10 @@ class Sampler:
     checks.seed(self.seed)
     prepared = sampling.prepare(self.model, self.mesh)
     object.__setattr__(self, "model", prepared)
+    if self.marginals is not None:  # once, and not at every call
+      everywhere = NamedSharding(self.mesh, PartitionSpec())
+      placed = jax.device_put(self.marginals, everywhere)
+      object.__setattr__(self, "marginals", placed)
 
   def batches(
     self, labels: Int[np.ndarray, "n"], batch_size: int, first: int = 0

@@ -9,10 +9,10 @@ of the vocabulary: it costs more, but two distributions that are near each other
 mostly give the same token, which the parallel decoder lives on.
 
 To add a rule, write a small frozen dataclass with what `DrawingRule` lists and
-enter an instance in `RULES` at the end of this file; `sampling.draw` finds it
-by that name. From Python an instance will do: `SamplingConfig(draw=Mine(0.5))`.
-A rule is a pure function of what `draw` is given; the sampler keeps the earlier
-looks that it asks for.
+enter an instance in `RULES` at the end of this file; the option `sampling.draw`
+finds it by that name. From Python an instance will do:
+`SamplingConfig(draw=Mine(0.5))`. A rule is a pure function of what `draw` is
+given; the sampler keeps the earlier looks that it asks for.
 """
 
 from __future__ import annotations
@@ -256,10 +256,10 @@ class DrawingRule(Protocol):
 
   A rule is hashable (a frozen dataclass with its options), and `draw` a pure
   function. All that it reads of earlier steps comes through `earlier`. The
-  sampler keeps one entry of it for each image and position, which depends on
-  the image's random numbers and its committed tokens before that position
-  alone: a decoder may try positions, discard them, and write their entries
-  again.
+  sampler keeps one entry of earlier looks for each image and position, which
+  depends on the image's random numbers and its committed tokens before that
+  position alone: a decoder may try positions, discard them, and write their
+  entries again.
   """
 
   # How many steps back it asks `earlier` for, at the most. With 0 the sampler

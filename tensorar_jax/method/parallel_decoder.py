@@ -72,6 +72,14 @@ def _take(array: Array, start: Int[Array, "B"], length: int) -> Array:
   return jax.vmap(read)(array, start)
 
 
+def _at(array: Array, index: Int[Array, "B *m"]) -> Array:
+  """Entries of each row by their index on the second axis; below 0 the first.
+
+  A slice that began below 0 would be another slice, not one with fewer entries.
+  """
+  return jax.vmap(lambda row, i: row[i])(array, jnp.maximum(index, 0))
+
+
 def _put(array: Array, new: Array, start: Int[Array, "B"]) -> Array:
   """The array with entries from start on, on the second axis, replaced."""
   write = jax.lax.dynamic_update_slice_in_dim
@@ -178,8 +186,7 @@ def _from_above(last: LastRow) -> Int[Array, "B g k F"]:
   back = last.distance - columns * -(-last.distance // columns)  # <= 0
   source = last.step[:, None, None] + back
   source = jnp.where(source < 0, last.step[:, None, None], source)
-  tokens = last.windows[:, :, 0]
-  return jax.vmap(lambda row, index: row[index])(tokens, source)
+  return _at(last.windows[:, :, 0], source)
 
 
 GUESSES: dict[str, Callable[[LastRow], Int[Array, "B g k F"]]] = {
@@ -256,7 +263,7 @@ class ParallelDecoder:
     if looks is not None:
       looks = _put(looks, vectors[:, :, 1:], self._both(count))
       earlier_vectors = tuple(
-        _flat(_take(looks, self._both(count) - look, rows)[:, :, look - 1 :])
+        _flat(_at(looks, self._both(steps) - look)[:, :, look - 1 :])
         for look in range(1, drawer.looks + 1)
       )
     # Draws.
@@ -304,14 +311,18 @@ class ParallelDecoder:
     `total` sums a number over the devices that take part: they stop after the
     same step, so that whatever they exchange in a step stays in order.
     """
-    finished = lambda state: total(jnp.sum(self.is_finished(state)))
+
+    def goes_on(state):
+      return total(jnp.sum(self.is_finished(state))) < enough
 
     def body(carry):
       state = self.step(carry[0])
-      return state, finished(state)
+      return state, goes_on(state)
 
-    more = lambda carry: carry[1] < enough
-    state, _ = jax.lax.while_loop(more, body, (state, finished(state)))
+    # The comparison is carried: a number in the condition would look like the
+    # length of the loop to those who read the compiled program.
+    carry = state, goes_on(state)
+    state, _ = jax.lax.while_loop(lambda carry: carry[1], body, carry)
     return state
 
   def is_finished(self, state: ParallelState) -> Bool[Array, "B"]:

@@ -306,7 +306,8 @@ def trace(
 ) -> jax.stages.Traced:
   """Traces `generate` without running it; it takes the same arguments.
 
-  Shapes will do in place of arrays, on a mesh that need not be here.
+  Shapes will do in place of arrays, but for marginals, on a mesh that need not
+  be here.
   """
   state, inputs, program = _prepare_call(
     model, cond, null, rng, config, image_index, marginals=marginals

@@ -8,8 +8,9 @@
 
 The kernels never write a head's [M, S] scores to memory. They serve whole
 sequences in bfloat16 or float16 without attention dropout, as in training;
-float32 takes the plain path, and so does decoding, a row at a time. On GPUs and
-TPUs --precision says how its products are computed; see `parallel.chips`.
+float32 takes the plain path, and so does decoding, a few rows at a time. On
+GPUs and TPUs --precision says how its products are computed; see
+`parallel.chips`.
 """
 
 from __future__ import annotations

@@ -280,6 +280,12 @@ class Cases:
       if jax.default_backend() == "cpu"
       else stage.train.batch_size
     )
+    tokens = loads.backbone.num_tokens
+    if "parallel" in settings.decoders and max(settings.rows) > tokens:
+      raise ValueError(
+        f"--rows={settings.rows}: an image of this stage has {tokens} tokens."
+        " Run at most as many rows at once."
+      )
     self.works = plan(settings, stage_size, train_batch)
     self.devices = loads.mesh.size
     self.peak = machine.peak_flops(loads.backbone.dtype, self.devices)

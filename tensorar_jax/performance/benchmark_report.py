@@ -66,10 +66,11 @@ def figures(
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """Returns times over those of the window decoder with k = 1.
 
-  They are of wider windows, of the peer, and of the parallel decoder, for which
-  it is the window decoder with the same k. Each has the median and the range
-  over the rounds. Beside those of wider windows are the ratios of the FLOPs and
-  of the bytes of weights, below which the time cannot fall.
+  The times are of wider windows, of the peer, and of the parallel decoder; for
+  that, the base is the window decoder of the same model. Each ratio has the
+  median and the range over the rounds. Beside those of wider windows are the
+  ratios of the FLOPs and of the bytes of weights, below which the time cannot
+  fall.
   """
   good = [row for row in rows if "error" not in row]
   same = ("kind", "batch", "guided")
@@ -80,7 +81,8 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         continue
       if base["program"] != OURS:
         continue
-      parallel = row["rows"] and row["window"] == base["window"]
+      same_model = all(row[key] == base[key] for key in ("window", "depth"))
+      parallel = row["rows"] and same_model
       of_one = base["window"] == 1 and not row["rows"]
       wider = of_one and row["window"] > 1
       peer = of_one and row["window"] == 1 and row["program"] != OURS

@@ -114,6 +114,7 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
   """Traces `sampling.generate` for `batch_size` images.
 
   The parallel decoder takes as many steps as its guesses ask for; one counts.
+  Guesses from marginals are replaced by those from the token above.
   """
   parts = sharding.row_parts(mesh)
   if batch_size % parts:
@@ -132,6 +133,8 @@ def sampler_program(stage: Stage, mesh: Mesh, batch_size: int) -> Program:
   )
   rng = jax.eval_shape(lambda: jax.random.key(0))
   config = stage.sampling
+  if config.first_guess == "marginals":  # a table of them is not a shape
+    config = dataclasses.replace(config, first_guess="above")
   placed = _decoder(stage, mesh)
   traced = sampling.trace(placed, cond, null, rng, config, index)
   both = 2 if config.guided else 1

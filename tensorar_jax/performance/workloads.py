@@ -29,7 +29,7 @@ from jaxtyping import Array, Int, Int32
 
 from tensorar_jax.experiment import build, initial_weights
 from tensorar_jax.experiment.schema import Stage
-from tensorar_jax.generation import batches
+from tensorar_jax.generation import batches, guesses
 from tensorar_jax.interfaces import Cond
 from tensorar_jax.method import sampling, windows
 from tensorar_jax.method.tensorar import TensorAR
@@ -150,9 +150,11 @@ class Workloads:
     self.mesh = sharding.local_mesh(stage.mesh)
     self.conditioning = build.conditioning(stage.conditioning)
     self._models: dict[tuple[int, int], TensorAR] = {}
+    self.marginals = None
     if checkpoint is None:
       self.backbone = self._initial_model(self._with(1, 1)).backbone
     else:
+      self.marginals = guesses.load(checkpoint.parents[1], stage.sampling)
       trained = build.load_tensorar(stage, checkpoint, self.mesh)
       self.backbone = trained.backbone
       options = stage.tensorar
@@ -216,10 +218,12 @@ class Workloads:
     if guided != config.guided:
       scale = GUIDANCE if guided else 1.0
       config = dataclasses.replace(config, guidance=scale)
+    config = dataclasses.replace(config, decoder="window")
     if rows:
       config = dataclasses.replace(
         config, draw="gumbel", decoder="parallel", rows=rows
       )
+    marginals = self.marginals if rows else None
     cond = self.rows(batch)
     null = self.conditioning.null(cond) if guided else None
     cond, null, index = jax.device_put(
@@ -228,7 +232,9 @@ class Workloads:
     rng = jax.random.key(self.stage.seed)
 
     def generate():
-      out = sampling.generate(prepared, cond, null, rng, config, index)
+      out = sampling.generate(
+        prepared, cond, null, rng, config, index, marginals
+      )
       return jax.block_until_ready(out)
 
     work = Work(

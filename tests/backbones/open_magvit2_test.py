@@ -154,14 +154,14 @@ def sampled(case):
   arrays = {}
   for name in ("sampA", "sampB"):
     uniform = jnp.asarray(case.input(f"{name}_u"))  # [step, sub-token, batch]
-    given = lambda keys, step, *_, u=uniform: u[step].T[:, None]
+    given = lambda noise, u=uniform: u[noise.steps[0]].T[:, None, noise.f]
     options = dict(
       temperature=tuple(case.input(f"{name}_temperature")),
       guidance=tuple(case.input(f"{name}_cfg_scale")),
       top_k=tuple(map(int, case.input(f"{name}_top_k"))),
       top_p=tuple(case.input(f"{name}_top_p")),
     )
-    with mock.patch.object(sampling, "_uniforms", given):
+    with mock.patch.object(drawing.Noise, "uniform", given):
       sampling._generate.clear_cache()
       out = generate(case, **options)
     sampling._generate.clear_cache()

@@ -136,6 +136,25 @@ def test_right_guesses_are_all_kept():
   np.testing.assert_array_equal(got.steps, [steps, steps])
 
 
+def test_right_guesses_of_windows_are_kept_too(monkeypatch):
+  """With a rule that sees two earlier looks, from the first steps on."""
+  config = dataclasses.replace(GUMBEL, draw=AwayFromEarlier())
+  model, cond = tiny.wrapped(3), tiny.cond(2)
+  want = sampling.generate(model, cond, None, KEY, config)
+  known = jnp.pad(want.drafts, ((0, 0), (0, 8), (0, 0), (0, 0)))
+
+  def know(last):
+    return jax.vmap(lambda row, index: row[index])(known, last.steps)
+
+  monkeypatch.setitem(parallel_decoder.GUESSES, "left", know)
+  config = dataclasses.replace(
+    config, decoder="parallel", rows=5, first_guess="left"
+  )
+  got = sampling.generate(model, cond, None, KEY, config)
+  assert_same(want, got)
+  np.testing.assert_array_equal(got.steps[0], [0, *[1] * 5, *[2] * 3])
+
+
 def test_above_is_the_grids_row_above():
   scales = np.ones((9, 1), np.float32)
   drawer = decoding.WindowDrawer(
