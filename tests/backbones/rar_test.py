@@ -326,7 +326,7 @@ def test_each_dropout_acts_and_keeps_the_mean(field):
     (dict(width=50, num_heads=4), "width=50 is no multiple of num_heads=4"),
     (dict(num_layers=0), "num_layers=0: expected at least 1"),
     (dict(mlp_width=0), "mlp_width=0: expected at least 1"),
-    (dict(grid=(16, 0)), r"grid=\(16, 0\): expected \(rows, columns\)"),
+    (dict(grid=(16, 0)), r"grid=\(16, 0\): expected at least 1"),
     (dict(mlp_dropout=1.0), "mlp_dropout=1.0: expected 0 to < 1"),
   ],
 )

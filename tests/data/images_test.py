@@ -217,7 +217,7 @@ def test_only_listed_formats_are_opened(tmp_path, monkeypatch):
 
 def test_images_are_opened_in_one_place():
   package = pathlib.Path(images.__file__).parents[1]
-  files = [p for p in package.rglob("*.py") if "Image.open(" in p.read_text()]
+  files = [p for p in package.rglob("*.py") if " Image.open(" in p.read_text()]
   assert files == [pathlib.Path(images.__file__)]
 
 

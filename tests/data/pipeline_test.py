@@ -189,7 +189,7 @@ def test_a_lazy_source_reads_the_same(source, flip):
     ({"batch_size": 0}, "between 1 and the 23 images.*got 0"),
     ({"batch_size": 24}, "between 1 and the 23 images.*got 24"),
     ({"batch_size": 7, "share": sharding.Share((0,), 2)}, "divisible by the 2"),
-    ({"batch_size": 6, "seed": -1}, "seed must be between 0"),
+    ({"batch_size": 6, "seed": -1}, "seed=-1: expected a whole number from 0"),
   ],
 )
 def test_bad_options_are_errors(source, options, message):

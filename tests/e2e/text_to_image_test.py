@@ -57,7 +57,7 @@ def project(parity, tmp_path_factory):
 def test_captions_become_features_and_are_trained_on(project):
   manifest = json.loads((project.root / "tokens" / "manifest.json").read_text())
   assert manifest["num_images"] == 4
-  assert "'(###)' has no words" in manifest["skipped"][0]["reason"]
+  assert "the caption, '(###)', is empty" in manifest["skipped"][0]["reason"]
   assert manifest["text"]["dtype"] == "bfloat16"
   encoder = manifest["text"]["encoder"]
   assert len(encoder["weights"]["sha256"]) == len(encoder["tokenizer"]) == 64

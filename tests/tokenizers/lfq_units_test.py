@@ -140,7 +140,7 @@ def test_errors_name_value_expectation_and_remedy(tiny):
     tiny.encode(jnp.zeros((2, 12, 20, 3)))
   with pytest.raises(ValueError, match=r"expected 15 .* \(3, 5\); pass"):
     tiny.decode(jnp.zeros((2, 14, 2), jnp.int32))
-  with pytest.raises(ValueError, match="expected 2 sub-tokens .*; set"):
+  with pytest.raises(ValueError, match="F = 2, the sub-tokens .*; take"):
     tiny.decode(jnp.zeros((2, 15, 1), jnp.int32))
   with pytest.raises(ValueError, match="1x1 .* take larger images"):
     tiny.decode(jnp.zeros((2, 1, 2), jnp.int32), grid=(1, 1))

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from tensorar_jax.training import logs
