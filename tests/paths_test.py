@@ -22,7 +22,7 @@ FLAGS = [
   for name, flag in flags_of(entry.options).items()
   if any(place in (flag.metavar or "") for place in PLACES)
 ]
-URLS = ("gs://a/b", "s3://a/b", "https://a/b", "gs:/a", "file:///a", "S3://a")
+URLS = ("gs://a/b", "s3://a/b", "https://a/b", "gs:/a", "file:/a", "S3://a")
 # Values of a config that are paths.
 KEYS = ("init", "source", "data.data_dir", "tokenizer.init")
 

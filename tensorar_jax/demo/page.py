@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+from typing import Any
 from collections.abc import Callable
 
 import numpy as np
@@ -126,7 +127,7 @@ def _in_words(gr):
     raise gr.Error(message, duration=None, print_exception=False) from error
 
 
-def _fields(gr, studio: Studio, name: str) -> list:
+def _fields(gr, studio: Studio, name: Any) -> list:
   """The form's fields for a stage: class, prompt, guidance."""
   with _in_words(gr):
     name = studio.check_name(name)
