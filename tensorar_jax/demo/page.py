@@ -17,8 +17,8 @@ import os
 import socket
 import threading
 import time
-from typing import Any
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
