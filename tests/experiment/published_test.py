@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import tensorar_jax as tj
 from tensorar_jax.backbones import llamagen
@@ -15,6 +14,8 @@ from tests.contract import families
 from tests.e2e.tiny_published import BACKBONE
 from tests.tiny_configs import stage
 
+pytestmark = pytest.mark.torch  # their files are PyTorch's
+
 
 @pytest.fixture(scope="module")
 def base(parity):
@@ -24,6 +25,8 @@ def base(parity):
 @pytest.fixture(scope="module")
 def training(base, tmp_path_factory):
   """A training checkpoint: the weights, and their average beside them."""
+  import torch
+
   state = torch.load(base, weights_only=True)["model"]
   average = {name: tensor + 1 for name, tensor in state.items()}
   path = tmp_path_factory.mktemp("training") / "training.pt"
@@ -77,6 +80,8 @@ def test_a_stage_takes_the_entry_that_it_names(training, tmp_path, caplog):
 
 
 def test_a_foreign_prefix_is_named_in_one_line(base, tmp_path):
+  import torch
+
   state = torch.load(base, weights_only=True)["model"]
   torch.save({f"net.gpt.{n}": t for n, t in state.items()}, tmp_path / "a.pt")
   with pytest.raises(ValueError, match="begins with 'net.gpt.'") as error:
@@ -111,6 +116,8 @@ def test_another_published_size_is_named(parity):
 
 
 def test_what_fits_nothing_is_listed(base, tmp_path, monkeypatch):
+  import torch
+
   monkeypatch.setattr(llamagen, "VARIANTS", {})  # each takes a second to try
   state = torch.load(base, weights_only=True)["model"]
   torch.save({**state, "odd": torch.zeros(1)}, tmp_path / "a.pt")
