@@ -25,8 +25,18 @@ from tensorar_jax.performance import compile, hlo, targets
 
 # Instructions that are no kernel, or whose kernels are counted inside.
 NO_KERNELS = (
-  *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast"),
-  *("while", "conditional", "call", "after-all", "partition-id", "replica-id"),
+  "parameter",
+  "constant",
+  "iota",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "call",
+  "after-all",
+  "partition-id",
+  "replica-id",
 )
 SHARES = (0.3, 0.5)  # steps over tokens for which a gain is given
 

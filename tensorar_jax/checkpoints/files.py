@@ -198,17 +198,29 @@ def _misfits(
       yield from _misfits(entry, like[0], f"{key}[{i}]")
 
 
+_DAMAGED_ARRAYS = (
+  OSError,
+  ValueError,
+  KeyError,
+  EOFError,
+  NotImplementedError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
+
+
 def read_arrays(
-  path: pathlib.Path, names: Iterable[str], *, remedy: str = _RESTORE
+  path: pathlib.Path,
+  names: Iterable[str] | None = None,
+  *,
+  remedy: str = _RESTORE,
 ) -> dict[str, np.ndarray]:
-  """The named arrays of an .npz file; ValueError if it is damaged."""
+  """The named arrays of an .npz file, or all; ValueError if it is damaged."""
   try:
     with np.load(path, allow_pickle=False) as arrays:
-      return {name: arrays[name] for name in names}
-  except (
-    *(OSError, ValueError, KeyError, EOFError, NotImplementedError),
-    *(zipfile.BadZipFile, zlib.error),
-  ) as error:
+      chosen = arrays.files if names is None else names
+      return {name: arrays[name] for name in chosen}
+  except _DAMAGED_ARRAYS as error:
     raise ValueError(_unreadable(path, error, remedy, "arrays")) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import zipfile
 
 import numpy as np
 from jaxtyping import Int
@@ -30,14 +29,9 @@ def load(folder: pathlib.Path, config: SamplingConfig) -> Marginals | None:
       " --mode=evaluate with the stage among evaluation.models, or choose"
       " another first_guess."
     )
-  try:
-    with np.load(path, allow_pickle=False) as tables:
-      return Marginals(tuple(tables[f"f{f}"] for f in range(len(tables))))
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f"{path} cannot be read ({error}): remove it and evaluate the stage"
-      " again."
-    ) from error
+  remedy = "Remove it and evaluate the stage again."
+  tables = files.read_arrays(path, remedy=remedy)
+  return Marginals(tuple(tables[f"f{f}"] for f in range(len(tables))))
 
 
 def save(
